@@ -1,0 +1,73 @@
+"""Image sets of tensorflow-datasets, by name; TensorFlow is needed only to prepare one that is not prepared yet."""
+
+import difflib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from capsnet_jax.errors import UsageError
+
+EXTRA = "pip install 'capsnet-jax[tfds]'"
+
+
+def load_tfds(name: str, data_dir: Path | None) -> tuple[list[np.ndarray], int]:
+    """Training images and labels, test images and labels; and the number of classes.
+
+    Args:
+        name: what tensorflow-datasets calls the set.
+        data_dir: folder of prepared sets; None for tensorflow-datasets' own. A set that is not prepared in it is
+            downloaded and prepared there.
+
+    Raises:
+        UsageError: the set is unknown or not one of images of one size with a class each, or a package is missing.
+    """
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UsageError(
+            f"Unknown data set {name!r}: digits comes with this package, mnist, fashion_mnist and kmnist are read from "
+            f"idx files in --data-dir, and all others need tensorflow-datasets: {EXTRA} ({error})."
+        ) from error
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        similar = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=5)
+        raise UsageError(
+            f"Unknown data set {name!r}; expected digits, or an image set of tensorflow-datasets"
+            f"{', such as ' + ', '.join(similar) if similar else ''}."
+        ) from error
+    image, label = _supervised_keys(builder.info, name)
+    if not builder.is_prepared():
+        _prepare(builder, name)
+    missing = [split for split in ("train", "test") if split not in builder.info.splits]
+    if missing:
+        raise UsageError(f"Data set {name!r} has no split {missing[0]!r}; it has {', '.join(builder.info.splits)}.")
+    arrays = []
+    for split in ("train", "test"):
+        examples = builder.as_data_source(split)
+        arrays += [
+            np.stack([example[image] for example in examples]),
+            np.array([example[label] for example in examples]),
+        ]
+    return arrays, builder.info.features[label].num_classes
+
+
+def _supervised_keys(info: Any, name: str) -> tuple[str, str]:
+    """The names of the features that are image and label."""
+    keys, features = info.supervised_keys, info.features
+    if keys is None or len(keys) != 2 or not hasattr(features[keys[1]], "num_classes"):
+        raise UsageError(f"Data set {name!r} is not one of images with a class each.")
+    shape = features[keys[0]].shape
+    if len(shape) != 3 or None in shape:
+        raise UsageError(f"Data set {name!r} has images of shape {shape}; expected one height, width and channels.")
+    return keys
+
+
+def _prepare(builder: Any, name: str) -> None:
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UsageError(
+            f"Data set {name!r} is not prepared in {builder.data_dir}, and preparing it needs TensorFlow: {EXTRA}."
+        )
+    builder.download_and_prepare(file_format="array_record")
