@@ -1,0 +1,109 @@
+"""The whole model: every intermediate, loss and gradient, in order, so that the first divergence is the one named."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from capsnet_jax.weights import to_torch
+from parity_tests import oracle
+from parity_tests.compare import TOLERANCE, assert_close
+from parity_tests.pair import HOT, divergences, make_pair
+
+OPTIONS = {
+    "default": {},
+    "one iteration": {"num_iterations": 1},
+    "five iterations": {"num_iterations": 5},
+    "three capsule layers": {"hidden_capsules": ((60, 9), (8, 5)), "primary_scale": 10.0},
+    "stride of 3": {"primary_stride": 3},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_intermediate_and_gradient_agrees(options, dtype):
+    pair = make_pair(dtype, **options)
+    for name, actual, expected in divergences(pair):
+        assert_close(name, actual, expected, tolerance=TOLERANCE[dtype])
+
+
+def test_the_pair_is_hot(float64):
+    pair = make_pair(float64)
+    assert 0.1 < pair.jax_model.encode(pair.images).activations.mean() < 0.9
+
+
+def test_agrees_with_the_oracle(float64):
+    small = {
+        "image_shape": (8, 9, 2),
+        "stem_channels": 3,
+        "stem_kernel": 3,
+        "primary_groups": 2,
+        "primary_kernel": 3,
+        "primary_dim": 4,
+        "num_classes": 3,
+        "class_dim": 5,
+        "decoder_hidden": (6, 7),
+        "batch": 2,
+    }
+    pair = make_pair(float64, **small)
+    state = to_torch(pair.jax_model)
+    capsules = pair.jax_model.encode(pair.images)
+    images = np.asarray(pair.images)
+    poses = np.stack([oracle.encode(image, state, groups=2, stride=2, scale=1.0) for image in images])
+    assert_close("poses", capsules.poses, poses, tolerance=1e-12)
+    decoded = pair.jax_model.decode(capsules.poses, pair.labels)
+    labels = np.asarray(pair.labels)
+    expected = [oracle.decode(pose[label], label, state) for pose, label in zip(poses, labels, strict=True)]
+    assert_close("reconstructions", decoded, np.stack(expected).transpose(0, 2, 3, 1), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("primary_scale", [0.01, 1.0], ids=["reference scale", "hot"])
+def test_full_size_agrees(primary_scale):
+    """The 8.2 million weights of the reference model; at its own scale, capsules are only 4e-4 long: a lower floor."""
+    full = {name: value for name, value in zip(HOT, (256, 9, 32, 8, 9, primary_scale, 16, (512, 1024)), strict=True)}
+    pair = make_pair("float32", image_shape=(28, 28, 1), num_classes=10, batch=2, **full)
+    assert sum(param.size for param in to_torch(pair.jax_model).values()) == 8_214_272
+    floor = 1e-4 if primary_scale == 1 else 1e-7  # the gradient of decoder.2.weight is 4.5e-7
+    for name, actual, expected in divergences(pair):
+        assert_close(name, actual, expected, tolerance=TOLERANCE["float32"], floor=floor)
+
+
+def test_jit_and_the_other_convolution_change_nothing(float64):
+    """What runs on a GPU, XLA's own convolution, is the same function as what runs here."""
+    pair = make_pair(float64)
+    eager = pair.jax_model.encode(pair.images).poses
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("capsnet_jax.convolution.matrix_product", native_with_count := _Counted())
+        native = jax.jit(pair.jax_model.encode)(pair.images).poses
+    assert native_with_count.calls == 2
+    assert_close("native", native, eager, tolerance=1e-12)
+
+
+class _Counted:
+    """XLA's convolution, counting its traces, so that the test knows that it ran."""
+
+    calls = 0
+
+    def __call__(self, images, kernel, *, stride):
+        from capsnet_jax.convolution import native
+
+        self.calls += 1
+        return native(images, kernel, stride)
+
+
+def test_channels_last_and_first_are_told_apart(float64):
+    """A check of the checks: an image mirrored on one side only is noticed."""
+    pair = make_pair(float64)
+    mirrored = pair._replace(images=jnp.flip(pair.images, 2))
+    ours = pair.jax_model.encode(pair.images).poses
+    theirs = pair.torch_model.encode(mirrored.torch_batch[0]).poses
+    with pytest.raises(AssertionError, match="scale-relative error"):
+        assert_close("mirrored", ours, theirs.detach(), tolerance=1e-3)
+
+
+def test_float32_inputs_do_not_pass_as_float64(float64):
+    pair = make_pair(float64)
+    poses = pair.torch_model.float().encode(pair.torch_batch[0].float()).poses
+    with pytest.raises(AssertionError, match="dtype"):
+        assert_close("poses", pair.jax_model.encode(pair.images).poses, poses.detach(), tolerance=1)
+    assert poses.dtype == torch.float32

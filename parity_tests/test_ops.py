@@ -1,0 +1,55 @@
+"""Ops against their twins and the oracle, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from capsnet_jax import ops
+from capsnet_torch import ops as torch_ops
+from parity_tests import oracle
+from parity_tests.compare import TOLERANCE, assert_close
+
+SHAPE = (4, 5, 6)
+
+
+def poses(dtype: str, scale: float) -> np.ndarray:
+    return (scale * np.random.default_rng(3).normal(size=SHAPE)).astype(dtype)
+
+
+@pytest.mark.parametrize("scale", [0.05, 1, 20])
+@pytest.mark.parametrize("name", ["capsule_norm", "squash"])
+def test_values_and_gradients_agree(name, scale, dtype):
+    values = poses(dtype, scale)
+    weights = np.random.default_rng(4).normal(size=SHAPE[: 3 - (name == "capsule_norm")]).astype(dtype)
+    result, pull = jax.vjp(getattr(ops, name), jnp.asarray(values))
+    torch_values = torch.tensor(values, requires_grad=True)
+    torch_result = getattr(torch_ops, name)(torch_values)
+    torch_result.backward(torch.tensor(weights))
+    assert_close(name, result, torch_result.detach(), tolerance=TOLERANCE[dtype])
+    assert_close(f"gradient of {name}", pull(jnp.asarray(weights))[0], torch_values.grad, tolerance=TOLERANCE[dtype])
+
+
+def test_squash_agrees_with_the_oracle(float64):
+    values = poses(float64, 0.7)
+    expected = np.stack([[oracle.squash(vector) for vector in row] for row in values])
+    assert_close("squash", ops.squash(jnp.asarray(values)), expected, tolerance=1e-12)
+
+
+def test_both_sides_give_zero_for_zero(dtype):
+    zeros = np.zeros((2, 3), dtype)
+    torch_zeros = torch.tensor(zeros, requires_grad=True)
+    torch_ops.squash(torch_zeros).sum().backward()
+    np.testing.assert_array_equal(torch_zeros.grad, zeros)
+    np.testing.assert_array_equal(jax.grad(lambda x: ops.squash(x).sum())(jnp.asarray(zeros)), zeros)
+    np.testing.assert_array_equal(ops.squash(jnp.asarray(zeros)), zeros)
+
+
+def test_mask_by_label_agrees(dtype):
+    values, labels = poses(dtype, 1), np.array([3, 0, 4, 1])
+    masked = ops.mask_by_label(jnp.asarray(values), jnp.asarray(labels, "int32"))
+    expected = torch_ops.mask_by_label(torch.tensor(values), torch.tensor(labels))
+    np.testing.assert_array_equal(masked, expected)
+    np.testing.assert_array_equal(masked[np.arange(4), labels], values[np.arange(4), labels])
+    assert np.count_nonzero(masked) == 4 * SHAPE[2]
