@@ -6,8 +6,9 @@ from einops import rearrange, reduce
 from jaxtyping import Array, Float, Int
 
 
+@jax.custom_jvp
 def capsule_norm(poses: Float[Array, "*capsules h"]) -> Float[Array, "*capsules"]:
-    r"""Euclidean norm of each pose, $\|s\| = \sqrt{\sum_h s_h^2}$, with gradient zero at zero.
+    r"""Euclidean norm of each pose, $\|s\| = \sqrt{\sum_h s_h^2}$, with gradient $s / \|s\|$, and zero at zero.
 
     The pose is divided by its largest component first: in float32 the plain sum of squares is zero below 1e-23 and
     infinite above 1e19. The gradient of the plain norm at zero is NaN.
@@ -19,12 +20,18 @@ def capsule_norm(poses: Float[Array, "*capsules h"]) -> Float[Array, "*capsules"
         The lengths, in the units of the poses. Poses with subnormal components only count as zero, as XLA flushes
         those on most hardware.
     """
-    largest = jax.lax.stop_gradient(reduce(jnp.abs(poses), "... h -> ... 1", "max"))
-    nonzero = largest >= jnp.finfo(poses.dtype).tiny
-    # The inner `where` keeps the root away from zero, the outer one cuts its gradient: both are needed.
-    scale = jnp.where(nonzero, largest, 1)
-    squares = reduce(jnp.square(jnp.where(nonzero, poses / scale, 1)), "... h -> ... 1", "sum")
-    return rearrange(jnp.where(nonzero, scale * jnp.sqrt(squares), 0), "... 1 -> ...")
+    largest = reduce(jnp.abs(poses), "... h -> ... 1", "max")
+    scale = jnp.where(largest >= jnp.finfo(poses.dtype).tiny, largest, 1)
+    return jnp.sqrt(reduce(jnp.square(poses / scale), "... h -> ...", "sum")) * rearrange(scale, "... 1 -> ...")
+
+
+@capsule_norm.defjvp
+def _capsule_norm_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # A rule of our own, as the one derived would multiply by the scale before it divides by it, and underflow.
+    (poses,), (tangent,) = primals, tangents
+    norm = capsule_norm(poses)
+    direction = poses / rearrange(jnp.where(norm > 0, norm, 1), "... -> ... 1")
+    return norm, reduce(direction * tangent, "... h -> ...", "sum")
 
 
 def squash(poses: Float[Array, "*capsules h"]) -> Float[Array, "*capsules h"]:

@@ -67,7 +67,9 @@ def to_torch(model: CapsNet) -> StateDict:
     """
     params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     return {
-        row.name: np.array(rearrange(np.asarray(params[row.path][...]), f"{row.jax_axes} -> {row.torch_axes}"), order="C")
+        row.name: np.array(
+            rearrange(np.asarray(params[row.path][...]), f"{row.jax_axes} -> {row.torch_axes}"), order="C"
+        )
         for row in weight_table(len(model.encoder.capsule_layers))
     }
 

@@ -1,0 +1,59 @@
+"""Small real things to test with: a model, a data set, and the files it comes in."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from capsnet_jax import CapsNet
+from capsnet_jax.data import Dataset, make_dataset
+
+SMALL = {"stem_channels": 6, "stem_kernel": 3, "primary_groups": 2, "primary_dim": 4, "primary_kernel": 3}
+SMALL |= {"primary_scale": 1.0, "class_dim": 5, "decoder_hidden": (12, 14)}
+IMAGE_SHAPE = (9, 11, 1)
+
+
+@pytest.fixture
+def small_model() -> CapsNet:
+    return CapsNet(IMAGE_SHAPE, 10, **SMALL, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture
+def small_dataset() -> Dataset:
+    return make_small_dataset()
+
+
+@pytest.fixture
+def idx_folder(tmp_path: Path) -> Path:
+    """The four files of MNIST, with few and small images."""
+    folder = tmp_path / "idx"
+    folder.mkdir()
+    dataset = make_small_dataset()
+    for prefix, images, labels in (
+        ("train", dataset.train_images, dataset.train_labels),
+        ("t10k", dataset.test_images, dataset.test_labels),
+    ):
+        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images[..., 0])
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels.astype(np.uint8))
+    return folder
+
+
+def make_small_dataset() -> Dataset:
+    """A bright row or column says the class, so that it can be learnt."""
+    rng = np.random.default_rng(0)
+    splits = []
+    for count in (50, 23):
+        labels = rng.integers(0, 10, count)
+        images = rng.integers(0, 60, (count, *IMAGE_SHAPE), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[label if label < 5 else slice(None), slice(None) if label < 5 else label] = 255
+        splits += [images, labels]
+    return make_dataset(*splits, num_classes=10)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(gzip.compress(header + array.tobytes()))

@@ -1,0 +1,76 @@
+"""Values and gradients of the ops, from zero to 1e15."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from capsnet_jax.ops import capsule_norm, mask_by_label, squash
+
+SCALES = [1e-30, 1e-20, 1e-10, 1e-3, 1.0, 1e3, 1e10, 1e15]
+POSES = np.random.default_rng(0).normal(size=(4, 7))
+
+
+def exact_squash(poses: np.ndarray) -> np.ndarray:
+    """In NumPy float64, whose range is enough for the plain formula."""
+    norm = np.linalg.norm(poses, axis=-1, keepdims=True)
+    return norm * poses / (1 + norm**2)
+
+
+def exact_squash_pullback(poses: np.ndarray, cotangent: np.ndarray) -> np.ndarray:
+    norm = np.linalg.norm(poses, axis=-1, keepdims=True)
+    along = np.sum(cotangent * poses, axis=-1, keepdims=True) / norm
+    return norm / (1 + norm**2) * cotangent + (1 - norm**2) / (1 + norm**2) ** 2 * along * poses
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_norm_and_its_gradient_are_right_at_any_scale(scale):
+    poses = (scale * POSES).astype(np.float32)
+    norm, pull = jax.vjp(capsule_norm, jnp.asarray(poses))
+    expected = np.linalg.norm(poses.astype(np.float64), axis=-1)
+    np.testing.assert_allclose(norm, expected, rtol=1e-6)
+    np.testing.assert_allclose(pull(jnp.ones(4))[0], poses / expected[:, None], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_squash_and_its_gradient_are_right_at_any_scale(scale):
+    poses = (scale * POSES).astype(np.float32)
+    cotangent = np.random.default_rng(1).normal(size=poses.shape).astype(np.float32)
+    squashed, pull = jax.vjp(squash, jnp.asarray(poses))
+    exact = exact_squash(poses.astype(np.float64))
+    exact_grad = exact_squash_pullback(poses.astype(np.float64), cotangent.astype(np.float64))
+    # Below 1e-38, float32 has only zero.
+    np.testing.assert_allclose(squashed, exact, rtol=2e-6, atol=1e-37)
+    np.testing.assert_allclose(
+        pull(jnp.asarray(cotangent))[0], exact_grad, rtol=2e-6, atol=1e-6 * np.abs(exact_grad).max()
+    )
+
+
+@pytest.mark.parametrize("function", [capsule_norm, squash])
+def test_zero_poses_give_zero_and_zero_gradients(function):
+    poses = jnp.asarray(POSES, jnp.float32).at[2].set(0)
+    values, pull = jax.vjp(function, poses)
+    grads = pull(jnp.ones_like(values))[0]
+    assert np.all(values[2] == 0)
+    assert np.all(grads[2] == 0)
+    assert np.all(np.isfinite(grads))
+    assert np.all(grads[jnp.array([0, 1, 3])] != 0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(arrays(np.float32, (5,), elements=st.floats(-1e6, 1e6, width=32)))
+def test_squash_shortens_and_keeps_the_direction(pose):
+    squashed, norm = np.asarray(squash(jnp.asarray(pose)), np.float64), np.linalg.norm(pose.astype(np.float64))
+    assert np.linalg.norm(squashed) <= 1 + 1e-6
+    np.testing.assert_allclose(squashed * (1 + norm**2), pose * norm, rtol=1e-4, atol=1e-6 * norm**2 + 1e-30)
+
+
+def test_mask_by_label_keeps_the_capsule_of_the_label_only():
+    poses = jnp.asarray(np.random.default_rng(2).normal(size=(3, 4, 2)))
+    masked = mask_by_label(poses, jnp.array([1, 3, 0]))
+    for example, label in enumerate([1, 3, 0]):
+        np.testing.assert_array_equal(masked[example, label], poses[example, label])
+        assert np.count_nonzero(masked[example]) == 2

@@ -1,0 +1,143 @@
+"""Training: one program, reproducible steps; evaluation: every image once."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from capsnet_jax import UsageError, training
+from capsnet_jax.config import TrainingConfig
+from capsnet_jax.training import NonFiniteLossError, create_state, evaluate, fit, make_count_correct
+from capsnet_jax.weights import to_torch
+
+CONFIG = TrainingConfig(epochs=2, batch_size=8, learning_rate=0.01)
+
+
+def train(model, dataset, config=CONFIG, shift=0.2):
+    return list(fit(model, dataset, config, shift=shift))
+
+
+def test_it_learns(small_model, small_dataset):
+    before = to_torch(small_model)
+    progress = train(small_model, small_dataset, dataclasses.replace(CONFIG, epochs=20), shift=0.0)
+    assert progress[-1].losses["total"] < 0.5 * progress[0].losses["total"]
+    assert progress[-1].test.accuracy > 0.9
+    assert all(not np.array_equal(before[name], after) for name, after in to_torch(small_model).items())
+
+
+@pytest.mark.parametrize("steps_per_chunk", [0, 3])
+def test_a_run_compiles_once(steps_per_chunk, small_model, small_dataset, monkeypatch):
+    """Two epochs of six steps, and evaluations with a last batch that is not full."""
+    traces = {"train": 0, "evaluate": 0}
+    compute_losses, to_unit_range = training.compute_losses, training.to_unit_range
+
+    def counted_losses(*args, **kwargs):
+        traces["train"] += 1
+        return compute_losses(*args, **kwargs)
+
+    def counted_conversion(images):
+        traces["evaluate"] += images.shape[0] == 5
+        return to_unit_range(images)
+
+    monkeypatch.setattr(training, "compute_losses", counted_losses)
+    monkeypatch.setattr(training, "to_unit_range", counted_conversion)
+    monkeypatch.setattr(training, "evaluate", partial(evaluate, batch_size=5))
+    progress = train(small_model, small_dataset, dataclasses.replace(CONFIG, steps_per_chunk=steps_per_chunk))
+    assert len(progress) == 12 / max(steps_per_chunk, 1)
+    assert traces == {"train": 1, "evaluate": 1}
+
+
+def test_the_length_of_chunks_changes_nothing(small_dataset, small_model):
+    """Shifts depend on the key and the number of the step alone."""
+    weights = []
+    for steps_per_chunk in (1, 2, 6):
+        model = nnx.clone(small_model)
+        progress = train(model, small_dataset, dataclasses.replace(CONFIG, steps_per_chunk=steps_per_chunk))
+        assert [p.step for p in progress] == list(range(steps_per_chunk, 13, steps_per_chunk))
+        weights.append(to_torch(model))
+    for name in weights[0]:
+        scale = np.abs(weights[0][name]).max()
+        np.testing.assert_allclose(weights[1][name], weights[0][name], atol=1e-4 * scale)
+        np.testing.assert_allclose(weights[2][name], weights[0][name], atol=1e-4 * scale)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(small_model, small_dataset):
+    results = []
+    for seed in (0, 0, 1):
+        model = nnx.clone(small_model)
+        train(model, small_dataset, dataclasses.replace(CONFIG, seed=seed, epochs=1))
+        results.append(to_torch(model)["decoder.2.weight"])
+    np.testing.assert_array_equal(results[0], results[1])
+    assert not np.array_equal(results[0], results[2])
+
+
+def test_every_epoch_sees_every_image_at_most_once_in_another_order(small_model, small_dataset, monkeypatch):
+    seen = []
+    make_train_chunk = training.make_train_chunk
+
+    def recording(*args, **kwargs):
+        chunk = make_train_chunk(*args, **kwargs)
+
+        def record(state, images, labels, indices, key):
+            seen.append(np.asarray(indices).ravel())
+            return chunk(state, images, labels, indices, key)
+
+        return record
+
+    monkeypatch.setattr(training, "make_train_chunk", recording)
+    train(small_model, small_dataset, dataclasses.replace(CONFIG, steps_per_chunk=6))
+    assert [len(set(epoch)) for epoch in seen] == [48, 48]
+    assert list(seen[0]) != list(seen[1])
+
+
+def test_test_images_are_not_shifted(small_model, small_dataset):
+    """Evaluation inside training is the plain evaluation of the same weights."""
+    last = train(small_model, small_dataset)[-1]
+    graphdef, params = nnx.split(small_model)
+    again = evaluate(make_count_correct(graphdef), params, small_dataset.test_images, small_dataset.test_labels)
+    assert last.test == again
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 22, 23, 100])
+def test_every_image_is_counted_once(batch_size, small_model, small_dataset):
+    graphdef, params = nnx.split(small_model)
+    images, labels = small_dataset.test_images, small_dataset.test_labels
+    predictions = np.asarray(small_model.encode(jnp.asarray(images) / jnp.float32(255)).activations.argmax(axis=1))
+    # The last image, with which the last batch is padded, is one that the model gets right.
+    labels = np.where(np.arange(len(labels)) == len(labels) - 1, predictions, labels).astype(np.int32)
+    result = evaluate(make_count_correct(graphdef), params, images, labels, batch_size=batch_size)
+    assert result == (np.sum(predictions == labels), 23)
+    assert result.accuracy == np.mean(predictions == labels)
+
+
+def test_the_callers_weights_survive_donation(small_model):
+    before = to_torch(small_model)
+    _, state = create_state(small_model, optax.adam(0.1))
+    jax.tree.map(lambda array: array.delete(), state.params)
+    np.testing.assert_array_equal(to_torch(small_model)["decoder.2.bias"], before["decoder.2.bias"])
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(small_model, small_dataset):
+    config = dataclasses.replace(CONFIG, learning_rate=1e30, steps_per_chunk=3)
+    with pytest.raises(NonFiniteLossError, match=r"The loss of step \d+ is (nan|inf)"):
+        train(small_model, small_dataset, config)
+
+
+def test_the_step_named_is_the_first_wrong_one():
+    with pytest.raises(NonFiniteLossError, match="The loss of step 42 is nan"):
+        training._check_finite(np.array([1.0, 2.0, np.nan, np.inf]), first_step=40)
+
+
+def test_a_batch_larger_than_the_set_is_an_error(small_model, small_dataset):
+    with pytest.raises(UsageError, match="batch_size is 51, with only 50 training images"):
+        fit(small_model, small_dataset, dataclasses.replace(CONFIG, batch_size=51), shift=0.0)
+
+
+def test_chunks_that_do_not_fill_an_epoch_are_an_error(small_model, small_dataset):
+    with pytest.raises(UsageError, match="steps_per_chunk is 4, and must divide the 6 steps"):
+        fit(small_model, small_dataset, dataclasses.replace(CONFIG, steps_per_chunk=4), shift=0.0)
