@@ -1,6 +1,7 @@
 """The idx files that MNIST and its successors are published in."""
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 
@@ -64,9 +65,9 @@ def read_idx(path: Path, *, ndim: int) -> UInt8[np.ndarray, "..."]:
             f"{path} begins with {content[:4].hex()}; expected {magic.hex()}, unsigned bytes in {ndim} axes."
         )
     header = 4 + 4 * ndim
-    shape = tuple(np.frombuffer(content[4:header], ">u4").tolist())
-    if len(shape) != ndim or len(content) != header + int(np.prod(shape)):
-        raise UsageError(f"{path} has {len(content) - header} bytes of values; its header says {shape}.")
+    shape = tuple(int.from_bytes(content[start : start + 4], "big") for start in range(4, header, 4))
+    if len(content) != header + math.prod(shape):
+        raise UsageError(f"{path} has {len(content)} bytes; its header says {header + math.prod(shape)}, for {shape}.")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 

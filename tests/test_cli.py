@@ -1,0 +1,193 @@
+"""The command as users meet it: what it prints, leaves behind and refuses."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from flax import nnx
+
+from capsnet_jax.cli import default_config, main
+from capsnet_jax.config import PRESETS, Config
+from capsnet_jax.runs import load_run
+from capsnet_jax.training import evaluate, make_count_correct
+from capsnet_jax.weights import to_torch
+from tests.conftest import write_idx
+
+ROOT = Path(__file__).parent.parent
+SMALL = """
+    --stem-channels 6 --stem-kernel 3 --primary-groups 2 --primary-dim 4 --primary-kernel 3 --primary-scale 1
+    --class-dim 5 --decoder-hidden 12 14 --batch-size 8 --epochs 2 --learning-rate 0.01
+""".split()  # noqa: SIM905
+
+
+def train(idx_folder: Path, run_dir: Path, *more: str) -> int:
+    return main(
+        ["train", "--dataset", "mnist", "--data-dir", str(idx_folder), *SMALL, "--run-dir", str(run_dir), *more]
+    )
+
+
+@pytest.fixture
+def run_dir(idx_folder, tmp_path, capsys):
+    assert train(idx_folder, tmp_path / "run") == 0
+    return tmp_path / "run"
+
+
+def test_the_last_line_is_the_accuracy_on_all_test_images(run_dir, capsys, small_dataset):
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"test accuracy \d\.\d{4} on 23 images \(error \d+\.\d\d %\)", last)
+    _, model = load_run(run_dir)
+    graphdef, params = nnx.split(model)
+    test = evaluate(make_count_correct(graphdef), params, small_dataset.test_images, small_dataset.test_labels)
+    assert last.startswith(f"test accuracy {test.accuracy:.4f} ")
+
+
+def test_evaluate_reproduces_the_last_line(run_dir, capsys):
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert main(["evaluate", str(run_dir)]) == 0
+    assert capsys.readouterr().out.splitlines() == [last]
+
+
+def test_the_run_folder_holds_config_metrics_weights_and_picture(run_dir):
+    fields = json.loads((run_dir / "config.json").read_text())
+    assert fields["model"]["stem_channels"] == 6
+    assert fields["training"]["learning_rate"] == 0.01
+    assert (fields["image_shape"], fields["num_classes"]) == ([9, 11, 1], 10)
+    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["step"]) for line in metrics] == [(1, 6), (2, 12)]
+    assert all(np.isfinite(value) for line in metrics for value in line.values())
+    assert metrics[1]["train_total"] < metrics[0]["train_total"]
+    picture = matplotlib.image.imread(run_dir / "reconstructions.png")
+    assert len(np.unique(picture)) > 50
+    assert sorted(path.name for path in run_dir.iterdir()) == [
+        "config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "reconstructions.png",
+    ]
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(run_dir, idx_folder, capsys):
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    assert train(idx_folder, run_dir) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_training(idx_folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert train(idx_folder, tmp_path / "file" / "run") == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_keeps_what_was_saved(idx_folder, tmp_path, capsys):
+    assert train(idx_folder, tmp_path / "run", "--learning-rate", "1e30") == 1
+    assert re.search(r"The loss of step \d+ is (nan|inf)", capsys.readouterr().err)
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_evaluation_on_images_of_another_shape_is_an_error(run_dir, idx_folder, capsys):
+    for name, count in (("train", 50), ("t10k", 23)):
+        write_idx(idx_folder / f"{name}-images-idx3-ubyte.gz", np.zeros((count, 9, 12), np.uint8))
+    assert main(["evaluate", str(run_dir)]) == 2
+    assert "(9, 12, 1), and the model was made for (9, 11, 1)" in capsys.readouterr().err
+
+
+def test_your_own_routing_is_found_where_you_are(idx_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_routing.py").write_text(
+        "from capsnet_jax.routing import dynamic\n"
+        "def mean(votes, activations):\n"
+        "    return dynamic(votes, activations, num_iterations=1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert train(idx_folder, tmp_path / "run", "--routing", "my_routing:mean") == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["routing"] == "my_routing:mean"
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--dataset", "digits", "--preset", "readable"), "8 x 8 are too small"),
+        (("--preset", "nothing"), "expected readable, digits"),
+        (("--routing", "nothing"), "expected dynamic"),
+        (("--data-dir", "nowhere"), "nowhere does not exist"),
+        (("--batch-size", "5000"), "with only 1442 training images"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_wrong_option_is_one_sentence_and_leaves_nothing(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["--epochs", "--batch-size", "--num-iterations", "--primary-groups"])
+@pytest.mark.parametrize("value", ["0", "-3"])
+def test_a_number_below_1_is_an_error_with_the_name_and_the_value(name, value, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["train", name, value])
+    assert exit.value.code == 2
+    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert f"{name[2:].replace('-', '_')} is {value}, and must be at least 1" in error
+
+
+def test_evaluating_what_is_no_run_is_an_error(tmp_path, capsys):
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "is not the folder of a run: it has no config.json" in capsys.readouterr().err
+
+
+def test_the_preset_follows_the_data_set():
+    assert default_config([]) == PRESETS["digits"]
+    assert default_config(["--dataset", "mnist"]) == PRESETS["readable"]
+    assert default_config(["--dataset=mnist", "--preset=digits"]) == PRESETS["digits"]
+
+
+def test_help_names_every_field_with_its_default(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--help"])
+    assert exit.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for section in (PRESETS["digits"].model, PRESETS["digits"].data, PRESETS["digits"].training):
+        for name in vars(section):
+            assert f"--{name.replace('_', '-')}" in text
+    assert "Number of routing iterations. (default: 3)" in text
+    assert "(readable, digits)" not in text
+    assert all(preset in text for preset in PRESETS)
+
+
+def test_the_script_and_the_command_are_the_same(tmp_path):
+    """In processes of their own, as a user starts them, on the real digits."""
+    options = ["--epochs", "1", "--stem-channels", "8", "--seed", "3"]
+    commands = ([sys.executable, str(ROOT / "train.py")], [str(Path(sys.executable).parent / "capsnet"), "train"])
+    lines = []
+    for number, command in enumerate(commands):
+        arguments = [*command, *options, "--run-dir", f"run{number}"]
+        lines.append(
+            subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+        )
+    assert lines[0][-1] == lines[1][-1]
+    assert lines[0][0].startswith("CapsNet of ")
+    assert (tmp_path / "run0" / "model.safetensors").read_bytes() == (
+        tmp_path / "run1" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_the_config_survives_json():
+    config = Config.from_json(json.loads(json.dumps(PRESETS["digits"].to_json())))
+    assert config == PRESETS["digits"]
+
+
+def test_weights_on_disk_are_those_of_the_last_epoch(idx_folder, tmp_path):
+    """Half the run, again from the same seed, has other weights; they are not those of the first epoch."""
+    assert train(idx_folder, tmp_path / "two") == 0
+    assert train(idx_folder, tmp_path / "one", "--epochs", "1") == 0
+    weights = [to_torch(load_run(tmp_path / name)[1])["decoder.2.weight"] for name in ("one", "two")]
+    assert np.abs(weights[0] - weights[1]).max() > 1e-3

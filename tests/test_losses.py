@@ -1,0 +1,28 @@
+"""Losses against values worked out by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from capsnet_jax.losses import margin_loss, reconstruction_loss
+
+
+def test_margin_loss_by_hand():
+    activations = jnp.array([[0.5, 0.3, 0.05], [0.95, 0.1, 0.0]])
+    # The label's capsule misses 0.9 by 0.4, another is 0.2 over 0.1; then it misses by 0.9, another is 0.85 over.
+    expected = [0.4**2 + 0.5 * 0.2**2, 0.9**2 + 0.5 * 0.85**2]
+    np.testing.assert_allclose(margin_loss(activations, jnp.array([0, 2])), expected, rtol=1e-6)
+
+
+def test_margins_and_weight_are_arguments():
+    loss = margin_loss(jnp.array([[0.5, 0.4]]), jnp.array([0]), present=0.8, absent=0.2, absent_weight=2.0)
+    np.testing.assert_allclose(loss, [0.3**2 + 2 * 0.2**2], rtol=1e-6)
+
+
+def test_no_loss_inside_the_margins():
+    assert margin_loss(jnp.array([[0.95, 0.05, 0.1]]), jnp.array([0]))[0] == 0
+
+
+def test_reconstruction_loss_is_a_mean_over_pixels_and_channels():
+    images = jnp.zeros((2, 2, 3, 2))
+    loss = reconstruction_loss(images.at[0, 1, 2, 0].set(0.6), images)
+    np.testing.assert_allclose(loss, [0.36 / 12, 0], rtol=1e-6)
