@@ -159,7 +159,6 @@ def test_help_names_every_field_with_its_default(capsys):
         for name in vars(section):
             assert f"--{name.replace('_', '-')}" in text
     assert "Number of routing iterations. (default: 3)" in text
-    assert "(readable, digits)" not in text
     assert all(preset in text for preset in PRESETS)
 
 
