@@ -54,6 +54,41 @@ def squash(poses: Float[Array, "*capsules h"]) -> Float[Array, "*capsules h"]:
     return (norm / hypotenuse) * (poses / hypotenuse)
 
 
+def direction(poses: Float[Array, "*capsules h"]) -> Float[Array, "*capsules h"]:
+    r"""Each pose divided by its length, $s / \|s\|$; a pose of zero stays zero, with gradient zero.
+
+    Args:
+        poses: vectors along the last axis, of any length.
+
+    Returns:
+        Vectors of length 1 or 0.
+    """
+    # The direction does not depend on a common factor, so this one may count as a constant. Without it, the gradient
+    # divides by the square of the length, which underflows.
+    largest = jax.lax.stop_gradient(reduce(jnp.abs(poses), "... h -> ... 1", "max"))
+    scaled = poses / jnp.where(largest >= jnp.finfo(poses.dtype).tiny, largest, 1)
+    norm = rearrange(capsule_norm(scaled), "... -> ... 1")
+    return scaled / jnp.where(norm > 0, norm, 1)
+
+
+def exponential_squash(poses: Float[Array, "*capsules h"]) -> Float[Array, "*capsules h"]:
+    r"""Shrinks each pose to a norm in [0, 1) and keeps its direction; less than `squash` does to short poses.
+
+    $$v = (1 - e^{-\|s\|}) \frac{s}{\|s\|}$$
+
+    Args:
+        poses: vectors along the last axis, of any length.
+
+    Returns:
+        Vectors whose norm can be read as a probability. The value at zero is zero; so is the gradient that is given
+        there, as a zero vector has no direction.
+
+    References:
+        Mazzia, Salvetti, Chiaberge, "Efficient-CapsNet" (2021), section 3. https://arxiv.org/abs/2101.12491
+    """
+    return -jnp.expm1(-rearrange(capsule_norm(poses), "... -> ... 1")) * direction(poses)
+
+
 def mask_by_label(poses: Float[Array, "b o h"], labels: Int[Array, " b"]) -> Float[Array, "b o h"]:
     """Sets all capsules to zero but the one of the label.
 

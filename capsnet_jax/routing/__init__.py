@@ -1,52 +1,34 @@
 """Routing algorithms, each a pure function of one example; layers `jax.vmap` them, so no example can see another.
 
 A routing is any callable `(votes [i o h], activations [i]) -> Routed(poses [o h], activations [o], couplings [i o])`.
+Its keyword arguments are what it needs beyond that; see `Routing`. To add one: write its file, and name it here.
 """
 
-import functools
-import importlib
-import inspect
 from collections.abc import Callable
 
-from jaxtyping import Array, Float
-
 from capsnet_jax.capsules import Routed
-from capsnet_jax.errors import UsageError
 from capsnet_jax.routing.dynamic import dynamic
+from capsnet_jax.routing.em import em
+from capsnet_jax.routing.inverted_attention import inverted_attention
+from capsnet_jax.routing.kmeans import kmeans
+from capsnet_jax.routing.random import random
+from capsnet_jax.routing.self_attention import self_attention
+from capsnet_jax.routing.self_routing import self_routing
+from capsnet_jax.routing.uniform import uniform
+from capsnet_jax.routing.variational import variational
 
-__all__ = ["ROUTINGS", "Routing", "dynamic", "get_routing"]
+ROUTINGS: dict[str, Callable[..., Routed]] = {
+    "dynamic": dynamic,
+    "em": em,
+    "variational": variational,
+    "self_attention": self_attention,
+    "inverted_attention": inverted_attention,
+    "self_routing": self_routing,
+    "kmeans": kmeans,
+    "uniform": uniform,
+    "random": random,
+}
 
-Routing = Callable[[Float[Array, "i o h"], Float[Array, " i"]], Routed]
-
-ROUTINGS: dict[str, Callable[..., Routed]] = {"dynamic": dynamic}
-
-
-def get_routing(routing: str | Callable[..., Routed], *, num_iterations: int) -> Routing:
-    """The routing of a name, with its number of iterations bound.
-
-    Args:
-        routing: a name in `ROUTINGS`, the user's own as `package.module:function`, or the function itself.
-        num_iterations: passed to functions that take an argument of this name.
-
-    Raises:
-        UsageError: the name is unknown, or cannot be imported.
-    """
-    function = _find(routing) if isinstance(routing, str) else routing
-    if "num_iterations" in inspect.signature(function).parameters:
-        return functools.partial(function, num_iterations=num_iterations)
-    return function
-
-
-def _find(name: str) -> Callable[..., Routed]:
-    if name in ROUTINGS:
-        return ROUTINGS[name]
-    module, _, function = name.partition(":")
-    if not function:
-        raise UsageError(
-            f"Unknown routing {name!r}; expected {', '.join(ROUTINGS)} or your own as package.module:function."
-        )
-    try:
-        found: Callable[..., Routed] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"Routing {name!r} cannot be imported: {error}.") from error
-    return found
+# After ROUTINGS, in which it looks names up.
+from capsnet_jax.routing.binding import Routing as Routing  # noqa: E402
+from capsnet_jax.routing.binding import get_routing as get_routing  # noqa: E402

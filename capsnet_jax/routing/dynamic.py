@@ -6,11 +6,20 @@ from einops import reduce
 from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Routed
-from capsnet_jax.errors import UsageError
 from capsnet_jax.ops import capsule_norm, squash
+from capsnet_jax.routing.arguments import check_arguments
 
 
-def dynamic(votes: Float[Array, "i o h"], activations: Float[Array, " i"], *, num_iterations: int = 3) -> Routed:
+def dynamic(
+    votes: Float[Array, "i o h"],
+    activations: Float[Array, " i"],
+    *,
+    num_iterations: int = 3,
+    leaky: bool = False,
+    detach: bool = False,
+    prior_logits: Float[Array, "i o"] | float | None = None,
+    capsule_bias: Float[Array, "o h"] | float | None = None,
+) -> Routed:
     r"""Routing by agreement: an input capsule sends more to those outputs that its vote agrees with.
 
     From logits $b_{io} = 0$, `num_iterations` times:
@@ -23,26 +32,44 @@ def dynamic(votes: Float[Array, "i o h"], activations: Float[Array, " i"], *, nu
         votes: $u_{io}$, what input capsule i predicts for output capsule o, for one example.
         activations: not used: a squashed capsule's activation is already in the length of its votes.
         num_iterations: number of times the output capsules are computed; 1 is a plain mean of the votes.
+        leaky: each input capsule may send a share to nowhere: the softmax has one more term, of logit zero, and the
+            couplings sum to less than 1.
+        detach: gradients pass through the last iteration only, the earlier ones count as constants.
+        prior_logits: what the logits start from, in place of zero; learned. Note 3 of section 2 of the paper.
+        capsule_bias: added before squash in every iteration; learned, as in the authors' code.
 
     Returns:
         The squashed output capsules, their norms as activations, and the couplings of the last iteration.
 
     Raises:
-        UsageError: `num_iterations` is less than 1.
+        UsageError: votes or activations are of a wrong shape, or `num_iterations` is less than 1.
 
     References:
         Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules" (2017), procedure 1. https://arxiv.org/abs/1710.09829
+        Leaky softmax and bias: https://github.com/Sarasra/models, research/capsules.
     """
     # axes: i = input capsules, o = output capsules, h = output pose size
-    if num_iterations < 1:
-        raise UsageError(f"num_iterations is {num_iterations}, and must be at least 1.")
+    check_arguments("dynamic", votes, activations, num_iterations=num_iterations)
     num_outputs = votes.shape[1]
+    constant = jax.lax.stop_gradient if detach else lambda array: array
+    bias = 0 if capsule_bias is None else capsule_bias
     logits = jnp.zeros_like(votes[..., 0])
-    couplings = jnp.full_like(logits, 1 / num_outputs)
-    # Written as a sum: as an einsum with constant couplings, XLA folds constants at length during compilation.
-    poses = squash(reduce(votes, "i o h -> o h", "sum") / num_outputs)
+    if prior_logits is None:
+        couplings = jnp.full_like(logits, 1 / (num_outputs + leaky))
+        # Written as a sum: as an einsum with constant couplings, XLA folds constants at length during compilation.
+        poses = squash(reduce(votes, "i o h -> o h", "sum") / (num_outputs + leaky) + bias)
+    else:
+        logits += prior_logits
+        couplings = _softmax(logits, leaky)
+        poses = squash(jnp.einsum("io,ioh->oh", couplings, votes) + bias)
     for _ in range(num_iterations - 1):
-        logits += jnp.einsum("ioh,oh->io", votes, poses)
-        couplings = jax.nn.softmax(logits, axis=1)
-        poses = squash(jnp.einsum("io,ioh->oh", couplings, votes))
+        logits += constant(jnp.einsum("ioh,oh->io", votes, poses))
+        couplings = _softmax(logits, leaky)
+        poses = squash(jnp.einsum("io,ioh->oh", couplings, votes) + bias)
     return Routed(poses, capsule_norm(poses), couplings)
+
+
+def _softmax(logits: Float[Array, "i o"], leaky: bool) -> Float[Array, "i o"]:
+    if leaky:
+        logits = jnp.pad(logits, ((0, 0), (1, 0)))
+    return jax.nn.softmax(logits, axis=1)[:, int(leaky) :]

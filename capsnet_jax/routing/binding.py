@@ -1,0 +1,220 @@
+"""From the name of a routing to what a layer calls: options bound, weights known, results checked."""
+
+import functools
+import importlib
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import AbstractArray, Array, Float
+
+from capsnet_jax.capsules import Routed
+from capsnet_jax.errors import UsageError
+from capsnet_jax.routing import ROUTINGS
+
+GIVEN = ("votes", "activations", "poses", "softmax", "num_iterations")  # by the layer, to a routing that has them
+OPTION_TYPES = (bool, int, float, str)
+
+
+class Weight(NamedTuple):
+    """A weight that a routing learns: its axes, as letters i, o, d and h, and the constant it starts from."""
+
+    axes: tuple[str, ...]
+    initial: float
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A routing algorithm as a layer calls it, for one example. Equal routings are equal, and hash alike.
+
+    A layer gives a routing the votes and activations, and what else it has an argument for:
+
+    - `poses`: those of the input capsules, `[i d]`;
+    - `num_iterations`;
+    - every keyword argument annotated as an array, such as `beta: Float[Array, "i o"] | float = 0.0`: a weight, which
+      the layer learns, of the axes i (input capsules), o (output capsules), d (input pose size) and h (output pose
+      size), from that constant;
+    - `softmax`: the softmax over all parents of an input capsule, from `[positions i o]` to the same. A convolutional
+      layer calls a routing with this argument once, with votes `[positions i o h]`; one without, for each position.
+
+    All other keyword arguments are options, which the user may set.
+
+    Attributes:
+        name: as the user gave it, for messages.
+        function: the algorithm.
+        options: keyword arguments that are bound.
+    """
+
+    name: str
+    function: Callable[..., Routed]
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(
+        self, votes: Float[Array, "*positions i o h"], activations: Float[Array, "*positions i"], **given: Any
+    ) -> Routed:
+        """The output capsules of one example.
+
+        Args:
+            votes: what each input capsule predicts for each output capsule.
+            activations: those of the input capsules.
+            given: weights, and poses and softmax, which are passed on if the routing has an argument for them.
+
+        Raises:
+            UsageError: the result is not a `Routed` of the right shapes.
+        """
+        given = {name: value for name, value in given.items() if self.takes(name)}
+        routed = self.function(votes, activations, **(dict(self.options) | given))
+        *positions, inputs, outputs, size = votes.shape
+        expected = {
+            "poses": (*positions, outputs, size),
+            "activations": (*positions, outputs),
+            "couplings": (*positions, inputs, outputs),
+        }
+        for field, shape in expected.items():
+            array = getattr(routed, field, None)
+            if not isinstance(array, jax.Array) or array.shape != shape:
+                got = getattr(array, "shape", type(array).__name__)
+                raise UsageError(
+                    f"Routing {self.name}: {field} are {got}; expected {shape} from votes of shape {votes.shape}, in a "
+                    f"Routed(poses, activations, couplings)."
+                )
+        return routed
+
+    def takes(self, argument: str) -> bool:
+        """Whether the function has an argument of this name."""
+        return argument in _parameters(self.function)
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        """The weights to be learnt; those that start from None are not there."""
+        initial = dict(self.options)
+        weights = {}
+        for name, parameter in _parameters(self.function).items():
+            axes = _axes(parameter)
+            value = initial.get(name, parameter.default)
+            if axes is not None and value is not None:
+                weights[name] = Weight(axes, value)
+        return weights
+
+
+def get_routing(routing: str | Callable[..., Routed] | Routing, *, num_iterations: int = 3) -> Routing:
+    """The routing of a name, with its options bound.
+
+    Args:
+        routing: a name in `ROUTINGS`, the user's own as `package.module:function`, or the function itself. Options
+            follow a name after commas: "dynamic,leaky=true,capsule_bias=0.1"; those of a function are bound by
+            `functools.partial`.
+        num_iterations: passed to functions that take an argument of this name, unless it is among the options.
+
+    Raises:
+        UsageError: the name is unknown, cannot be imported or is not callable, or has no such option.
+    """
+    if isinstance(routing, Routing):
+        return routing
+    if isinstance(routing, str):
+        name, *settings = routing.split(",")
+        function = _find(name)
+        options = _options(name, function, settings)
+    else:
+        name, function = getattr(routing, "__name__", str(routing)), routing
+        options = dict(routing.keywords) if isinstance(routing, functools.partial) else {}
+        function = routing.func if isinstance(routing, functools.partial) else routing
+    if not callable(function):
+        raise UsageError(
+            f"Routing {name!r} is {type(function).__name__}; expected a function of votes and activations."
+        )
+    parameters = _parameters(function)
+    if "num_iterations" in parameters:
+        options = {"num_iterations": num_iterations} | options
+        if options["num_iterations"] < 1:
+            raise UsageError(f"Routing {name}: num_iterations is {options['num_iterations']}, and must be at least 1.")
+    for parameter in parameters.values():
+        _check_weight(name, parameter)
+    return Routing(name, function, tuple(sorted(options.items())))
+
+
+def describe_options(function: Callable[..., Routed]) -> str:
+    """The options of a routing with types and defaults, for help and messages."""
+    described = [
+        f"{name} ({_option_type(parameter).__name__}, {parameter.default})"
+        for name, parameter in _parameters(function).items()
+        if name not in GIVEN or name == "num_iterations"
+    ]
+    return ", ".join(described) or "none"
+
+
+def _find(name: str) -> Callable[..., Routed]:
+    if name in ROUTINGS:
+        return ROUTINGS[name]
+    module, _, function = name.partition(":")
+    if not function:
+        raise UsageError(
+            f"Unknown routing {name!r}; expected {', '.join(ROUTINGS)} or your own as package.module:function."
+        )
+    try:
+        found: Callable[..., Routed] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"Routing {name!r} cannot be imported: {error}.") from error
+    return found
+
+
+def _options(name: str, function: Callable[..., Routed], settings: list[str]) -> dict[str, Any]:
+    options = {}
+    for setting in settings:
+        option, _, text = setting.partition("=")
+        parameter = _parameters(function).get(option)
+        if parameter is None or (option in GIVEN and option != "num_iterations"):
+            raise UsageError(f"Routing {name} has no option {option!r}; expected {describe_options(function)}.")
+        options[option] = _value(name, parameter, text)
+    return options
+
+
+def _value(name: str, parameter: inspect.Parameter, text: str) -> bool | int | float | str:
+    kind = _option_type(parameter)
+    try:
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError) as error:
+        expected = "true or false" if kind is bool else kind.__name__
+        raise UsageError(f"Routing {name}: {parameter.name} is {text!r}; expected {expected}.") from error
+
+
+def _option_type(parameter: inspect.Parameter) -> type:
+    """What an option is written as; a weight is written as the number that it starts from."""
+    if _axes(parameter) is not None:
+        return float
+    if parameter.annotation in OPTION_TYPES:
+        return typing.cast(type, parameter.annotation)
+    return type(parameter.default) if type(parameter.default) in OPTION_TYPES else str
+
+
+def _check_weight(name: str, parameter: inspect.Parameter) -> None:
+    axes = _axes(parameter)
+    if axes is None:
+        return
+    unknown = [axis for axis in axes if axis not in ("i", "o", "d", "h")]
+    if unknown or parameter.default is inspect.Parameter.empty:
+        raise UsageError(
+            f"Routing {name}: the weight {parameter.name} has the axes {' '.join(axes)!r} and the default "
+            f"{parameter.default}; expected axes among i, o, d and h, and the number that it starts from."
+        )
+
+
+def _axes(parameter: inspect.Parameter) -> tuple[str, ...] | None:
+    """The axes of an argument annotated as an array; None if it is not a weight."""
+    if parameter.name in GIVEN:
+        return None
+    for option in (parameter.annotation, *typing.get_args(parameter.annotation)):
+        if isinstance(option, type) and issubclass(option, AbstractArray):
+            return tuple(option.dim_str.split())
+    return None
+
+
+@functools.cache
+def _parameters(function: Callable[..., Routed]) -> dict[str, inspect.Parameter]:
+    try:
+        return dict(inspect.signature(function, eval_str=True).parameters)
+    except NameError:  # an annotation that names what is imported for type checkers only
+        return dict(inspect.signature(function).parameters)

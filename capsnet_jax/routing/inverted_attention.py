@@ -1,0 +1,64 @@
+"""Inverted dot-product attention routing."""
+
+import jax
+import jax.numpy as jnp
+from einops import reduce
+from jaxtyping import Array, Float
+
+from capsnet_jax.capsules import Routed
+from capsnet_jax.routing.arguments import check_arguments
+
+
+def inverted_attention(
+    votes: Float[Array, "i o h"],
+    activations: Float[Array, " i"],
+    *,
+    num_iterations: int = 3,
+    gain: Float[Array, " h"] | float = 1.0,
+    offset: Float[Array, " h"] | float = 0.0,
+    readout: Float[Array, " h"] | float = 0.0,
+    readout_bias: Float[Array, ""] | float = 0.0,
+    epsilon: float = 1e-5,
+) -> Routed:
+    r"""Attention with the softmax over the queries: inputs are shared out among outputs, whose poses are normalised.
+
+    From $v_o = \mathrm{LN}(\sum_i u_{io} / O)$, `num_iterations` - 1 times:
+
+    $$c_{io} = \mathrm{softmax}_o \frac{u_{io} \cdot v_o}{\sqrt h}, \quad
+      v_o = \mathrm{LN}\Bigl(\sum_i c_{io} u_{io}\Bigr)$$
+
+    Args:
+        votes: $u_{io}$, for one example.
+        activations: not used.
+        num_iterations: number of times the output capsules are computed; the paper counts one fewer.
+        gain: factor of the layer norm LN; learned.
+        offset: offset of the layer norm; learned.
+        readout: weight $w$ of the activations; learned.
+        readout_bias: bias $\beta$ of the activations; learned.
+        epsilon: added to the variance in the layer norm.
+
+    Returns:
+        The normalised output capsules, the activations $\sigma(w \cdot v_o + \beta)$, and the couplings of the last
+        iteration. All normalised poses are of one length, so that it can tell nothing; the paper reads logits of
+        class capsules with one linear function shared by all of them, and so does this.
+
+    Raises:
+        UsageError: votes or activations are of a wrong shape, or `num_iterations` is less than 1.
+
+    References:
+        Tsai, Srivastava, Goh, Salakhutdinov, "Capsules with Inverted Dot-Product Attention Routing" (2020),
+        algorithm 1, one layer after the other ("sequential"). https://arxiv.org/abs/2002.04764
+    """
+    check_arguments("inverted_attention", votes, activations, num_iterations=num_iterations)
+    num_outputs, size = votes.shape[1:]
+
+    def layer_norm(poses: Float[Array, "o h"]) -> Float[Array, "o h"]:
+        return jax.nn.standardize(poses, axis=-1, epsilon=epsilon) * gain + offset
+
+    couplings = jnp.full_like(votes[..., 0], 1 / num_outputs)
+    poses = layer_norm(reduce(votes, "i o h -> o h", "sum") / num_outputs)
+    for _ in range(num_iterations - 1):
+        couplings = jax.nn.softmax(jnp.einsum("ioh,oh->io", votes, poses) / size**0.5, axis=1)
+        poses = layer_norm(jnp.einsum("io,ioh->oh", couplings, votes))
+    logits = reduce(poses * readout, "o h -> o", "sum") + readout_bias
+    return Routed(poses, jax.nn.sigmoid(logits), couplings)

@@ -1,0 +1,46 @@
+"""Self-attention routing of Efficient-CapsNet: no iterations."""
+
+import jax
+import jax.numpy as jnp
+from einops import reduce
+from jaxtyping import Array, Float
+
+from capsnet_jax.capsules import Routed
+from capsnet_jax.ops import capsule_norm, exponential_squash
+from capsnet_jax.routing.arguments import check_arguments
+
+
+def self_attention(
+    votes: Float[Array, "i o h"], activations: Float[Array, " i"], *, prior: Float[Array, "i o"] | float = 0.0
+) -> Routed:
+    r"""An input capsule sends more to those outputs for which its vote agrees with all other votes.
+
+    $$a_{io} = \frac{1}{\sqrt h} u_{io} \cdot \sum_k u_{ko}, \quad
+      c_{io} = \mathrm{softmax}_o(a_{io}) + B_{io}, \quad
+      v_o = \mathrm{squash}\Bigl(\sum_i c_{io} u_{io}\Bigr)$$
+
+    with $\mathrm{squash}(s) = (1 - e^{-\|s\|}) s / \|s\|$. The sum over k is taken first: the matrix of all pairs of
+    votes, whose rows the paper adds up, is never made.
+
+    Args:
+        votes: $u_{io}$, for one example.
+        activations: not used.
+        prior: $B_{io}$, added to the couplings; learned.
+
+    Returns:
+        The squashed output capsules, their norms as activations, and the couplings $c$, which sum to 1 plus the sum
+        of the prior.
+
+    Raises:
+        UsageError: votes or activations are of a wrong shape.
+
+    References:
+        Mazzia, Salvetti, Chiaberge, "Efficient-CapsNet: Capsule Network with Self-Attention Routing" (2021),
+        section 3.2. https://arxiv.org/abs/2101.12491
+    """
+    check_arguments("self_attention", votes, activations)
+    total = reduce(votes, "i o h -> o h", "sum")
+    attention = jnp.einsum("ioh,oh->io", votes, total) / votes.shape[-1] ** 0.5
+    couplings = jax.nn.softmax(attention, axis=1) + prior
+    poses = exponential_squash(jnp.einsum("io,ioh->oh", couplings, votes))
+    return Routed(poses, capsule_norm(poses), couplings)

@@ -1,0 +1,97 @@
+"""Capsule routing by variational Bayes: a mixture of Gaussians whose parameters have distributions, too."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, reduce
+from jax.scipy.special import digamma
+from jaxtyping import Array, Float
+
+from capsnet_jax.capsules import Routed
+from capsnet_jax.routing.arguments import check_arguments
+
+
+def variational(
+    votes: Float[Array, "i o h"],
+    activations: Float[Array, " i"],
+    *,
+    num_iterations: int = 3,
+    beta: Float[Array, " o"] | float = 0.0,
+    alpha0: float = 1.0,
+    kappa0: float = 1.0,
+    psi0: float = 1.0,
+    epsilon: float = 1e-7,
+) -> Routed:
+    r"""As EM routing, but with priors, so that no Gaussian's variance can collapse onto a single vote.
+
+    Parameters, with $r_{io} = 1 / O$ at first, $\nu_0 = h + 1$ and a prior mean of zero:
+
+    $$R_o = \sum_i a_i r_{io}, \quad \alpha_o = \alpha_0 + R_o, \quad \kappa_o = \kappa_0 + R_o, \quad
+      \nu_o = \nu_0 + R_o, \quad \bar u_o = \frac{1}{R_o} \sum_i a_i r_{io} u_{io}, \quad
+      m_o = \frac{R_o}{\kappa_o} \bar u_o$$
+
+    $$\psi^{-1}_{oh} = \psi_0 + \sum_i a_i r_{io} (u_{ioh} - \bar u_{oh})^2
+      + \frac{\kappa_0 R_o}{\kappa_o} \bar u_{oh}^2$$
+
+    Assignments, with $\Psi$ the digamma function:
+
+    $$E_o = \Psi(\alpha_o) - \Psi\Bigl(\sum_k \alpha_k\Bigr), \quad
+      L_o = \sum_{d=0}^{h-1} \Psi\Bigl(\frac{\nu_o - d}{2}\Bigr) + h \ln 2 + \sum_h \ln \psi_{oh}$$
+
+    $$r_{io} = \mathrm{softmax}_o \Bigl(E_o + \tfrac12 L_o - \tfrac12 \bigl(\frac{h}{\kappa_o}
+      + \nu_o \sum_h \psi_{oh} (u_{ioh} - m_{oh})^2\bigr)\Bigr)$$
+
+    In the end, the less entropy a Gaussian has, the more active it is:
+
+    $$a_o = \mathrm{sigmoid}\Bigl(\beta_o - e^{E_o} \bigl(\tfrac{h}{2} \ln 2 \pi e - \tfrac12 L_o\bigr)\Bigr)$$
+
+    Args:
+        votes: $u_{io}$, for one example.
+        activations: $a_i$ of the input capsules, in [0, 1].
+        num_iterations: number of times the parameters are computed.
+        beta: threshold of the activation; learned. It is the paper's $\beta_a - \beta_u$.
+        alpha0: prior of the mixing proportions.
+        kappa0: how many votes the prior mean counts for.
+        psi0: prior of the inverse scale.
+        epsilon: added to $R_o$ where it divides.
+
+    Returns:
+        The posterior means $m$ as poses, the activations, and the couplings $r$ of the last iteration.
+
+    Raises:
+        UsageError: votes or activations are of a wrong shape, or `num_iterations` is less than 1.
+
+    References:
+        Ribeiro, Leontidis, Kollias, "Capsule Routing via Variational Bayes" (2020), algorithm 1, with diagonal
+        precision matrices. https://arxiv.org/abs/1905.11455
+        The authors' code, https://github.com/fabio-deep/Variational-Capsule-Routing, leaves $E_o$ out of the numerator
+        of the softmax, and batch-normalises means and activations; this does not, as an example would see its batch.
+    """
+    check_arguments("variational", votes, activations, num_iterations=num_iterations)
+    num_outputs, size = votes.shape[1:]
+    couplings = jnp.full_like(votes[..., 0], 1 / num_outputs)
+    for iteration in range(1, num_iterations + 1):
+        # parameters
+        shares = couplings * activations[:, None]
+        mass = shares.sum(axis=0)[:, None]
+        alpha, kappa, nu = alpha0 + mass, kappa0 + mass, size + 1 + mass
+        mean_votes = jnp.einsum("io,ioh->oh", shares, votes) / (mass + epsilon)
+        means = mass / kappa * mean_votes
+        scatter = jnp.einsum("io,ioh->oh", shares, jnp.square(votes - mean_votes))
+        inverse_psi = psi0 + scatter + kappa0 * mass / kappa * jnp.square(mean_votes)
+        # what the assignments need of them
+        log_share = (digamma(alpha) - digamma(alpha.sum()))[:, 0]
+        log_precision = (
+            reduce(digamma((nu - jnp.arange(size)) / 2), "o h -> o", "sum")
+            + size * math.log(2)
+            - reduce(jnp.log(inverse_psi), "o h -> o", "sum")
+        )
+        if iteration == num_iterations:
+            break
+        # assignments
+        distances = reduce(jnp.square(votes - means) / inverse_psi, "i o h -> i o", "sum")
+        expected = size / rearrange(kappa, "o 1 -> o") + rearrange(nu, "o 1 -> o") * distances
+        couplings = jax.nn.softmax(log_share + 0.5 * log_precision - 0.5 * expected, axis=1)
+    entropy = 0.5 * size * math.log(2 * math.pi * math.e) - 0.5 * log_precision
+    return Routed(means, jax.nn.sigmoid(beta - jnp.exp(log_share) * entropy), couplings)
