@@ -1,4 +1,4 @@
-"""The console command: capsnet train | evaluate."""
+"""The console command: capsnet train | evaluate | check-routing."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from capsnet_jax.check_routing import CheckRouting
 from capsnet_jax.config import PRESETS, Config, DataConfig
 from capsnet_jax.data import Dataset, load_dataset, to_unit_range
 from capsnet_jax.errors import UsageError
@@ -41,11 +42,11 @@ class Train:
 
     def run(self) -> None:
         config = self.config
-        dataset = load_dataset(config.data.dataset, config.data.data_dir)
+        dataset = load_dataset(config.data.dataset, config.data.data_dir).limited(config.data.train_limit)
         folder = self.run_dir or Path("runs") / f"{config.data.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
         run = Run(folder, config, dataset.image_shape, dataset.num_classes)
         model = run.new_model()
-        training = fit(model, dataset, config.training, shift=config.data.shift)
+        training = fit(model, dataset, config.training, shift=config.data.shift, shift_pixels=config.data.shift_pixels)
         run.create_folder()
         console = Console(highlight=False)
         console.print(describe(model, dataset), f"Run folder: {folder}", sep="\n", soft_wrap=True)
@@ -55,7 +56,8 @@ class Train:
                 run.record(progress)
                 run.save_weights(model)
                 final = progress.test
-        run.save_picture(picture(model, dataset))
+        if model.decoder is not None:
+            run.save_picture(picture(model, dataset))
         print(final_line(final))
 
 
@@ -78,20 +80,28 @@ class Evaluate:
         print(final_line(evaluate(make_count_correct(graphdef), params, dataset.test_images, dataset.test_labels)))
 
 
-COMMANDS: dict[str, Callable[..., Train | Evaluate]] = {"train": Train, "evaluate": Evaluate}
+@runtime_checkable
+class Command(Protocol):
+    """What a command line asks for."""
+
+    def run(self) -> int | None:
+        """Does it; returns the exit status, if it is not 0."""
+
+
+COMMANDS: dict[str, Callable[..., Command]] = {"train": Train, "evaluate": Evaluate, "check-routing": CheckRouting}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0 if all went well, 1 if training met a loss that is not finite, 2 if the user has to mend something, and 130
-        if interrupted.
+        0 if all went well, 1 if training met a loss that is not finite or a check failed, 2 if the user has to mend
+        something, and 130 if interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     sys.path.insert(0, "")  # a routing of the user's own is looked for where they are, as `python` would
     try:
-        parse(argv).run()
+        return parse(argv).run() or 0
     except UsageError as error:
         print(f"capsnet: error: {error}", file=sys.stderr)
         return 2
@@ -101,10 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("capsnet: interrupted; the run folder keeps the weights of the last whole epoch.", file=sys.stderr)
         return 130
-    return 0
 
 
-def parse(argv: Sequence[str]) -> Train | Evaluate:
+def parse(argv: Sequence[str]) -> Command:
     """The command of these arguments; help and errors of syntax end the program, with status 0 and 2."""
     if argv[:1] == ["train"]:
         default = Train(default_config(argv[1:]))
@@ -113,6 +122,8 @@ def parse(argv: Sequence[str]) -> Train | Evaluate:
         )
     if argv[:1] == ["evaluate"]:
         return tyro.cli(Evaluate, args=argv[1:], prog="capsnet evaluate")
+    if argv[:1] == ["check-routing"]:
+        return tyro.cli(CheckRouting, args=argv[1:], prog="capsnet check-routing")
     return tyro.extras.subcommand_cli_from_dict(COMMANDS, args=argv, prog="capsnet", description=__doc__)
 
 

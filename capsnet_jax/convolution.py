@@ -34,6 +34,27 @@ def convolve(images: Images, kernel: Kernel, stride: int) -> Features:
     )
 
 
+def depthwise(
+    images: Images, kernel: Float[Array, "kernel_height kernel_width 1 channels"], stride: int
+) -> Float[Array, "b out_height out_width channels"]:
+    """Cross-correlates each channel with a filter of its own, without padding.
+
+    Args:
+        images: at least as high and wide as the kernel.
+        kernel: one filter for each channel.
+        stride: step of the kernel, in pixels, along both axes.
+    """
+    # A channel sees too little for a matrix product.
+    taps = jnp.stack(_taps(images, kernel, stride))
+    weights = rearrange(kernel, "height width 1 channels -> (height width) channels")
+    return jnp.einsum("tbhwc,tc->bhwc", taps, weights)
+
+
+def positions_after(size: tuple[int, int], kernel: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Height and width of what a convolution without padding makes of this height and width."""
+    return (size[0] - kernel[0]) // stride + 1, (size[1] - kernel[1]) // stride + 1
+
+
 def native(images: Images, kernel: Kernel, stride: int) -> Features:
     """The convolution of XLA: cuDNN's on a GPU."""
     return jax.lax.conv_general_dilated(
@@ -43,19 +64,23 @@ def native(images: Images, kernel: Kernel, stride: int) -> Features:
 
 def matrix_product(images: Images, kernel: Kernel, stride: int) -> Features:
     """All patches under the kernel as the rows of one matrix, times the kernel as another."""
-    kernel_height, kernel_width, _, _ = kernel.shape
-    out_height = (images.shape[1] - kernel_height) // stride + 1
-    out_width = (images.shape[2] - kernel_width) // stride + 1
+    patches = jnp.concatenate(_taps(images, kernel, stride), axis=-1)
+    return patches @ rearrange(kernel, "height width channels features -> (height width channels) features")
 
-    def under(row: int, column: int) -> Images:
-        """What each position of the kernel sees of the image under one of its taps."""
+
+def _taps(
+    images: Images, kernel: Float[Array, "kernel_height kernel_width ..."], stride: int
+) -> list[Float[Array, "b out_height out_width channels"]]:
+    """What each position of the kernel sees of the image under each of its taps, row by row."""
+    height, width = kernel.shape[:2]
+    out_height, out_width = positions_after((images.shape[1], images.shape[2]), (height, width), stride)
+
+    def under(row: int, column: int) -> Float[Array, "b out_height out_width channels"]:
         rows = slice(row, row + stride * (out_height - 1) + 1, stride)
         columns = slice(column, column + stride * (out_width - 1) + 1, stride)
         return images[:, rows, columns]
 
-    taps = [under(row, column) for row in range(kernel_height) for column in range(kernel_width)]
-    patches = jnp.concatenate(taps, axis=-1)
-    return patches @ rearrange(kernel, "height width channels features -> (height width channels) features")
+    return [under(row, column) for row in range(height) for column in range(width)]
 
 
 def _forward(images: Images, kernel: Kernel, stride: int) -> tuple[Features, tuple[Images, Kernel]]:

@@ -1,11 +1,28 @@
-"""The initial distributions of the PyTorch model, so that both sides start training from the same place."""
+"""The initial distributions of the models that are reproduced here, so that training starts from the same place."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 from jaxtyping import Array, Float
 
 Initializer = Callable[..., Float[Array, "..."]]
+
+
+class Scheme(NamedTuple):
+    """How a model draws its weights: functions of the number of inputs that an output sums over.
+
+    Attributes:
+        stem: kernels of the first convolutions.
+        kernel: kernels of primary capsules, and the dense layer in the middle of the decoder.
+        bias: biases of both.
+        einsum: capsule weights, and the outer layers of the decoder.
+    """
+
+    stem: Callable[[int], Initializer]
+    kernel: Callable[[int], Initializer]
+    bias: Callable[[int], Initializer]
+    einsum: Callable[[int], Initializer]
 
 
 def fan_in_uniform(fan_in: int) -> Initializer:
@@ -32,3 +49,21 @@ def unit_variance_uniform(fan_in: int) -> Initializer:
 
 def _uniform(bound: float) -> Initializer:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+# Named as in `ModelConfig.initial_weights`. Those of the authors: https://github.com/Sarasra/models, research/capsules.
+SCHEMES: dict[str, Scheme] = {
+    "torch": Scheme(fan_in_uniform, fan_in_uniform, fan_in_uniform, unit_variance_uniform),
+    "official": Scheme(
+        stem=lambda fan_in: _truncated_normal(0.05),
+        kernel=lambda fan_in: _truncated_normal(0.1),
+        bias=lambda fan_in: jax.nn.initializers.constant(0.1),
+        einsum=lambda fan_in: _truncated_normal(0.1),
+    ),
+}
+TORCH = SCHEMES["torch"]
+
+
+def _truncated_normal(deviation: float) -> Initializer:
+    """Normal with this deviation, drawn again beyond two of it, as TensorFlow's `truncated_normal`."""
+    return lambda key, shape, dtype: deviation * jax.random.truncated_normal(key, -2, 2, shape, dtype)

@@ -1,6 +1,7 @@
-"""Layers that own weights: a convolution, the first capsules, and capsules that route to capsules."""
+"""Layers that own weights: convolutions, the first capsules, and capsules that route to capsules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Capsules, Routed
-from capsnet_jax.convolution import convolve
-from capsnet_jax.initializers import Initializer, fan_in_uniform, unit_variance_uniform
-from capsnet_jax.ops import capsule_norm
-from capsnet_jax.routing import get_routing
+from capsnet_jax.convolution import convolve, depthwise
+from capsnet_jax.errors import UsageError
+from capsnet_jax.initializers import TORCH, Initializer, Scheme, unit_variance_uniform
+from capsnet_jax.ops import capsule_norm, exponential_squash, squash
+from capsnet_jax.routing import Routing, get_routing
+
+Images = Float[Array, "b height width channels"]
+Features = Float[Array, "b out_height out_width features"]
+
+SQUASHES = {"squash": squash, "exponential": exponential_squash}
 
 
 class Convolution(nnx.Module):
@@ -24,8 +31,14 @@ class Convolution(nnx.Module):
         out_channels: number of channels of the result.
         kernel_size: height and width of the kernel, in pixels.
         stride: step of the kernel, in pixels.
+        depthwise: each channel has a filter of its own, and sees no other; needs as many channels out as in.
+        kernel_initializer: distribution of the kernel, given the number of inputs of an output.
+        bias_initializer: distribution of the bias.
         param_dtype: dtype of the weights.
         rngs: source of the initial weights.
+
+    Raises:
+        UsageError: the numbers of channels of a depthwise convolution differ.
     """
 
     def __init__(
@@ -35,16 +48,86 @@ class Convolution(nnx.Module):
         *,
         kernel_size: int,
         stride: int = 1,
+        depthwise: bool = False,
+        kernel_initializer: Callable[[int], Initializer] = TORCH.kernel,
+        bias_initializer: Callable[[int], Initializer] = TORCH.bias,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        if depthwise and in_channels != out_channels:
+            raise UsageError(f"A depthwise convolution has {out_channels} channels for the {in_channels} it sees.")
         self.stride = stride
-        initializer = fan_in_uniform(in_channels * kernel_size**2)
-        self.kernel = new_param(initializer, (kernel_size, kernel_size, in_channels, out_channels), param_dtype, rngs)
-        self.bias = new_param(initializer, (out_channels,), param_dtype, rngs)
+        self.depthwise = depthwise
+        seen = 1 if depthwise else in_channels
+        fan_in = seen * kernel_size**2
+        shape = (kernel_size, kernel_size, seen, out_channels)
+        self.kernel = new_param(kernel_initializer(fan_in), shape, param_dtype, rngs)
+        self.bias = new_param(bias_initializer(fan_in), (out_channels,), param_dtype, rngs)
 
-    def __call__(self, images: Float[Array, "b height width channels"]) -> Float[Array, "b out_height out_width out"]:
-        return convolve(images, self.kernel[...], self.stride) + self.bias[...]
+    def __call__(self, images: Images) -> Features:
+        return self.without_bias(images) + self.bias[...]
+
+    def without_bias(self, images: Images) -> Features:
+        """The products alone."""
+        return (depthwise if self.depthwise else convolve)(images, self.kernel[...], self.stride)
+
+
+class Stem(nnx.Module):
+    """Images to features: convolutions, each followed by ReLU and, if wanted, batch normalisation.
+
+    Args:
+        in_channels: number of channels of the images.
+        convolutions: number of channels, kernel size and stride of each.
+        batch_norm: whether features are normalised. In training they then depend on the whole batch; in evaluation
+            the running means of training take its place.
+        scheme: distributions of the weights.
+        param_dtype: dtype of the weights.
+        rngs: source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        convolutions: Sequence[tuple[int, int, int]],
+        *,
+        batch_norm: bool = False,
+        scheme: Scheme = TORCH,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        channels = [in_channels, *(out_channels for out_channels, _, _ in convolutions)]
+        self.convolutions = nnx.List(
+            [
+                Convolution(
+                    channels[number],
+                    out_channels,
+                    kernel_size=kernel_size,
+                    stride=stride,
+                    kernel_initializer=scheme.stem,
+                    bias_initializer=scheme.bias,
+                    param_dtype=param_dtype,
+                    rngs=rngs,
+                )
+                for number, (out_channels, kernel_size, stride) in enumerate(convolutions)
+            ]
+        )
+        # The constants are Keras', with which Efficient-CapsNet was trained.
+        new_norm = partial(
+            nnx.BatchNorm, momentum=0.99, epsilon=1e-3, dtype=param_dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.norms = nnx.List([new_norm(out_channels) for out_channels in channels[1:] if batch_norm])
+        for norm in self.norms:  # Flax keeps running means in float32 whatever the weights are in
+            norm.mean, norm.var = (
+                nnx.BatchStat(stat[...].astype(jnp.promote_types(param_dtype, jnp.float32)))
+                for stat in (norm.mean, norm.var)
+            )
+
+    def __call__(self, images: Images) -> Features:
+        for number, convolution in enumerate(self.convolutions):
+            images = jax.nn.relu(convolution(images))
+            if self.norms:
+                images = self.norms[number](images)
+        return images
 
 
 class PrimaryCapsules(nnx.Module):
@@ -58,6 +141,11 @@ class PrimaryCapsules(nnx.Module):
         stride: step of the convolution.
         scale: factor of the poses. The reference model starts at 0.01, where routing has next to no effect; it grows
             into it. Networks of several capsule layers need about 1, as squash makes short vectors shorter still.
+        depthwise: each channel of the poses sees one channel of the features.
+        squash: "none"; or "squash" or "exponential", the functions of `ops`. Poses are then squashed after scale and
+            bias, `squash(scale * product + bias)`, in place of `scale * (product + bias)`.
+        activation: "norm", the length of the pose; or "sigmoid", of one more channel for each capsule.
+        scheme: distributions of the weights.
         param_dtype: dtype of the weights.
         rngs: source of the initial weights.
     """
@@ -71,20 +159,44 @@ class PrimaryCapsules(nnx.Module):
         kernel_size: int = 9,
         stride: int = 2,
         scale: float = 0.01,
+        depthwise: bool = False,
+        squash: str = "none",
+        activation: str = "norm",
+        scheme: Scheme = TORCH,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        self.groups = groups
         self.dim = dim
         self.scale = scale
+        self.squash = squash
+        self.activation = activation
         self.convolution = Convolution(
-            in_channels, groups * dim, kernel_size=kernel_size, stride=stride, param_dtype=param_dtype, rngs=rngs
+            in_channels,
+            groups * (dim + (activation == "sigmoid")),
+            kernel_size=kernel_size,
+            stride=stride,
+            depthwise=depthwise,
+            kernel_initializer=scheme.kernel,
+            bias_initializer=scheme.bias,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
 
-    def __call__(self, features: Float[Array, "b height width channels"]) -> Capsules:
-        poses = self.scale * rearrange(
-            self.convolution(features), "b height width (groups d) -> b (height width groups) d", d=self.dim
+    def __call__(self, features: Features) -> Capsules:
+        product, bias = self.convolution.without_bias(features), self.convolution.bias[...]
+        poses = self.scale * product + (self.scale if self.squash == "none" else 1) * bias
+        poses = rearrange(
+            poses, "b height width (groups channels) -> b (height width groups) channels", groups=self.groups
         )
+        if self.activation == "sigmoid":
+            poses, logits = poses[..., :-1], poses[..., -1]
+            return Capsules(self._squashed(poses), jax.nn.sigmoid(logits))
+        poses = self._squashed(poses)
         return Capsules(poses, capsule_norm(poses))
+
+    def _squashed(self, poses: Float[Array, "b i d"]) -> Float[Array, "b i d"]:
+        return poses if self.squash == "none" else SQUASHES[self.squash](poses)
 
 
 class CapsuleLayer(nnx.Module):
@@ -102,8 +214,9 @@ class CapsuleLayer(nnx.Module):
         in_dim: pose size of the input capsules.
         out_capsules: number of output capsules.
         out_dim: pose size of the output capsules.
-        routing: a name in `ROUTINGS`, `package.module:function`, or the function itself.
+        routing: a name in `ROUTINGS`, `package.module:function`, or the function itself; see `get_routing`.
         num_iterations: number of routing iterations, for routings that iterate.
+        initializer: distribution of the weight, given the number of inputs of an output.
         param_dtype: dtype of the weights.
         rngs: source of the initial weights.
 
@@ -120,12 +233,14 @@ class CapsuleLayer(nnx.Module):
         *,
         routing: str | Callable[..., Routed] = "dynamic",
         num_iterations: int = 3,
+        initializer: Callable[[int], Initializer] = unit_variance_uniform,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.routing = get_routing(routing, num_iterations=num_iterations)
         shape = (in_capsules, in_dim, out_capsules, out_dim)
-        self.weight = new_param(unit_variance_uniform(in_dim), shape, param_dtype, rngs)
+        self.weight = new_param(initializer(in_dim), shape, param_dtype, rngs)
+        self.routing_weights = new_routing_weights(self.routing, *shape, param_dtype)
 
     def __call__(self, capsules: Capsules) -> Capsules:
         routed = self.route(capsules)
@@ -133,7 +248,12 @@ class CapsuleLayer(nnx.Module):
 
     def route(self, capsules: Capsules) -> Routed:
         """The output capsules together with the couplings of every vote."""
-        return jax.vmap(self.routing)(self.votes(capsules.poses), capsules.activations)
+        weights = {name: weight[...] for name, weight in self.routing_weights.items()}
+
+        def route(votes: Float[Array, "i o h"], activations: Float[Array, " i"], poses: Float[Array, "i d"]) -> Routed:
+            return self.routing(votes, activations, poses=poses, **weights)
+
+        return jax.vmap(route)(self.votes(capsules.poses), capsules.activations, capsules.poses)
 
     def votes(self, poses: Float[Array, "b i d"]) -> Float[Array, "b i o h"]:
         """What each input capsule predicts for each output capsule."""
@@ -143,3 +263,16 @@ class CapsuleLayer(nnx.Module):
 def new_param(initializer: Initializer, shape: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:
     """A weight drawn from the next key of `rngs.params`."""
     return nnx.Param(initializer(rngs.params(), shape, dtype))
+
+
+def new_routing_weights(
+    routing: Routing, in_capsules: int, in_dim: int, out_capsules: int, out_dim: int, dtype: DTypeLike
+) -> nnx.Dict:
+    """The weights that a routing of these sizes learns, each full of the constant that it starts from."""
+    sizes = {"i": in_capsules, "d": in_dim, "o": out_capsules, "h": out_dim}
+    return nnx.Dict(
+        {
+            name: nnx.Param(jnp.full([sizes[axis] for axis in weight.axes], weight.initial, dtype))
+            for name, weight in routing.weights.items()
+        }
+    )

@@ -39,6 +39,39 @@ def margin_loss(
     return reduce(targets * too_short + absent_weight * (1 - targets) * too_long, "b o -> b", "sum")
 
 
-def reconstruction_loss(reconstructions: Images, images: Images) -> Float[Array, " b"]:
-    """Squared error of each example, as a mean over its pixels and channels."""
-    return reduce(jnp.square(reconstructions - images), "b height width channels -> b", "mean")
+def spread_loss(
+    activations: Float[Array, "b o"], labels: Int[Array, " b"], *, margin: Float[Array, ""] | float = 0.9
+) -> Float[Array, " b"]:
+    r"""Wants the capsule of the label more active than every other, by a margin.
+
+    $$\sum_{o \ne t} \max(0, m - (a_t - a_o))^2$$
+
+    Args:
+        activations: $a_o$, in [0, 1].
+        labels: class indices $t$ in [0, o).
+        margin: $m$; see `spread_margin`.
+
+    Returns:
+        The loss of each example, summed over the other classes.
+
+    References:
+        Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing" (2018), eq. 3.
+    """
+    is_label = jax.nn.one_hot(labels, activations.shape[1], dtype=activations.dtype)
+    of_label = reduce(is_label * activations, "b o -> b 1", "sum")
+    too_close = jnp.square(jax.nn.relu(margin - (of_label - activations)))
+    return reduce((1 - is_label) * too_close, "b o -> b", "sum")
+
+
+def spread_margin(step: Int[Array, ""] | int) -> Float[Array, ""]:
+    r"""The margin of the spread loss in a training step, $0.2 + 0.79\,\sigma(\min(10, t / 50000 - 4))$.
+
+    A small one at first, so that no capsules die; the authors' schedule,
+    https://github.com/google-research/google-research/tree/master/capsule_em
+    """
+    return 0.2 + 0.79 * jax.nn.sigmoid(jnp.minimum(10.0, step / 50000 - 4))
+
+
+def reconstruction_loss(reconstructions: Images, images: Images, *, error: str = "mean") -> Float[Array, " b"]:
+    """Squared error of each example: the "mean" over its pixels and channels, or their "sum"."""
+    return reduce(jnp.square(reconstructions - images), "b height width channels -> b", error)

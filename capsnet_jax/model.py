@@ -1,6 +1,8 @@
 """The capsule network: an encoder of images to capsules, and a decoder of one capsule back to an image."""
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,30 +11,33 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from capsnet_jax.capsules import Capsules, Routed
+from capsnet_jax.conv_capsules import ConvCapsules
+from capsnet_jax.convolution import positions_after
 from capsnet_jax.errors import UsageError
-from capsnet_jax.initializers import fan_in_uniform, unit_variance_uniform
-from capsnet_jax.layers import CapsuleLayer, Convolution, PrimaryCapsules, new_param
+from capsnet_jax.initializers import SCHEMES, TORCH, Scheme
+from capsnet_jax.layers import CapsuleLayer, PrimaryCapsules, Stem, new_param
 from capsnet_jax.ops import mask_by_label
+from capsnet_jax.routing import get_routing
 
 
 class Encoder(nnx.Module):
-    """Images to capsules: a convolution, ReLU, primary capsules, then any number of capsule layers.
+    """Images to capsules: convolutions, primary capsules, then any number of capsule layers.
 
     Args:
-        stem: the first convolution.
+        stem: the convolutions.
         primary_capsules: capsules of the features of the stem.
         capsule_layers: layers that route to each other, in order.
     """
 
     def __init__(
-        self, stem: Convolution, primary_capsules: PrimaryCapsules, capsule_layers: Sequence[CapsuleLayer] = ()
+        self, stem: Stem, primary_capsules: PrimaryCapsules, capsule_layers: Sequence[CapsuleLayer | ConvCapsules] = ()
     ):
         self.stem = stem
         self.primary_capsules = primary_capsules
         self.capsule_layers = nnx.List(capsule_layers)
 
     def __call__(self, images: Float[Array, "b height width channels"]) -> Capsules:
-        capsules = self.primary_capsules(jax.nn.relu(self.stem(images)))
+        capsules = self.primary_capsules(self.stem(images))
         for layer in self.capsule_layers:
             capsules = layer(capsules)
         return capsules
@@ -46,6 +51,8 @@ class Decoder(nnx.Module):
         class_dim: pose size of the capsules.
         hidden: widths of the two hidden layers.
         image_shape: height, width and number of channels of the images.
+        outer_bias: whether the first and the last layer have a bias, as the one between them has.
+        scheme: distributions of the weights.
         param_dtype: dtype of the weights.
         rngs: source of the initial weights.
     """
@@ -57,45 +64,72 @@ class Decoder(nnx.Module):
         hidden: tuple[int, int],
         image_shape: tuple[int, int, int],
         *,
+        outer_bias: bool = False,
+        scheme: Scheme = TORCH,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         first, second = hidden
-        per_capsules = unit_variance_uniform(num_classes * class_dim)
-        self.from_capsules = new_param(per_capsules, (num_classes, class_dim, first), param_dtype, rngs)
-        self.hidden_weight = new_param(fan_in_uniform(first), (first, second), param_dtype, rngs)
-        self.hidden_bias = new_param(fan_in_uniform(first), (second,), param_dtype, rngs)
-        self.to_pixels = new_param(unit_variance_uniform(second), (second, *image_shape), param_dtype, rngs)
+        per_capsules = num_classes * class_dim
+        self.from_capsules = new_param(scheme.einsum(per_capsules), (num_classes, class_dim, first), param_dtype, rngs)
+        self.hidden_weight = new_param(scheme.kernel(first), (first, second), param_dtype, rngs)
+        self.hidden_bias = new_param(scheme.bias(first), (second,), param_dtype, rngs)
+        self.to_pixels = new_param(scheme.einsum(second), (second, *image_shape), param_dtype, rngs)
+        self.outer_bias = outer_bias
+        if outer_bias:
+            self.first_bias = new_param(scheme.bias(per_capsules), (first,), param_dtype, rngs)
+            self.pixel_bias = new_param(scheme.bias(second), image_shape, param_dtype, rngs)
 
     def __call__(self, poses: Float[Array, "b o h"]) -> Float[Array, "b height width channels"]:
-        features = jax.nn.relu(jnp.einsum("boh,ohf->bf", poses, self.from_capsules[...]))
-        features = jax.nn.relu(features @ self.hidden_weight[...] + self.hidden_bias[...])
-        return jax.nn.sigmoid(jnp.tensordot(features, self.to_pixels[...], axes=1))
+        features = jnp.einsum("boh,ohf->bf", poses, self.from_capsules[...])
+        if self.outer_bias:
+            features += self.first_bias[...]
+        features = jax.nn.relu(jax.nn.relu(features) @ self.hidden_weight[...] + self.hidden_bias[...])
+        pixels = jnp.tensordot(features, self.to_pixels[...], axes=1)
+        if self.outer_bias:
+            pixels += self.pixel_bias[...]
+        return jax.nn.sigmoid(pixels)
 
 
 class CapsNet(nnx.Module):
     """A capsule network; the defaults are the reference model, 8.2 million weights on MNIST.
 
+    A new model is in evaluation mode; `model.train()` lets batch normalisation, where there is any, see the batch.
+
     Args:
         image_shape: height, width and number of channels of the images.
         num_classes: number of classes, each with one capsule.
-        stem_channels: number of channels of the first convolution.
-        stem_kernel: kernel size of the first convolution, in pixels.
+        stem_below: number of channels and kernel size of convolutions, of stride 1, below the last one of the stem.
+        stem_channels: number of channels of the last convolution of the stem.
+        stem_kernel: kernel size of that convolution, in pixels.
+        stem_stride: stride of that convolution.
+        batch_norm: whether there is a batch normalisation after each convolution of the stem.
         primary_groups: number of primary capsules at each position.
         primary_dim: pose size of the primary capsules.
         primary_kernel: kernel size of the primary capsules.
         primary_stride: stride of the primary capsules.
         primary_scale: factor of the primary poses; see `PrimaryCapsules`.
-        hidden_capsules: number and pose size of the capsules of each layer between primary and class capsules.
+        primary_depthwise: whether each channel of the primary capsules sees one channel of the features.
+        primary_squash: "none", "squash" or "exponential"; see `PrimaryCapsules`.
+        primary_activation: "norm" or "sigmoid"; see `PrimaryCapsules`.
+        conv_capsules: groups, pose size, kernel size and stride of each layer of convolutional capsules.
+        matrix_poses: poses above the primary capsules are square matrices; see `ConvCapsules`.
+        hidden_capsules: number and pose size of the capsules of each layer between those and the class capsules.
         class_dim: pose size of the class capsules.
-        decoder_hidden: widths of the two hidden layers of the decoder.
-        routing: a name in `ROUTINGS`, `package.module:function`, or the function itself; for all capsule layers.
+        shared_class_transform: a group of capsules has one transformation to the class capsules for all of its
+            positions, and the position is added to the votes; see `ConvCapsules`.
+        decoder_hidden: widths of the two hidden layers of the decoder; None for no decoder.
+        decoder_bias: whether the outer layers of the decoder have a bias.
+        initial_weights: "torch" or "official", a name in `initializers.SCHEMES`.
+        routing: a name in `ROUTINGS`, `package.module:function`, or the function itself; for all capsule layers. See
+            `get_routing`.
         num_iterations: number of routing iterations.
         param_dtype: dtype of the weights.
         rngs: source of the initial weights.
 
     Raises:
-        UsageError: the images are smaller than what the two convolutions need, or the routing is unknown.
+        UsageError: the images are smaller than what the convolutions need, sizes do not fit, a name or the routing is
+            unknown, or the routing returns what it should not.
 
     References:
         Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules" (2017), section 4; in the variant of
@@ -107,29 +141,43 @@ class CapsNet(nnx.Module):
         image_shape: tuple[int, int, int] = (28, 28, 1),
         num_classes: int = 10,
         *,
+        stem_below: Sequence[tuple[int, int]] = (),
         stem_channels: int = 256,
         stem_kernel: int = 9,
+        stem_stride: int = 1,
+        batch_norm: bool = False,
         primary_groups: int = 32,
         primary_dim: int = 8,
         primary_kernel: int = 9,
         primary_stride: int = 2,
         primary_scale: float = 0.01,
+        primary_depthwise: bool = False,
+        primary_squash: str = "none",
+        primary_activation: str = "norm",
+        conv_capsules: Sequence[tuple[int, int, int, int]] = (),
+        matrix_poses: bool = False,
         hidden_capsules: Sequence[tuple[int, int]] = (),
         class_dim: int = 16,
-        decoder_hidden: tuple[int, int] = (512, 1024),
+        shared_class_transform: bool = False,
+        decoder_hidden: tuple[int, int] | None = (512, 1024),
+        decoder_bias: bool = False,
+        initial_weights: str = "torch",
         routing: str | Callable[..., Routed] = "dynamic",
         num_iterations: int = 3,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        height, width, channels = image_shape
-        smallest = stem_kernel + primary_kernel - 1
-        if min(height, width) < smallest:
-            raise UsageError(
-                f"Images of {height} x {width} are too small: a stem of {stem_kernel} x {stem_kernel} under primary "
-                f"capsules of {primary_kernel} x {primary_kernel} needs at least {smallest} x {smallest}."
-            )
-        stem = Convolution(channels, stem_channels, kernel_size=stem_kernel, param_dtype=param_dtype, rngs=rngs)
+        scheme = SCHEMES[initial_weights]
+        convolutions = [(channels, kernel, 1) for channels, kernel in stem_below]
+        convolutions.append((stem_channels, stem_kernel, stem_stride))
+        grid = _grid_of_primary_capsules(
+            image_shape,
+            [(kernel, stride) for _, kernel, stride in convolutions] + [(primary_kernel, primary_stride)],
+            [(kernel, stride) for _, _, kernel, stride in conv_capsules],
+        )
+        stem = Stem(
+            image_shape[-1], convolutions, batch_norm=batch_norm, scheme=scheme, param_dtype=param_dtype, rngs=rngs
+        )
         primary_capsules = PrimaryCapsules(
             stem_channels,
             primary_groups,
@@ -137,32 +185,76 @@ class CapsNet(nnx.Module):
             kernel_size=primary_kernel,
             stride=primary_stride,
             scale=primary_scale,
+            depthwise=primary_depthwise,
+            squash=primary_squash,
+            activation=primary_activation,
+            scheme=scheme,
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        # No data set needs arithmetic by hand: a dry run tells the number of primary capsules.
-        images = jax.ShapeDtypeStruct((1, *image_shape), param_dtype)
-        _, capsules, dim = jax.eval_shape(Encoder(stem, primary_capsules), images).poses.shape
-        capsule_layers = []
-        for out_capsules, out_dim in (*hidden_capsules, (num_classes, class_dim)):
-            capsule_layers.append(
-                CapsuleLayer(
-                    capsules,
-                    dim,
-                    out_capsules,
-                    out_dim,
-                    routing=routing,
-                    num_iterations=num_iterations,
-                    param_dtype=param_dtype,
-                    rngs=rngs,
-                )
+        options: dict[str, Any] = {
+            "routing": get_routing(routing, num_iterations=num_iterations),
+            "initializer": scheme.einsum,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
+        layers: list[CapsuleLayer | ConvCapsules] = []
+        groups, dim = primary_groups, primary_dim
+        for out_groups, out_dim, kernel, stride in conv_capsules:
+            layer = ConvCapsules(
+                grid,
+                groups,
+                dim,
+                out_groups,
+                out_dim,
+                kernel_size=kernel,
+                stride=stride,
+                matrix_poses=matrix_poses,
+                **options,
             )
-            capsules, dim = out_capsules, out_dim
-        self.image_shape = tuple(image_shape)
-        self.encoder = Encoder(stem, primary_capsules, capsule_layers)
-        self.decoder = Decoder(num_classes, class_dim, decoder_hidden, image_shape, param_dtype=param_dtype, rngs=rngs)
-        # The same dry run through routing: one that returns wrong shapes is found here, not in the first training step.
-        jax.eval_shape(self.encode, images)
+            layers.append(layer)
+            grid, groups, dim = layer.out_grid, out_groups, out_dim
+        dense = [*hidden_capsules, (num_classes, class_dim)]
+        for number, (out_capsules, out_dim) in enumerate(dense):
+            shared = shared_class_transform and number == len(dense) - 1
+            if shared or matrix_poses:
+                layers.append(
+                    ConvCapsules(
+                        grid,
+                        groups,
+                        dim,
+                        out_capsules,
+                        out_dim,
+                        kernel_size=grid,
+                        matrix_poses=matrix_poses,
+                        shared_transform=shared,
+                        coordinate_addition=shared,
+                        **options,
+                    )
+                )
+            else:
+                layers.append(CapsuleLayer(math.prod(grid) * groups, dim, out_capsules, out_dim, **options))
+            grid, groups, dim = (1, 1), out_capsules, out_dim
+        height, width, channels = image_shape
+        self.image_shape = (height, width, channels)
+        self.encoder = Encoder(stem, primary_capsules, layers)
+        self.decoder = (
+            None
+            if decoder_hidden is None
+            else Decoder(
+                num_classes,
+                class_dim,
+                decoder_hidden,
+                self.image_shape,
+                outer_bias=decoder_bias,
+                scheme=scheme,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+        )
+        self.eval()
+        # A dry run: a routing that returns wrong shapes is found here, not in the first training step.
+        jax.eval_shape(self.encode, jax.ShapeDtypeStruct((1, *image_shape), param_dtype))
 
     def encode(self, images: Float[Array, "b height width channels"]) -> Capsules:
         """The class capsules of images in [0, 1]; the predicted class is the one of the largest activation.
@@ -175,5 +267,36 @@ class CapsNet(nnx.Module):
         return self.encoder(images)
 
     def decode(self, poses: Float[Array, "b o h"], labels: Int[Array, " b"]) -> Float[Array, "b height width channels"]:
-        """The images that the capsules of the labels stand for, with pixels in (0, 1)."""
+        """The images that the capsules of the labels stand for, with pixels in (0, 1).
+
+        Raises:
+            UsageError: the model has no decoder.
+        """
+        if self.decoder is None:
+            raise UsageError("The model has no decoder; decoder_hidden is None.")
         return self.decoder(mask_by_label(poses, labels))
+
+
+def _grid_of_primary_capsules(
+    image_shape: tuple[int, int, int], below: Sequence[tuple[int, int]], above: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
+    """Height and width, in positions, of what these kernels and strides make of images of this shape.
+
+    Args:
+        image_shape: that of the images.
+        below: kernel size and stride of each convolution, up to the primary capsules.
+        above: those of layers of convolutional capsules, for which there must be room.
+    """
+    smallest = 1
+    for kernel, stride in reversed([*below, *above]):
+        smallest = (smallest - 1) * stride + kernel
+    height, width, _ = image_shape
+    if min(height, width) < smallest:
+        raise UsageError(
+            f"Images of {height} x {width} are too small: the convolutions of this model, of kernel sizes "
+            f"{', '.join(str(kernel) for kernel, _ in [*below, *above])}, need at least {smallest} x {smallest}."
+        )
+    grid = (height, width)
+    for kernel, stride in below:
+        grid = positions_after(grid, (kernel, kernel), stride)
+    return grid

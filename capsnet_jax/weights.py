@@ -12,7 +12,9 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Shaped
 
+from capsnet_jax.conv_capsules import ConvCapsules
 from capsnet_jax.errors import UsageError
+from capsnet_jax.layers import CapsuleLayer
 from capsnet_jax.model import CapsNet
 
 StateDict = dict[str, Shaped[np.ndarray, "..."]]
@@ -29,34 +31,57 @@ class Row(NamedTuple):
 
 CONVOLUTION = ("outputs inputs height width", "height width inputs outputs")
 BIAS = ("outputs", "outputs")
-VOTES = ("i d o h", "i d o h")
+# PyTorch's names of the variables of a batch normalisation, and Flax'. PyTorch also counts batches, for nothing.
+NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+UNUSED = ".num_batches_tracked"
 
 
-def weight_table(num_capsule_layers: int) -> list[Row]:
-    """A row for each weight of a model; capsule layers below the last are `encoder.hidden_capsules`."""
-    stem, primary = ("encoder", "stem"), ("encoder", "primary_capsules", "convolution")
-    hidden = range(num_capsule_layers - 1)
-    return [
-        Row("encoder.image2primary_capsules.0.weight", (*stem, "kernel"), *CONVOLUTION),
-        Row("encoder.image2primary_capsules.0.bias", (*stem, "bias"), *BIAS),
-        Row("encoder.image2primary_capsules.2.weight", (*primary, "kernel"), *CONVOLUTION),
-        Row("encoder.image2primary_capsules.2.bias", (*primary, "bias"), *BIAS),
-        *(
-            Row(f"encoder.hidden_capsules.{k}.input_caps2U.weight", ("encoder", "capsule_layers", k, "weight"), *VOTES)
-            for k in hidden
-        ),
-        Row(
-            "encoder.primary2digit_capsules.input_caps2U.weight",
-            ("encoder", "capsule_layers", len(hidden), "weight"),
-            *VOTES,
-        ),
-        Row("decoder.0.weight", ("decoder", "from_capsules"), "o h outputs", "o h outputs"),
-        Row("decoder.2.weight", ("decoder", "hidden_weight"), "outputs inputs", "inputs outputs"),
-        Row("decoder.2.bias", ("decoder", "hidden_bias"), *BIAS),
-        Row(
-            "decoder.4.weight", ("decoder", "to_pixels"), "inputs channels height width", "inputs height width channels"
-        ),
-    ]
+def weight_table(model: CapsNet) -> list[Row]:
+    """A row for each weight of a model, and each running mean; capsule layers below the last are `hidden_capsules`."""
+    encoder, decoder = model.encoder, model.decoder
+    rows = []
+    number = 0  # in the Sequential of convolution, ReLU and normalisation, over and over
+    for k in range(len(encoder.stem.convolutions)):
+        rows += _convolution(f"encoder.image2primary_capsules.{number}", ("encoder", "stem", "convolutions", k))
+        number += 2
+        if encoder.stem.norms:
+            rows += [
+                Row(f"encoder.image2primary_capsules.{number}.{name}", ("encoder", "stem", "norms", k, ours), *BIAS)
+                for name, ours in NORM.items()
+            ]
+            number += 1
+    rows += _convolution(f"encoder.image2primary_capsules.{number}", ("encoder", "primary_capsules", "convolution"))
+    for k, layer in enumerate(encoder.capsule_layers):
+        last = k == len(encoder.capsule_layers) - 1
+        name = "encoder.primary2digit_capsules" if last else f"encoder.hidden_capsules.{k}"
+        rows += _capsule_layer(name, ("encoder", "capsule_layers", k), layer)
+    if decoder is not None:
+        rows.append(Row("decoder.0.weight", ("decoder", "from_capsules"), "o h outputs", "o h outputs"))
+        if decoder.outer_bias:
+            rows.append(Row("decoder.0.bias", ("decoder", "first_bias"), "1 outputs", "outputs"))
+        rows.append(Row("decoder.2.weight", ("decoder", "hidden_weight"), "outputs inputs", "inputs outputs"))
+        rows.append(Row("decoder.2.bias", ("decoder", "hidden_bias"), *BIAS))
+        torch_axes, jax_axes = "channels height width", "height width channels"
+        rows.append(Row("decoder.4.weight", ("decoder", "to_pixels"), f"inputs {torch_axes}", f"inputs {jax_axes}"))
+        if decoder.outer_bias:
+            rows.append(Row("decoder.4.bias", ("decoder", "pixel_bias"), f"1 {torch_axes}", jax_axes))
+    return rows
+
+
+def _convolution(name: str, path: tuple[str | int, ...]) -> list[Row]:
+    return [Row(f"{name}.weight", (*path, "kernel"), *CONVOLUTION), Row(f"{name}.bias", (*path, "bias"), *BIAS)]
+
+
+def _capsule_layer(name: str, path: tuple[str | int, ...], layer: CapsuleLayer | ConvCapsules) -> list[Row]:
+    if isinstance(layer, CapsuleLayer):
+        rows = [Row(f"{name}.input_caps2U.weight", (*path, "weight"), "i d o h", "i d o h")]
+    else:
+        axes = "taps i inner o outer"
+        rows = [Row(f"{name}.weight", (*path, "weight"), axes, axes)]
+    for weight in layer.routing_weights:
+        axes = " ".join(layer.routing.weights[weight].axes)
+        rows.append(Row(f"{name}.routing_weights.{weight}", (*path, "routing_weights", weight), axes, axes))
+    return rows
 
 
 def to_torch(model: CapsNet) -> StateDict:
@@ -65,12 +90,12 @@ def to_torch(model: CapsNet) -> StateDict:
     `capsnet_torch.CapsNet.load_state_dict` takes them as tensors; the entries that begin with "encoder." and with
     "decoder.", without that prefix, are the two state_dicts of the reference model.
     """
-    params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    values = dict(nnx.to_flat_state(nnx.state(model)))
     return {
         row.name: np.array(
-            rearrange(np.asarray(params[row.path][...]), f"{row.jax_axes} -> {row.torch_axes}"), order="C"
+            rearrange(np.asarray(values[row.path][...]), f"{row.jax_axes} -> {row.torch_axes}"), order="C"
         )
-        for row in weight_table(len(model.encoder.capsule_layers))
+        for row in weight_table(model)
     }
 
 
@@ -85,25 +110,25 @@ def from_torch(model: CapsNet, state: Mapping[str, Shaped[np.ndarray, "..."]]) -
         UsageError: an entry is missing, unknown, of another shape, not floating-point or not finite; the message
             names it.
     """
-    params = nnx.state(model, nnx.Param)
-    flat = dict(nnx.to_flat_state(params))
-    table = weight_table(len(model.encoder.capsule_layers))
+    flat = dict(nnx.to_flat_state(nnx.state(model)))
+    table = weight_table(model)
+    state = {name: array for name, array in state.items() if not name.endswith(UNUSED)}
     missing = [row.name for row in table if row.name not in state]
     unknown = sorted(state.keys() - {row.name for row in table})
     if missing or unknown:
         raise UsageError(f"The weights lack {_listed(missing)}, and have unknown entries {_listed(unknown)}.")
     new: dict[Any, Any] = {}
     for row in table:
-        array, param = np.asarray(state[row.name]), flat[row.path]
-        expected = rearrange(np.empty(param.shape, bool), f"{row.jax_axes} -> {row.torch_axes}").shape
+        array, variable = np.asarray(state[row.name]), flat[row.path]
+        expected = rearrange(np.empty(variable.shape, bool), f"{row.jax_axes} -> {row.torch_axes}").shape
         if array.shape != expected:
             raise UsageError(f"The weight {row.name} is {array.shape}; this model expects {expected}.")
         if not np.issubdtype(array.dtype, np.floating):
             raise UsageError(f"The weight {row.name} is {array.dtype}; expected a floating-point type.")
         if not np.isfinite(array).all():
             raise UsageError(f"The weight {row.name} has values that are not finite.")
-        value = jnp.asarray(rearrange(array, f"{row.torch_axes} -> {row.jax_axes}"), param.dtype)
-        new[row.path] = param.replace(value)
+        value = jnp.asarray(rearrange(array, f"{row.torch_axes} -> {row.jax_axes}"), variable.dtype)
+        new[row.path] = variable.replace(value)
     nnx.update(model, nnx.from_flat_state(new))
 
 

@@ -2,12 +2,44 @@
 
 from collections.abc import Callable
 
+import torch
+from einops import rearrange
 from einops.layers.torch import EinMix
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsnet_torch.capsules import Capsules, Routed
-from capsnet_torch.routing import ROUTINGS
+from capsnet_torch.ops import capsule_norm, exponential_squash, squash
+from capsnet_torch.routing.binding import Routing
+
+SQUASHES = {"none": lambda poses: poses, "squash": squash, "exponential": exponential_squash}
+
+
+class PrimaryCapsules(nn.Module):
+    """Features to the first capsules, through the convolution that is given; see `capsnet_jax.layers.PrimaryCapsules`.
+
+    It has no weights of its own, so that those of the convolution keep their names in the reference model.
+    """
+
+    def __init__(self, groups: int, *, scale: float, squash: str, activation: str):
+        super().__init__()
+        self.groups = groups
+        self.scale = scale
+        self.squash = squash
+        self.activation = activation
+
+    def forward(self, features: Float[Tensor, "b channels height width"], convolution: nn.Conv2d) -> Capsules:
+        poses = self.scale * convolution(features)
+        if self.squash != "none" and convolution.bias is not None:  # the bias comes after the scale
+            poses = poses + (1 - self.scale) * convolution.bias.view(-1, 1, 1)
+        poses = rearrange(
+            poses, "b (groups channels) height width -> b (height width groups) channels", groups=self.groups
+        )
+        if self.activation == "norm":
+            poses = SQUASHES[self.squash](poses)
+            return Capsules(poses, capsule_norm(poses))
+        logits = poses[:, :, -1]
+        return Capsules(SQUASHES[self.squash](poses[:, :, :-1]), torch.sigmoid(logits))
 
 
 class CapsuleLayer(nn.Module):
@@ -24,11 +56,11 @@ class CapsuleLayer(nn.Module):
         num_iterations: int = 3,
     ):
         super().__init__()
-        self.routing = ROUTINGS[routing] if isinstance(routing, str) else routing
-        self.num_iterations = num_iterations
+        self.routing = Routing(routing, num_iterations=num_iterations)
         self.input_caps2U = EinMix(
             "b i d -> b i o h", weight_shape="i d o h", i=in_capsules, d=in_dim, o=out_capsules, h=out_dim
         )
+        self.routing_weights = self.routing.new_weights(i=in_capsules, d=in_dim, o=out_capsules, h=out_dim)
 
     def forward(self, capsules: Capsules) -> Capsules:
         routed = self.route(capsules)
@@ -36,7 +68,8 @@ class CapsuleLayer(nn.Module):
 
     def route(self, capsules: Capsules) -> Routed:
         """The output capsules together with the couplings of every vote."""
-        return self.routing(self.votes(capsules.poses), capsules.activations, num_iterations=self.num_iterations)
+        poses, activations = capsules
+        return self.routing(self.votes(poses), activations, poses=poses, **self.routing_weights)
 
     def votes(self, poses: Float[Tensor, "b i d"]) -> Float[Tensor, "b i o h"]:
         """What each input capsule predicts for each output capsule."""

@@ -1,5 +1,7 @@
 """What capsule networks minimise."""
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -26,6 +28,24 @@ def margin_loss(
     return torch.where(is_label, too_short, absent_weight * too_long).sum(dim=1)
 
 
-def reconstruction_loss(reconstructions: Images, images: Images) -> Float[Tensor, " b"]:
-    """Squared error of each example, as a mean over its pixels and channels."""
-    return ((reconstructions - images) ** 2).flatten(1).mean(dim=1)
+def spread_loss(
+    activations: Float[Tensor, "b o"], labels: Int[Tensor, " b"], *, margin: float = 0.9
+) -> Float[Tensor, " b"]:
+    """Wants the capsule of the label more active than every other, by a margin.
+
+    References:
+        Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing" (2018), eq. 3.
+    """
+    too_close = torch.clamp(margin - (activations.gather(1, labels[:, None]) - activations), min=0) ** 2
+    return too_close.scatter(1, labels[:, None], 0).sum(dim=1)
+
+
+def spread_margin(step: int) -> float:
+    """The margin of the spread loss in a training step; see `capsnet_jax.losses.spread_margin`."""
+    return 0.2 + 0.79 / (1 + math.exp(-min(10, step / 50000 - 4)))
+
+
+def reconstruction_loss(reconstructions: Images, images: Images, *, error: str = "mean") -> Float[Tensor, " b"]:
+    """Squared error of each example: the "mean" over its pixels and channels, or their "sum"."""
+    squares = ((reconstructions - images) ** 2).flatten(1)
+    return squares.sum(dim=1) if error == "sum" else squares.mean(dim=1)

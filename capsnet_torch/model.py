@@ -1,31 +1,31 @@
 """The reference model: its state_dicts load unchanged, in any dtype."""
 
+import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from typing import Any
 
 import torch
-from einops.layers.torch import EinMix, Rearrange
+from einops.layers.torch import EinMix
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsnet_torch.capsules import Capsules, Routed
-from capsnet_torch.layers import CapsuleLayer
-from capsnet_torch.ops import capsule_norm, mask_by_label
+from capsnet_torch.conv_capsules import ConvCapsules
+from capsnet_torch.layers import CapsuleLayer, PrimaryCapsules
+from capsnet_torch.ops import mask_by_label
 
 
 class Encoder(nn.Module):
-    """Images to capsules: two convolutions to primary capsules, then capsule layers up to one for each class."""
+    """Images to capsules: convolutions to primary capsules, then capsule layers up to one for each class."""
 
     def __init__(
         self,
         image2primary_capsules: nn.Sequential,
-        primary_scale: float,
-        hidden_capsules: Sequence[CapsuleLayer],
-        primary2digit_capsules: CapsuleLayer,
+        hidden_capsules: Sequence[CapsuleLayer | ConvCapsules],
+        primary2digit_capsules: CapsuleLayer | ConvCapsules,
     ):
         super().__init__()
         self.image2primary_capsules = image2primary_capsules
-        self.primary_scale = primary_scale
         self.hidden_capsules = nn.ModuleList(hidden_capsules)
         self.primary2digit_capsules = primary2digit_capsules
 
@@ -35,63 +35,88 @@ class Encoder(nn.Module):
             capsules = layer(capsules)
         return capsules
 
+    def stem(self, images: Float[Tensor, "b channels height width"]) -> Float[Tensor, "b features height width"]:
+        return self.image2primary_capsules[:-2](images)
+
     def primary_capsules(self, images: Float[Tensor, "b channels height width"]) -> Capsules:
-        poses = self.image2primary_capsules(images) * self.primary_scale
-        return Capsules(poses, capsule_norm(poses))
+        convolution, to_capsules = self.image2primary_capsules[-2], self.image2primary_capsules[-1]
+        return to_capsules(self.stem(images), convolution)
 
 
 class CapsNet(nn.Module):
-    """A capsule network on images `[b channels height width]`; arguments as in `capsnet_jax.CapsNet`."""
+    """A capsule network on images `[b channels height width]`; arguments as in `capsnet_jax.CapsNet`.
+
+    Weights are drawn as by PyTorch; take others from the JAX model.
+    """
 
     def __init__(
         self,
         image_shape: tuple[int, int, int] = (28, 28, 1),
         num_classes: int = 10,
         *,
+        stem_below: Sequence[tuple[int, int]] = (),
         stem_channels: int = 256,
         stem_kernel: int = 9,
+        stem_stride: int = 1,
+        batch_norm: bool = False,
         primary_groups: int = 32,
         primary_dim: int = 8,
         primary_kernel: int = 9,
         primary_stride: int = 2,
         primary_scale: float = 0.01,
+        primary_depthwise: bool = False,
+        primary_squash: str = "none",
+        primary_activation: str = "norm",
+        conv_capsules: Sequence[tuple[int, int, int, int]] = (),
+        matrix_poses: bool = False,
         hidden_capsules: Sequence[tuple[int, int]] = (),
         class_dim: int = 16,
-        decoder_hidden: tuple[int, int] = (512, 1024),
+        shared_class_transform: bool = False,
+        decoder_hidden: tuple[int, int] | None = (512, 1024),
+        decoder_bias: bool = False,
         routing: str | Callable[..., Routed] = "dynamic",
         num_iterations: int = 3,
     ):
         super().__init__()
         height, width, channels = image_shape
-        image2primary_capsules = nn.Sequential(
-            nn.Conv2d(channels, stem_channels, stem_kernel),
-            nn.ReLU(),
-            nn.Conv2d(stem_channels, primary_groups * primary_dim, primary_kernel, primary_stride),
-            Rearrange("b (groups d) height width -> b (height width groups) d", d=primary_dim),
-        )
+        modules: list[nn.Module] = []
+        features = channels
+        convolutions = [(out, kernel, 1) for out, kernel in stem_below]
+        for out, kernel, stride in [*convolutions, (stem_channels, stem_kernel, stem_stride)]:
+            modules += [nn.Conv2d(features, out, kernel, stride), nn.ReLU()]
+            if batch_norm:
+                modules.append(nn.BatchNorm2d(out, eps=1e-3, momentum=0.01))
+            features = out
+        primary_channels = primary_groups * (primary_dim + (primary_activation == "sigmoid"))
+        seen_apart = stem_channels if primary_depthwise else 1
+        modules.append(nn.Conv2d(features, primary_channels, primary_kernel, primary_stride, groups=seen_apart))
         with torch.no_grad():
-            sizes = [image2primary_capsules(torch.zeros(1, channels, height, width)).shape[1:]]
-        sizes += [*hidden_capsules, (num_classes, class_dim)]
-        *hidden, last = [
-            CapsuleLayer(*below, *above, routing=routing, num_iterations=num_iterations)
-            for below, above in pairwise(sizes)
-        ]
-        self.encoder = Encoder(image2primary_capsules, primary_scale, hidden, last)
-        first, second = decoder_hidden
-        self.decoder = nn.Sequential(
-            EinMix("b o h -> b f", weight_shape="o h f", o=num_classes, h=class_dim, f=first),
-            nn.ReLU(),
-            nn.Linear(first, second),
-            nn.ReLU(),
-            EinMix(
-                "b f -> b channels height width",
-                weight_shape="f channels height width",
-                f=second,
-                channels=channels,
-                height=height,
-                width=width,
-            ),
-            nn.Sigmoid(),
+            grid = nn.Sequential(*modules).eval()(torch.zeros(1, channels, height, width)).shape[2:]
+        modules.append(
+            PrimaryCapsules(primary_groups, scale=primary_scale, squash=primary_squash, activation=primary_activation)
+        )
+        options: dict[str, Any] = {"routing": routing, "num_iterations": num_iterations}
+        layers: list[CapsuleLayer | ConvCapsules] = []
+        groups, dim = primary_groups, primary_dim
+        for out, out_dim, kernel, stride in conv_capsules:
+            sizes = (grid, groups, dim, out, out_dim)
+            layers.append(ConvCapsules(*sizes, kernel_size=kernel, stride=stride, matrix_poses=matrix_poses, **options))
+            grid, groups, dim = layers[-1].out_grid, out, out_dim
+        for out, out_dim in [*hidden_capsules, (num_classes, class_dim)]:
+            shared = shared_class_transform and len(layers) == len(conv_capsules) + len(hidden_capsules)
+            if shared or matrix_poses:
+                more = {"kernel_size": grid, "matrix_poses": matrix_poses}
+                more |= {"shared_transform": shared, "coordinate_addition": shared}
+                layers.append(ConvCapsules(grid, groups, dim, out, out_dim, **more, **options))
+            else:
+                layers.append(CapsuleLayer(math.prod(grid) * groups, dim, out, out_dim, **options))
+            grid, groups, dim = (1, 1), out, out_dim
+        *hidden, last = layers
+        self.encoder = Encoder(nn.Sequential(*modules), hidden, last)
+        self.decoder = (
+            None
+            if decoder_hidden is None
+            else new_decoder(num_classes, class_dim, decoder_hidden, image_shape, decoder_bias)
         )
 
     def encode(self, images: Float[Tensor, "b channels height width"]) -> Capsules:
@@ -102,4 +127,37 @@ class CapsNet(nn.Module):
         self, poses: Float[Tensor, "b o h"], labels: Int[Tensor, " b"]
     ) -> Float[Tensor, "b channels height width"]:
         """The images that the capsules of the labels stand for, with pixels in (0, 1)."""
+        if self.decoder is None:
+            raise ValueError("The model has no decoder; decoder_hidden is None.")
         return self.decoder(mask_by_label(poses, labels))
+
+
+def new_decoder(
+    num_classes: int, class_dim: int, hidden: tuple[int, int], image_shape: tuple[int, int, int], outer_bias: bool
+) -> nn.Sequential:
+    """Capsules, all but one of them zero, to images in (0, 1)."""
+    first, second = hidden
+    height, width, channels = image_shape
+    return nn.Sequential(
+        EinMix(
+            "b o h -> b f",
+            weight_shape="o h f",
+            bias_shape="f" if outer_bias else None,
+            o=num_classes,
+            h=class_dim,
+            f=first,
+        ),
+        nn.ReLU(),
+        nn.Linear(first, second),
+        nn.ReLU(),
+        EinMix(
+            "b f -> b channels height width",
+            weight_shape="f channels height width",
+            bias_shape="channels height width" if outer_bias else None,
+            f=second,
+            channels=channels,
+            height=height,
+            width=width,
+        ),
+        nn.Sigmoid(),
+    )

@@ -20,6 +20,22 @@ def squash(poses: Float[Tensor, "*capsules h"]) -> Float[Tensor, "*capsules h"]:
     return norm / (1 + norm**2) * poses
 
 
+def direction(poses: Float[Tensor, "*capsules h"]) -> Float[Tensor, "*capsules h"]:
+    """Each pose divided by its length; a pose of zero stays zero, with gradient zero."""
+    norm = capsule_norm(poses)[..., None]
+    # Both branches of `where` are differentiated: the quotient by zero would give NaN times zero.
+    return torch.where(norm > 0, poses / torch.where(norm > 0, norm, 1), 0)
+
+
+def exponential_squash(poses: Float[Tensor, "*capsules h"]) -> Float[Tensor, "*capsules h"]:
+    """Shrinks each pose to a norm in [0, 1) and keeps its direction: (1 - exp(-|s|)) s / |s|.
+
+    References:
+        Mazzia, Salvetti, Chiaberge, "Efficient-CapsNet" (2021), section 3. https://arxiv.org/abs/2101.12491
+    """
+    return -torch.expm1(-capsule_norm(poses)[..., None]) * direction(poses)
+
+
 def mask_by_label(poses: Float[Tensor, "b o h"], labels: Int[Tensor, " b"]) -> Float[Tensor, "b o h"]:
     """Sets all capsules to zero but the one of the label."""
     classes = torch.arange(poses.shape[1], device=poses.device)

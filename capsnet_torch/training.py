@@ -1,12 +1,12 @@
 """One plain training step."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from capsnet_torch.losses import margin_loss, reconstruction_loss
+from capsnet_torch.losses import margin_loss, reconstruction_loss, spread_loss, spread_margin
 from capsnet_torch.model import CapsNet
 
 
@@ -24,11 +24,20 @@ def compute_losses(
     labels: Int[Tensor, " b"],
     *,
     reconstruction_weight: float,
+    reconstruction_error: str = "mean",
+    loss: str = "margin",
+    step: int = 0,
 ) -> Losses:
     """The losses of a batch of images in [0, 1]."""
     capsules = model.encode(images)
-    margin = margin_loss(capsules.activations, labels).mean()
-    reconstruction = reconstruction_loss(model.decode(capsules.poses, labels), images).mean()
+    if loss == "spread":
+        margin = spread_loss(capsules.activations, labels, margin=spread_margin(step)).mean()
+    else:
+        margin = margin_loss(capsules.activations, labels).mean()
+    if reconstruction_weight == 0:
+        return Losses(margin, margin, torch.zeros_like(margin))
+    reconstructions = model.decode(capsules.poses, labels)
+    reconstruction = reconstruction_loss(reconstructions, images, error=reconstruction_error).mean()
     return Losses(margin + reconstruction_weight * reconstruction, margin, reconstruction)
 
 
@@ -37,11 +46,10 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     images: Float[Tensor, "b channels height width"],
     labels: Int[Tensor, " b"],
-    *,
-    reconstruction_weight: float,
+    **options: Any,
 ) -> Losses:
-    """Changes the weights by one step of the optimizer; returns the losses before it."""
-    losses = compute_losses(model, images, labels, reconstruction_weight=reconstruction_weight)
+    """Changes the weights by one step of the optimizer; returns the losses before it. Options: `compute_losses`."""
+    losses = compute_losses(model, images, labels, **options)
     optimizer.zero_grad(set_to_none=True)
     losses.total.backward()
     optimizer.step()

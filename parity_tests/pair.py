@@ -12,8 +12,10 @@ from flax import nnx
 
 import capsnet_jax
 import capsnet_torch
+from capsnet_jax.layers import CapsuleLayer
 from capsnet_jax.training import compute_losses
 from capsnet_jax.weights import to_torch
+from capsnet_torch import layers as torch_layers
 from capsnet_torch import training as torch_training
 
 # All sizes differ, so that no transposed axis fits by chance; a primary scale of 1 gives capsules of visible length.
@@ -56,7 +58,10 @@ def make_pair(
 ) -> Pair:
     """A pair with seeded weights and images; float64 needs `jax.enable_x64`."""
     options = HOT | options
-    jax_model = capsnet_jax.CapsNet(image_shape, num_classes, **options, param_dtype=dtype, rngs=nnx.Rngs(1))
+    initial_weights = options.pop("initial_weights", "torch")
+    jax_model = capsnet_jax.CapsNet(
+        image_shape, num_classes, **options, initial_weights=initial_weights, param_dtype=dtype, rngs=nnx.Rngs(1)
+    )
     torch_model = capsnet_torch.CapsNet(image_shape, num_classes, **options).to(getattr(torch, dtype))
     torch_model.load_state_dict({name: torch.from_numpy(array) for name, array in to_torch(jax_model).items()})
     rng = np.random.default_rng(2)
@@ -66,9 +71,12 @@ def make_pair(
 
 def divergences(pair: Pair) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Name, JAX value and PyTorch value of everything from image to gradients, in the order it is computed."""
-    graphdef, params = nnx.split(pair.jax_model)
-    ours = jax.jit(lambda *args: _jax_values(graphdef, *args))(params, pair.images, pair.labels)
-    grads = to_torch(nnx.merge(graphdef, ours.pop("gradients")))
+    pair.jax_model.train()
+    pair.torch_model.train()
+    graphdef, params, batch_stats = nnx.split(pair.jax_model, nnx.Param, ...)
+    ours = jax.jit(lambda *args: _jax_values(graphdef, *args))(params, batch_stats, pair.images, pair.labels)
+    grads = to_torch(nnx.merge(graphdef, ours.pop("gradients"), batch_stats))
+    grads = {name: grad for name, grad in grads.items() if "running" not in name}
     theirs, torch_grads = _torch_values(pair.torch_model, *pair.torch_batch)
     assert set(ours) == set(theirs)
     assert set(grads) == set(torch_grads)
@@ -82,14 +90,17 @@ def to_channels_first(images: Any) -> torch.Tensor:
     return torch.tensor(rearrange(np.asarray(images), "b h w c -> b c h w").copy())
 
 
-def _jax_values(graphdef: nnx.GraphDef, params: nnx.State, images: jax.Array, labels: jax.Array) -> dict[str, Any]:
-    model = nnx.merge(graphdef, params)
-    values = {"stem": jax.nn.relu(model.encoder.stem(images))}
+def _jax_values(
+    graphdef: nnx.GraphDef, params: nnx.State, batch_stats: nnx.State, images: jax.Array, labels: jax.Array
+) -> dict[str, Any]:
+    model = nnx.merge(graphdef, params, batch_stats, copy=True)
+    values = {"stem": model.encoder.stem(images)}
     capsules = model.encoder.primary_capsules(values["stem"])
     values |= {"primary poses": capsules.poses, "primary activations": capsules.activations}
     for number, layer in enumerate(model.encoder.capsule_layers):
         routed = layer.route(capsules)
-        values |= {f"votes {number}": layer.votes(capsules.poses), f"couplings {number}": routed.couplings}
+        seen = capsules.poses if isinstance(layer, CapsuleLayer) else layer.under_kernel(capsules.poses)
+        values |= {f"votes {number}": layer.votes(seen), f"couplings {number}": routed.couplings}
         capsules = layer(capsules)
         values |= {f"poses {number}": capsules.poses, f"activations {number}": capsules.activations}
     # The model's own composition, in case the one above is not its own.
@@ -98,7 +109,7 @@ def _jax_values(graphdef: nnx.GraphDef, params: nnx.State, images: jax.Array, la
     values["reconstructions"] = model.decode(capsules.poses, labels)
 
     def loss(params: nnx.State) -> tuple[jax.Array, Any]:
-        model = nnx.merge(graphdef, params)
+        model = nnx.merge(graphdef, params, batch_stats, copy=True)
         losses = compute_losses(model, images, labels, reconstruction_weight=RECONSTRUCTION_WEIGHT)
         return losses.total, losses
 
@@ -110,13 +121,14 @@ def _torch_values(
     model: capsnet_torch.CapsNet, images: torch.Tensor, labels: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     channels_last = "b channels height width -> b height width channels"
-    values = {"stem": rearrange(model.encoder.image2primary_capsules[:2](images), channels_last)}
+    values = {"stem": rearrange(model.encoder.stem(images), channels_last)}
     capsules = model.encoder.primary_capsules(images)
     values |= {"primary poses": capsules.poses, "primary activations": capsules.activations}
     layers = [*model.encoder.hidden_capsules, model.encoder.primary2digit_capsules]
     for number, layer in enumerate(layers):
         routed = layer.route(capsules)
-        values |= {f"votes {number}": layer.votes(capsules.poses), f"couplings {number}": routed.couplings}
+        seen = capsules.poses if isinstance(layer, torch_layers.CapsuleLayer) else layer.under_kernel(capsules.poses)
+        values |= {f"votes {number}": layer.votes(seen), f"couplings {number}": routed.couplings}
         capsules = layer(capsules)
         values |= {f"poses {number}": capsules.poses, f"activations {number}": capsules.activations}
     capsules = model.encode(images)

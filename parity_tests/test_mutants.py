@@ -3,11 +3,13 @@
 In float32, whose tolerance is the looser: what is caught there is caught in float64.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from capsnet_jax.routing import dynamic
+from capsnet_jax.routing import dynamic, get_routing
 from parity_tests import mutants
 from parity_tests.compare import TOLERANCE, assert_close
 from parity_tests.mutants import MODEL_MUTANTS, ROUTING_MUTANTS
@@ -40,7 +42,7 @@ def test_the_base_of_the_mutants_is_right(float64):
 def test_wrong_routing_is_caught(mutant, caught_by):
     pair = make_pair("float32")
     for layer in pair.jax_model.encoder.capsule_layers:
-        layer.routing = lambda votes, activations: mutant(votes, activations, num_iterations=3)
+        layer.routing = get_routing(partial(mutant, num_iterations=3))
     assert first_divergence(pair) == caught_by
 
 
@@ -58,5 +60,5 @@ def test_at_the_reference_scale_a_model_without_routing_would_pass():
     pair = make_pair("float32", primary_scale=0.01)
     right = pair.jax_model.encode(pair.images).poses
     for layer in pair.jax_model.encoder.capsule_layers:
-        layer.routing = lambda votes, activations: mutants.no_routing(votes, activations, num_iterations=3)
+        layer.routing = get_routing(mutants.no_routing)
     np.testing.assert_allclose(pair.jax_model.encode(pair.images).poses, right, atol=1e-5)

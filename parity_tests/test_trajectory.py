@@ -37,7 +37,7 @@ def trajectories(pair: Pair) -> tuple[list[float], list[float], dict[str, np.nda
         )
         losses.append(float(ours.total))
         torch_losses.append(theirs.total.item())
-    weights = to_torch(nnx.merge(graphdef, state.params))
+    weights = to_torch(nnx.merge(graphdef, state.params, state.batch_stats))
     return losses, torch_losses, weights, {name: array.numpy() for name, array in pair.torch_model.state_dict().items()}
 
 

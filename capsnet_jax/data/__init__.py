@@ -26,6 +26,16 @@ class Dataset(NamedTuple):
         height, width, channels = self.train_images.shape[1:]
         return height, width, channels
 
+    def limited(self, train_limit: int | None) -> "Dataset":
+        """The same with only the first so many training images; None for all.
+
+        Raises:
+            UsageError: there are fewer.
+        """
+        if train_limit is not None and train_limit > len(self.train_images):
+            raise UsageError(f"train_limit is {train_limit}, with only {len(self.train_images)} training images.")
+        return self._replace(train_images=self.train_images[:train_limit], train_labels=self.train_labels[:train_limit])
+
 
 def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
     """A data set by its name.

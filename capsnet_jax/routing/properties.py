@@ -1,0 +1,287 @@
+"""What every routing promises, as checks to run on any: the registered ones, and the user's own.
+
+A check is a function of a `Subject`, the routing compiled once, and a `Case`, the numbers to try it on. It raises
+`Finding`, in plain words, if the promise is broken. The first line of its docstring is the promise.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from capsnet_jax.capsules import Routed
+from capsnet_jax.routing.binding import Routing
+
+INPUTS, OUTPUTS, IN_SIZE, OUT_SIZE = 11, 5, 4, 6  # all different, so that no two axes can be mixed up unnoticed
+BATCH = 3
+# Fractions of the largest value. Measured on the registered routings, with 200 cases of votes of 0.1 to 3 times normal
+# ones plus -1 to 1: rounding in float32 is 1.4e-5 at most; steps in float64 are off by 7e-5, and by 2e-2 or more where
+# something is rounded to float32.
+TOLERANCE = 1e-4
+STEP, STEP_TOLERANCE = 1e-7, 1e-3
+ROUNDING = 1e-5  # of sums of shares, and of activations, above 1
+FACTORS = (0, 1e-30, 1e-10, 1e5, 1e10)
+
+
+class Finding(Exception):
+    """A promise that a routing breaks: a sentence that says what was got and what was expected."""
+
+
+class Case(NamedTuple):
+    """Numbers to try a routing on: one example, and the weights that the routing learns, by name.
+
+    A batch of examples has one more axis in front, but for the weights.
+    """
+
+    votes: Float[Array, "*batch i o h"]
+    activations: Float[Array, "*batch i"]
+    poses: Float[Array, "*batch i d"]
+    weights: dict[str, Array]
+
+
+class Subject:
+    """A routing to be checked; values and gradients compile once for each shape and dtype."""
+
+    def __init__(self, routing: Routing):
+        self.routing = routing
+        self.route = jax.jit(self.call)
+        self.route_batch = jax.jit(self.call_batch)
+        self.gradients = jax.jit(jax.grad(lambda case: _readout(self.call(case))))
+        self.gradients_batch = jax.jit(jax.grad(lambda case: _readout(self.call_batch(case))))
+
+    def call(self, case: Case) -> Routed:
+        """The routing of one example, not compiled."""
+        return self.routing(case.votes, case.activations, poses=case.poses, **case.weights)
+
+    def call_batch(self, case: Case) -> Routed:
+        """The routing of a batch, as a layer calls it."""
+        votes, activations, poses, weights = case
+        call = jax.vmap(lambda votes, activations, poses: self.call(Case(votes, activations, poses, weights)))
+        return call(votes, activations, poses)
+
+
+Check = Callable[[Subject, Case], None]
+
+
+def draw_case(
+    routing: Routing,
+    seed: int,
+    *,
+    inputs: int = INPUTS,
+    batch: tuple[int, ...] = (),
+    scale: float = 1.0,
+    offset: float = 0.0,
+) -> Case:
+    """Random numbers, in float32: votes of this scale and offset, activations in [0, 1], poses and weights."""
+    rng = np.random.default_rng(seed)
+    sizes = {"i": inputs, "o": OUTPUTS, "d": IN_SIZE, "h": OUT_SIZE}
+
+    def normal(*shape: int) -> Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    return Case(
+        votes=scale * normal(*batch, inputs, OUTPUTS, OUT_SIZE) + offset,
+        activations=jnp.asarray(rng.uniform(size=(*batch, inputs)), jnp.float32),
+        poses=normal(*batch, inputs, IN_SIZE),
+        weights={
+            name: weight.initial + 0.3 * normal(*(sizes[axis] for axis in weight.axes))
+            for name, weight in routing.weights.items()
+        },
+    )
+
+
+def result(subject: Subject, case: Case) -> None:
+    """It returns Routed(poses, activations, couplings), of the right shapes and the dtype of the votes."""
+    routed: Any = subject.call(case)
+    if not isinstance(routed, Routed):
+        raise Finding(f"The result is {type(routed).__name__}; expected Routed(poses, activations, couplings).")
+    _expect_dtype(routed, case)
+
+
+def repeatable(subject: Subject, case: Case) -> None:
+    """Called twice with the same numbers, it returns the same result."""
+    _compare("The second call", subject.call(case), subject.call(case), tolerance=0.0)
+
+
+def compiled(subject: Subject, case: Case) -> None:
+    """Under jax.jit, it returns what it returns without."""
+    _compare("The function under jax.jit", subject.route(case), subject.call(case))
+
+
+def couplings(subject: Subject, case: Case) -> None:
+    """With weights at their initial values, an input capsule's couplings are 0 or more and sum to 1, or less."""
+    # With few inputs, a softmax over them cannot hide: each would send much more than 1.
+    initial = {
+        name: jnp.full_like(case.weights[name], weight.initial) for name, weight in subject.routing.weights.items()
+    }
+    for inputs in (INPUTS, 2):
+        few = _pick(subject, case._replace(weights=initial), "i", np.arange(inputs))
+        shares = np.asarray(subject.route(few).couplings)
+        for i in range(inputs):
+            capsule, total = f"With {inputs} input capsules, capsule {i} sends", shares[i].sum()
+            if not np.isfinite(total):
+                raise Finding(f"{capsule} {total} in all; expected finite shares.")
+            if shares[i].min() < 0:
+                raise Finding(f"{capsule} {shares[i].min():.3g} to an output capsule; expected shares of 0 or more.")
+            if total > 1 + ROUNDING:
+                raise Finding(f"{capsule} {total:.3g} to the output capsules in all; expected shares that sum to 1.")
+
+
+def activations(subject: Subject, case: Case) -> None:
+    """Activations are in [0, 1]."""
+    for o, activation in enumerate(np.asarray(subject.route(case).activations)):
+        if not 0 <= activation <= 1 + ROUNDING:
+            raise Finding(f"The activation of output capsule {o} is {activation:.3g}; expected 0 to 1.")
+
+
+def order_of_inputs(subject: Subject, case: Case) -> None:
+    """When input capsules change places, their couplings follow, and nothing else changes."""
+    order = np.random.default_rng(2).permutation(INPUTS)
+    routed = subject.route(case)
+    expected = routed._replace(couplings=routed.couplings[order])
+    permuted = _pick(subject, case, "i", order)
+    _compare("With inputs in another order", subject.route(permuted), expected)
+
+
+def order_of_outputs(subject: Subject, case: Case) -> None:
+    """When output capsules change places, all results follow."""
+    order = np.random.default_rng(3).permutation(OUTPUTS)
+    routed = subject.route(case)
+    expected = Routed(routed.poses[order], routed.activations[order], routed.couplings[:, order])
+    permuted = _pick(subject, case, "o", order)
+    _compare("With outputs in another order", subject.route(permuted), expected)
+
+
+def batch(subject: Subject, case: Case) -> None:
+    """Under jax.vmap, an example gets the result that it gets alone, whatever the other examples are."""
+
+    def together(mate: float) -> Routed:
+        def stack(array: Array) -> Array:
+            return jnp.stack([array, mate * array, mate**2 * array])
+
+        examples = Case(stack(case.votes), stack(case.activations), stack(case.poses), case.weights)
+        return Routed(*(array[0] for array in subject.route_batch(examples)))
+
+    _compare("An example under jax.vmap", together(0.5), subject.route(case))
+    _compare("An example whose batch changes", together(0.3), together(0.5), tolerance=0.0)
+
+
+def positions(subject: Subject, case: Case) -> None:
+    """If it has an argument softmax, it gives for many positions at once what it gives for each."""
+    if subject.routing.takes("softmax"):
+        votes, activations, poses = (jnp.stack([array, array[::-1]]) for array in case[:3])
+        both = Case(votes, activations, poses, case.weights)
+        _compare("One call for two positions", subject.route(both), subject.route_batch(both))
+
+
+def finite(subject: Subject, case: Case) -> None:
+    """Values and gradients are finite for votes of 0 and of 1e-30 to 1e10, and for activations or poses of 0."""
+    tried = {f"votes times {factor:g}": case._replace(votes=factor * case.votes) for factor in FACTORS}
+    tried["activations of 0"] = case._replace(activations=jnp.zeros_like(case.activations))
+    tried["poses of 0"] = case._replace(poses=jnp.zeros_like(case.poses))
+    for words, extreme in tried.items():
+        arrays: dict[str, Array] = subject.route(extreme)._asdict()
+        *gradients, of_weights = subject.gradients(extreme)
+        of_inputs = dict(zip(Case._fields, gradients, strict=False))
+        arrays |= {f"gradient of {name}": array for name, array in (of_inputs | of_weights).items()}
+        for name, array in arrays.items():
+            if wrong := int(np.sum(~np.isfinite(array))):
+                raise Finding(f"With {words}, {name}: {wrong} of {array.size} values are NaN or infinite.")
+
+
+def float32(subject: Subject, case: Case) -> None:
+    """In float32, it returns what it returns in float64, to 0.0001 of the largest value."""
+    single = subject.route(case)
+    with jax.enable_x64(True):
+        _compare("float32", single, subject.route(to_float64(case)))
+
+
+def float64(subject: Subject, case: Case) -> None:
+    """In float64, nothing is rounded to float32 on the way."""
+    with jax.enable_x64(True):
+        case = to_float64(case)
+        start = subject.route(case)
+        _expect_dtype(start, case)
+        # Tiny steps change a smooth function in proportion. Rounded to float32, it stands still, and then it jumps.
+        step = STEP * jnp.abs(case.votes).max() * np.random.default_rng(4).normal(size=case.votes.shape)
+        one, two = (subject.route(case._replace(votes=case.votes + n * step)) for n in (1, 2))
+        for name, at_start, at_one, at_two in zip(Routed._fields, start, one, two, strict=True):
+            far = np.abs(at_two - at_start).max()
+            error = np.abs(at_two - at_start - 2 * (at_one - at_start)).max()
+            # A change of some units in the last place only says nothing.
+            if error > STEP_TOLERANCE * far + 1e-13 * np.abs(at_start).max():
+                raise Finding(
+                    f"{name} jump when the votes change by {STEP:.0e} in float64; expected a smooth change: is "
+                    f"something converted to float32?"
+                )
+
+
+CHECKS: tuple[Check, ...] = (
+    result,
+    repeatable,
+    compiled,
+    couplings,
+    activations,
+    order_of_inputs,
+    order_of_outputs,
+    batch,
+    positions,
+    finite,
+    float32,
+    float64,
+)
+
+
+def to_float64(case: Case) -> Case:
+    """The same numbers in float64; to be called where JAX has it."""
+    return jax.tree.map(lambda array: jnp.asarray(np.asarray(array), jnp.float64), case)
+
+
+def compare(who: str, name: str, actual: Any, expected: Any, tolerance: float) -> None:
+    """Compares arrays of one shape; the error is a fraction of the largest expected value.
+
+    Raises:
+        Finding: it is larger than tolerated, or something is NaN or infinite.
+    """
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    if not (np.isfinite(actual).all() and np.isfinite(expected).all()):
+        raise Finding(f"{who}: {name} are NaN or infinite.")
+    scale = np.abs(expected).max()
+    error = np.abs(actual - expected).max()
+    if error > tolerance * scale:
+        size = f"{error / scale:.1e} of the largest value" if scale > 0 else f"{error:.1e} from zeros"
+        raise Finding(f"{who}: {name} are off by {size}; tolerated: {tolerance:g}.")
+
+
+def _readout(routed: Routed) -> Float[Array, ""]:
+    """Poses and activations as one number; each counts differently, so that no gradients cancel."""
+    outputs = jnp.concatenate([rearrange(routed.poses, "... o h -> ... (o h)"), routed.activations], axis=-1)
+    return jnp.sum(outputs * jnp.cos(jnp.arange(outputs.shape[-1])))
+
+
+def _compare(who: str, actual: Routed, expected: Routed, tolerance: float = TOLERANCE) -> None:
+    for name in Routed._fields:
+        compare(who, name, getattr(actual, name), getattr(expected, name), tolerance)
+
+
+def _expect_dtype(routed: Routed, case: Case) -> None:
+    for name, array in routed._asdict().items():
+        if array.dtype != case.votes.dtype:
+            raise Finding(f"{name} of {case.votes.dtype} votes are {array.dtype}; expected the dtype of the votes.")
+
+
+def _pick(subject: Subject, case: Case, letter: str, indices: Any) -> Case:
+    """These input capsules (letter i) or output capsules (letter o) of a case, in this order."""
+
+    def pick(array: Array, axes: Sequence[str]) -> Array:
+        picked = np.asarray(array)
+        for axis, found in enumerate(axes):
+            picked = np.take(picked, indices, axis) if found == letter else picked
+        return jnp.asarray(picked)
+
+    weights = {name: pick(case.weights[name], weight.axes) for name, weight in subject.routing.weights.items()}
+    return Case(pick(case.votes, "ioh"), pick(case.activations, "i"), pick(case.poses, "id"), weights)

@@ -1,0 +1,111 @@
+"""Convolutional capsules: capsules on a grid, each routed to from those under its kernel."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import unfold
+
+from capsnet_torch.capsules import Capsules, Routed
+from capsnet_torch.routing.binding import Routing
+
+
+class ConvCapsules(nn.Module):
+    """Groups of capsules at each position of a grid; see `capsnet_jax.conv_capsules.ConvCapsules`."""
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        in_groups: int,
+        in_dim: int,
+        out_groups: int,
+        out_dim: int,
+        *,
+        kernel_size: int | tuple[int, int],
+        stride: int = 1,
+        matrix_poses: bool = False,
+        shared_transform: bool = False,
+        coordinate_addition: bool = False,
+        routing: str | Callable[..., Routed] = "em",
+        num_iterations: int = 3,
+    ):
+        super().__init__()
+        self.grid = grid
+        self.in_groups = in_groups
+        self.kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        self.stride = stride
+        self.rows = math.isqrt(in_dim) if matrix_poses else 1
+        self.coordinate_addition = coordinate_addition
+        self.out_grid = tuple(
+            (size - kernel) // stride + 1 for size, kernel in zip(grid, self.kernel_size, strict=True)
+        )
+        self.routing = Routing(routing, num_iterations=num_iterations)
+        taps, inner, outer = math.prod(self.kernel_size), in_dim // self.rows, out_dim // self.rows
+        bound = (3 / inner) ** 0.5
+        shape = (1 if shared_transform else taps, in_groups, inner, out_groups, outer)
+        self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.routing_weights = self.routing.new_weights(i=taps * in_groups, d=in_dim, o=out_groups, h=out_dim)
+
+    def forward(self, capsules: Capsules) -> Capsules:
+        routed = self.route(capsules)
+        return Capsules(routed.poses.flatten(1, 2), routed.activations.flatten(1, 2))
+
+    def route(self, capsules: Capsules) -> Routed:
+        """The output capsules and the couplings of every vote, `[b positions ...]`; inputs are `(taps groups)`."""
+        seen = self.under_kernel(capsules.poses)
+        votes, poses = self.votes(seen).flatten(2, 3), seen.flatten(2, 3)
+        activations = self.under_kernel(capsules.activations[..., None]).flatten(2)
+        if "softmax" in self.routing.parameters:
+            softmax = partial(softmax_over_parents, inputs=self._inputs())
+            return self.routing(votes, activations, poses=poses, softmax=softmax, **self.routing_weights)
+        # Positions are examples of their own.
+        routed = self.routing(
+            votes.flatten(0, 1), activations.flatten(0, 1), poses=poses.flatten(0, 1), **self.routing_weights
+        )
+        return Routed(*(array.unflatten(0, votes.shape[:2]) for array in routed))
+
+    def under_kernel(self, values: Float[Tensor, "b capsules d"]) -> Float[Tensor, "b positions taps i d"]:
+        """What each position of the output sees under each tap of its kernel."""
+        height, width = self.grid
+        images = rearrange(
+            values, "b (height width i) d -> b (i d) height width", height=height, width=width, i=self.in_groups
+        )
+        patches = unfold(images, self.kernel_size, stride=self.stride)
+        return rearrange(patches, "b (i d taps) positions -> b positions taps i d", i=self.in_groups, d=values.shape[2])
+
+    def votes(self, poses: Float[Tensor, "b positions taps i d"]) -> Float[Tensor, "b positions taps i o h"]:
+        """What each input capsule under a kernel predicts for each output capsule there."""
+        matrices = rearrange(poses, "b p t i (rows inner) -> b p t i 1 rows inner", rows=self.rows)
+        votes = matrices @ rearrange(self.weight, "t i inner o outer -> t i o inner outer")
+        if self.coordinate_addition:
+            height, width = self.kernel_size
+            down = (torch.arange(height).to(votes) + 0.5) / height
+            across = (torch.arange(width).to(votes) + 0.5) / width
+            # To the last column of two rows of a matrix, or to the first two components of a vector.
+            first, second = ((0, -1), (1, -1)) if self.rows > 1 else ((0, 0), (0, 1))
+            votes[..., *first] += down.repeat_interleave(width)[:, None, None]
+            votes[..., *second] += across.repeat(height)[:, None, None]
+        return votes.flatten(-2)
+
+    def _inputs(self) -> Int[Tensor, "positions i"]:
+        numbers = torch.arange(math.prod(self.grid) * self.in_groups, dtype=torch.float64)
+        return self.under_kernel(numbers[None, :, None])[0].flatten(1).long()
+
+
+def softmax_over_parents(
+    logits: Float[Tensor, "b positions i o"], *, inputs: Int[Tensor, "positions i"]
+) -> Float[Tensor, "b positions i o"]:
+    """Shares of each input capsule among all its parents, by a dense table of all inputs and all parents."""
+    positions, _, outputs = logits.shape[1:]
+    table = logits.new_full((len(logits), int(inputs.max()) + 1, positions, outputs), -math.inf)
+    at_positions = torch.arange(positions)[:, None].expand_as(inputs)
+    table = table.index_put((torch.arange(len(logits))[:, None, None], inputs, at_positions), logits)
+    seen = torch.unique(inputs)  # an input that no kernel sees has no parents
+    shares = torch.zeros_like(table).index_copy(
+        1, seen, table[:, seen].flatten(2).softmax(dim=2).view_as(table[:, seen])
+    )
+    return shares[:, inputs, at_positions]

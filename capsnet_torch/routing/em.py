@@ -1,0 +1,65 @@
+"""EM routing of matrix capsules: a mixture of Gaussians fitted to the votes."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributions import Normal
+from torch.nn import functional
+
+from capsnet_torch.capsules import Routed
+
+over_outputs = partial(torch.softmax, dim=-1)
+
+
+def em(
+    votes: Float[Tensor, "b *positions i o h"],
+    activations: Float[Tensor, "b *positions i"],
+    *,
+    num_iterations: int = 3,
+    beta_u: Float[Tensor, " o"] | float = 0.0,
+    beta_a: Float[Tensor, " o"] | float = 0.0,
+    inverse_temperature: float = 0.01,
+    annealing: float = 0.95,
+    min_variance: float = 5e-4,
+    epsilon: float = 1e-7,
+    softmax: Callable[[Float[Tensor, "b *positions i o"]], Float[Tensor, "b *positions i o"]] = over_outputs,
+) -> Routed:
+    """Output capsules are Gaussians, for a batch, in the order of the paper: M step, E step, M step ...
+
+    Args:
+        votes: may have an axis of positions after that of the batch.
+        activations: likewise.
+        num_iterations: number of M steps.
+        beta_u: cost of describing a vote.
+        beta_a: gain of not having to describe it otherwise.
+        inverse_temperature: lambda, reached after many iterations.
+        annealing: how slowly it is reached.
+        min_variance: added to the variances.
+        epsilon: added to the mass of a Gaussian where it divides.
+        softmax: of logits `[b (positions) i o]`, over all parents of an input capsule.
+
+    References:
+        Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing" (2018), procedure 1.
+    """
+    if num_iterations < 1:
+        raise ValueError(f"num_iterations is {num_iterations}, and must be at least 1.")
+    beta_u, beta_a = (torch.as_tensor(beta, dtype=votes.dtype, device=votes.device) for beta in (beta_u, beta_a))
+    couplings = softmax(torch.zeros_like(votes[..., 0]))
+    for iteration in range(num_iterations):
+        # M step
+        shares = couplings * activations[..., None]
+        mass = shares.sum(dim=-2)[..., None]
+        means = torch.einsum("...io,...ioh->...oh", shares, votes) / (mass + epsilon)
+        deviations = votes - means[..., None, :, :]
+        variances = torch.einsum("...io,...ioh->...oh", shares, deviations**2) / (mass + epsilon) + min_variance
+        gaussians = Normal(means[..., None, :, :], variances.sqrt()[..., None, :, :])
+        costs = (beta_u[..., None] + variances.sqrt().log()) * mass
+        temperature = inverse_temperature * (1 - annealing ** (iteration + 1))
+        gains = temperature * (beta_a - costs.sum(dim=-1))
+        # E step
+        if iteration < num_iterations - 1:
+            couplings = softmax(functional.logsigmoid(gains)[..., None, :] + gaussians.log_prob(votes).sum(dim=-1))
+    return Routed(means, torch.sigmoid(gains), couplings)
