@@ -1,4 +1,4 @@
-"""The console command: capsnet train | evaluate | check-routing."""
+"""The console command: capsnet train | evaluate | compare | check-routing."""
 
 import argparse
 import sys
@@ -17,12 +17,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from capsnet_jax.check_routing import CheckRouting
+from capsnet_jax.compare import Compare
 from capsnet_jax.config import PRESETS, Config, DataConfig
 from capsnet_jax.data import Dataset, load_dataset, to_unit_range
 from capsnet_jax.errors import UsageError
 from capsnet_jax.figures import reconstructions_figure
 from capsnet_jax.model import CapsNet
 from capsnet_jax.progress import show_progress
+from capsnet_jax.routing import ROUTINGS
+from capsnet_jax.routing.binding import describe_options
 from capsnet_jax.runs import Run, load_run
 from capsnet_jax.training import Evaluation, NonFiniteLossError, evaluate, fit, make_count_correct
 
@@ -35,8 +38,9 @@ class Train:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     preset: str | None = None
-    """Values that all other options start from: readable (the reference model) or digits (small and quick).
-    By default digits for the data set of that name, and readable for all others."""
+    """Values that all other options start from: readable (the reference model), digits (small and quick), or a
+    published network: official, paper, efficient, em. By default digits for the data set of that name, and readable
+    for all others."""
     run_dir: Path | None = None
     """New folder for config, metrics, weights and picture. By default runs/DATASET-DATE-TIME."""
 
@@ -51,11 +55,15 @@ class Train:
         console = Console(highlight=False)
         console.print(describe(model, dataset), f"Run folder: {folder}", sep="\n", soft_wrap=True)
 
-        for progress in show_progress(training, epochs=config.training.epochs, console=console):
-            if progress.test is not None:
-                run.record(progress)
-                run.save_weights(model)
-                final = progress.test
+        try:
+            for progress in show_progress(training, epochs=config.training.epochs, console=console):
+                if progress.test is not None:
+                    run.record(progress)
+                    run.save_weights(model)
+                    final = progress.test
+        except NonFiniteLossError as error:
+            check = f"`capsnet check-routing {config.model.routing}` tells whether the routing may be to blame."
+            raise NonFiniteLossError(f"{error} {check}") from error
         if model.decoder is not None:
             run.save_picture(picture(model, dataset))
         print(final_line(final))
@@ -88,7 +96,12 @@ class Command(Protocol):
         """Does it; returns the exit status, if it is not 0."""
 
 
-COMMANDS: dict[str, Callable[..., Command]] = {"train": Train, "evaluate": Evaluate, "check-routing": CheckRouting}
+COMMANDS: dict[str, Callable[..., Command]] = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "compare": Compare,
+    "check-routing": CheckRouting,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,16 +122,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"capsnet: error: {error} The run folder keeps what was saved before.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("capsnet: interrupted; the run folder keeps the weights of the last whole epoch.", file=sys.stderr)
+        print(
+            "capsnet: interrupted; the folder keeps the last whole epoch, or the last whole routing.",
+            file=sys.stderr,
+        )
         return 130
 
 
 def parse(argv: Sequence[str]) -> Command:
     """The command of these arguments; help and errors of syntax end the program, with status 0 and 2."""
-    if argv[:1] == ["train"]:
-        default = Train(default_config(argv[1:]))
+    if argv[:1] in (["train"], ["compare"]):
+        command: type[Train | Compare] = Train if argv[0] == "train" else Compare
         return tyro.cli(
-            Train, default=default, args=argv[1:], prog="capsnet train", config=(tyro.conf.OmitArgPrefixes,)
+            command,
+            default=command(default_config(argv[1:])),
+            args=argv[1:],
+            prog=f"capsnet {argv[0]}",
+            description=f"{command.__doc__}\n\n{describe_routings()}",
+            config=(tyro.conf.OmitArgPrefixes,),
         )
     if argv[:1] == ["evaluate"]:
         return tyro.cli(Evaluate, args=argv[1:], prog="capsnet evaluate")
@@ -128,7 +149,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def default_config(argv: Sequence[str]) -> Config:
-    """What the options of `train` start from: they depend on two of the options themselves.
+    """What the options of `train` and `compare` start from: they depend on two of the options themselves.
 
     Raises:
         UsageError: there is no such preset.
@@ -141,6 +162,12 @@ def default_config(argv: Sequence[str]) -> Config:
     if preset not in PRESETS:
         raise UsageError(f"Unknown preset {preset!r}; expected {', '.join(PRESETS)}.")
     return PRESETS[preset]
+
+
+def describe_routings() -> str:
+    """The routings and their options, for help."""
+    lines = [f"{name}: {describe_options(function)}" for name, function in ROUTINGS.items()]
+    return "\n\n".join(["Routings and their options, as in --routing dynamic,leaky=true,num_iterations=5:", *lines])
 
 
 def describe(model: CapsNet, dataset: Dataset) -> str:

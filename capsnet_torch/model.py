@@ -35,7 +35,9 @@ class Encoder(nn.Module):
             capsules = layer(capsules)
         return capsules
 
-    def stem(self, images: Float[Tensor, "b channels height width"]) -> Float[Tensor, "b features height width"]:
+    def stem(
+        self, images: Float[Tensor, "b channels height width"]
+    ) -> Float[Tensor, "b features out_height out_width"]:
         return self.image2primary_capsules[:-2](images)
 
     def primary_capsules(self, images: Float[Tensor, "b channels height width"]) -> Capsules:

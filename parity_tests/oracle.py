@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import digamma
 
 Values = NDArray[np.float64]
 
@@ -19,24 +20,140 @@ def squash(vector: Values) -> Values:
     return np.array([length**2 / (1 + length**2) * value / length for value in vector])
 
 
-def dynamic(votes: Values, num_iterations: int) -> tuple[Values, Values]:
+def sigmoid(value: float) -> float:
+    """The logistic function."""
+    return 1 / (1 + math.exp(-value))
+
+
+def dynamic(
+    votes: Values,
+    num_iterations: int,
+    *,
+    leaky: bool = False,
+    prior_logits: Values | None = None,
+    capsule_bias: Values | None = None,
+) -> tuple[Values, Values]:
     """Sabour et al. (2017), procedure 1, for one example: poses `[o h]` and couplings `[i o]`."""
     inputs, outputs, size = votes.shape
-    logits = np.zeros((inputs, outputs))
+    logits = np.zeros((inputs, outputs)) if prior_logits is None else prior_logits.copy()
     couplings = np.zeros((inputs, outputs))
     poses = np.zeros((outputs, size))
     for _ in range(num_iterations):
         for i in range(inputs):
             total = sum(math.exp(logits[i, o]) for o in range(outputs))
+            if leaky:
+                total += math.exp(0)
             for o in range(outputs):
                 couplings[i, o] = math.exp(logits[i, o]) / total
         for o in range(outputs):
             weighted = [sum(couplings[i, o] * votes[i, o, h] for i in range(inputs)) for h in range(size)]
+            if capsule_bias is not None:
+                weighted = [weighted[h] + capsule_bias[o, h] for h in range(size)]
             poses[o] = squash(np.array(weighted))
         for i in range(inputs):
             for o in range(outputs):
                 logits[i, o] += sum(votes[i, o, h] * poses[o, h] for h in range(size))
     return poses, couplings
+
+
+def em(
+    votes: Values,
+    activations: Values,
+    num_iterations: int,
+    *,
+    beta_u: Values,
+    beta_a: Values,
+    inverse_temperature: float,
+    annealing: float = 0.95,
+    min_variance: float = 5e-4,
+    epsilon: float = 1e-7,
+) -> tuple[Values, Values, Values]:
+    """Hinton et al. (2018), procedure 1, for one example: poses `[o h]`, activations `[o]` and couplings `[i o]`."""
+    inputs, outputs, size = votes.shape
+    couplings = np.full((inputs, outputs), 1 / outputs)
+    means, variances, active = np.zeros((outputs, size)), np.zeros((outputs, size)), np.zeros(outputs)
+    for iteration in range(num_iterations):
+        if iteration > 0:  # E step
+            for i in range(inputs):
+                joint = []
+                for o in range(outputs):
+                    density = 1.0
+                    for h in range(size):
+                        variance = variances[o, h]
+                        exponent = -((votes[i, o, h] - means[o, h]) ** 2) / (2 * variance)
+                        density *= math.exp(exponent) / math.sqrt(2 * math.pi * variance)
+                    joint.append(active[o] * density)
+                for o in range(outputs):
+                    couplings[i, o] = joint[o] / sum(joint)
+        for o in range(outputs):  # M step
+            assigned = [activations[i] * couplings[i, o] for i in range(inputs)]
+            mass = sum(assigned)
+            cost = 0.0
+            for h in range(size):
+                means[o, h] = sum(assigned[i] * votes[i, o, h] for i in range(inputs)) / (mass + epsilon)
+                squares = sum(assigned[i] * (votes[i, o, h] - means[o, h]) ** 2 for i in range(inputs))
+                variances[o, h] = squares / (mass + epsilon) + min_variance
+                cost += (beta_u[o] + math.log(math.sqrt(variances[o, h]))) * mass
+            temperature = inverse_temperature * (1 - annealing ** (iteration + 1))
+            active[o] = sigmoid(temperature * (beta_a[o] - cost))
+    return means, active, couplings
+
+
+def variational(
+    votes: Values,
+    activations: Values,
+    num_iterations: int,
+    *,
+    gain: Values,
+    beta: Values,
+    alpha0: float = 1.0,
+    kappa0: float = 1.0,
+    psi0: float = 10.0,
+    epsilon: float = 1e-7,
+    norm_epsilon: float = 1e-5,
+) -> tuple[Values, Values, Values]:
+    """Ribeiro et al. (2020), algorithm 1, for one example: poses `[o h]`, activations `[o]`, couplings `[i o]`."""
+    inputs, outputs, size = votes.shape
+    couplings = np.full((inputs, outputs), 1 / outputs)
+    means, precisions = np.zeros((outputs, size)), np.zeros((outputs, size))
+    mass, log_share, log_determinant = np.zeros(outputs), np.zeros(outputs), np.zeros(outputs)
+    for iteration in range(num_iterations):
+        if iteration > 0:  # variational E step
+            for i in range(inputs):
+                joint = []
+                for o in range(outputs):
+                    distance = 0.0
+                    for h in range(size):
+                        distance += precisions[o, h] * (votes[i, o, h] - means[o, h]) ** 2
+                    expected = size / (kappa0 + mass[o]) + (size + 1 + mass[o]) * distance
+                    joint.append(math.exp(log_share[o]) * math.sqrt(math.exp(log_determinant[o] - expected)))
+                for o in range(outputs):
+                    couplings[i, o] = joint[o] / sum(joint)
+        for o in range(outputs):  # variational M step
+            assigned = [activations[i] * couplings[i, o] for i in range(inputs)]
+            mass[o] = sum(assigned)
+            determinant = 2.0**size
+            for h in range(size):
+                center = sum(assigned[i] * votes[i, o, h] for i in range(inputs)) / (mass[o] + epsilon)
+                scatter = sum(assigned[i] * (votes[i, o, h] - center) ** 2 for i in range(inputs))
+                shrinkage = kappa0 * mass[o] * center**2 / (kappa0 + mass[o])
+                precisions[o, h] = 1 / (psi0 + scatter + shrinkage)
+                determinant *= precisions[o, h]
+                means[o, h] = mass[o] * center / (kappa0 + mass[o])
+            log_determinant[o] = math.log(determinant)
+            for d in range(size):
+                log_determinant[o] += float(digamma((size + 1 + mass[o] - d) / 2))
+        for o in range(outputs):
+            everything = sum(alpha0 + mass[k] for k in range(outputs))
+            log_share[o] = float(digamma(alpha0 + mass[o])) - float(digamma(everything))
+    certainty = np.zeros(outputs)
+    for o in range(outputs):
+        entropy = (size * math.log(2 * math.pi * math.e) - log_determinant[o]) / 2
+        certainty[o] = -math.exp(log_share[o]) * entropy
+    mean = sum(certainty) / outputs
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in certainty) / outputs + norm_epsilon)
+    active = [sigmoid(gain[o] * (certainty[o] - mean) / deviation + beta[o]) for o in range(outputs)]
+    return means, np.array(active), couplings
 
 
 def margin_loss(activations: Values, label: int) -> float:

@@ -1,6 +1,10 @@
-"""Dynamic routing against its twin and the oracle, values and gradients."""
+"""Every routing against its twin, values and gradients; dynamic, EM and variational routing against the oracle, too."""
 
-from functools import partial
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,48 +12,195 @@ import numpy as np
 import pytest
 import torch
 
-from capsnet_jax.routing import dynamic
-from capsnet_torch.routing import dynamic as torch_dynamic
+from capsnet_jax.routing import ROUTINGS, Routing, get_routing
+from capsnet_torch import ops as torch_ops
+from capsnet_torch.routing import ROUTINGS as TORCH_ROUTINGS
 from parity_tests import oracle
 from parity_tests.compare import TOLERANCE, assert_close
 
-BATCH, INPUTS, OUTPUTS, SIZE = 3, 11, 5, 6
+BATCH, POSITIONS, INPUTS, OUTPUTS, INPUT_SIZE, SIZE = 3, 2, 11, 5, 4, 6
+ITERATIONS, ITERATIONS_OF_OPTIONS = [1, 2, 3, 5], [1, 3]
+# Half the time to compile, which is most of the time of these tests; the program before code generation is the same.
+QUICKLY_COMPILED = {"xla_backend_optimization_level": 0}
+PER_EXAMPLE = ("votes", "activations", "poses")  # all other arguments are weights, which a batch shares
+
+# Options where the defaults prove little: at a variance of 0.0005 or more, Gaussians of EM collapse onto few votes; with a
+# strong prior, variational activations are the small differences of large entropies, which float32 knows to 4e-5.
+HOT = {"em": "em,inverse_temperature=2,annealing=0.5,min_variance=0.4", "variational": "variational,psi0=1"}
+OPTIONS = [
+    "dynamic,leaky=true",
+    "dynamic,detach=true",
+    "dynamic,prior_logits=0,capsule_bias=0.1",
+    "dynamic,leaky=true,detach=true,prior_logits=0,capsule_bias=0.1",
+    "variational,alpha0=0.7,kappa0=0.4,psi0=1.5",
+    "self_routing,epsilon=0.2",
+    "random,seed=3",
+]
+IGNORE_ACTIVATIONS = {"dynamic", "self_attention", "inverted_attention", "kmeans", "uniform", "random"}
+NEVER_ROUTE = {"uniform"}
+ORACLES = {"dynamic", "em", "variational"}
 
 
-def votes(dtype: str) -> np.ndarray:
-    return (0.6 * np.random.default_rng(5).normal(size=(BATCH, INPUTS, OUTPUTS, SIZE))).astype(dtype)
+class Case(NamedTuple):
+    """A routing with its options, and whether an input capsule has parents at several positions."""
+
+    spec: str
+    num_iterations: int
+    positions: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.spec.split(",")[0]
+
+    @property
+    def routing(self) -> Routing:
+        return get_routing(self.spec, num_iterations=self.num_iterations)
+
+    def __str__(self) -> str:
+        return f"{self.spec}{' over positions' if self.positions else ''}, {self.num_iterations}"
 
 
-@pytest.mark.parametrize("num_iterations", [1, 2, 3, 5])
-def test_values_and_gradients_agree(num_iterations, dtype):
-    values, activations = votes(dtype), np.ones((BATCH, INPUTS), dtype)
-    weights = np.random.default_rng(6).normal(size=(BATCH, OUTPUTS, SIZE)).astype(dtype)
-    routing = jax.vmap(partial(dynamic, num_iterations=num_iterations))
-    routed = routing(jnp.asarray(values), jnp.asarray(activations))
-    grad = jax.grad(lambda votes: jnp.sum(weights * routing(votes, jnp.asarray(activations)).poses))(
-        jnp.asarray(values)
-    )
-    torch_values = torch.tensor(values, requires_grad=True)
-    torch_routed = torch_dynamic(torch_values, torch.tensor(activations), num_iterations=num_iterations)
-    torch_routed.poses.backward(torch.tensor(weights))
-    assert 0.1 < torch_routed.activations.mean() < 0.9, "not hot: routing would have no effect"
-    for name in routed._fields:
-        expected = getattr(torch_routed, name).detach()
-        assert_close(name, getattr(routed, name), expected, tolerance=TOLERANCE[dtype])
-    assert_close("gradient of votes", grad, torch_values.grad, tolerance=TOLERANCE[dtype])
+def every_case() -> list[Case]:
+    """Of each routing, at each number of iterations if it has one; options act alike in all but the first."""
+    cases = [
+        Case(HOT.get(name, name), num_iterations)
+        for name in ROUTINGS
+        for num_iterations in (ITERATIONS if get_routing(name).takes("num_iterations") else [1])
+    ]
+    for spec in OPTIONS:
+        iterative = get_routing(spec).takes("num_iterations")
+        cases += [Case(spec, num_iterations) for num_iterations in (ITERATIONS_OF_OPTIONS if iterative else [1])]
+    return cases + [Case(HOT["em"], num_iterations, positions=True) for num_iterations in ITERATIONS_OF_OPTIONS]
 
 
-@pytest.mark.parametrize("num_iterations", [1, 2, 3, 5])
-def test_agrees_with_the_oracle(num_iterations, float64):
-    values = votes(float64)[0]
-    routed = dynamic(jnp.asarray(values), jnp.ones(INPUTS), num_iterations=num_iterations)
-    poses, couplings = oracle.dynamic(values, num_iterations)
-    assert_close("poses", routed.poses, poses, tolerance=1e-12)
-    assert_close("couplings", routed.couplings, couplings, tolerance=1e-12)
-    assert_close("activations", routed.activations, np.array([oracle.norm(pose) for pose in poses]), tolerance=1e-12)
+def make_inputs(case: Case, dtype: str) -> dict[str, np.ndarray]:
+    """Seeded arrays for each argument that has a gradient; weights, too, as those that start from zero do nothing."""
+    rng = np.random.default_rng(5)
+    capsules = (BATCH, POSITIONS, INPUTS) if case.positions else (BATCH, INPUTS)
+    values = {
+        "votes": 0.6 * rng.normal(size=(*capsules, OUTPUTS, SIZE)),
+        "activations": rng.uniform(0.1, 0.9, capsules),
+    }
+    if case.routing.takes("poses"):
+        values["poses"] = rng.normal(size=(*capsules, INPUT_SIZE))
+    sizes = {"i": INPUTS, "o": OUTPUTS, "d": INPUT_SIZE, "h": SIZE}
+    for name, weight in case.routing.weights.items():
+        values[name] = weight.initial + 0.5 * rng.normal(size=[sizes[axis] for axis in weight.axes])
+    return {name: np.asarray(value, dtype) for name, value in values.items()}
 
 
-def test_an_iteration_changes_the_poses_visibly(float64):
-    """What the checks above rest on: with these votes, a routing that does nothing is far off."""
-    one, three = (dynamic(jnp.asarray(votes(float64)[0]), jnp.ones(INPUTS), num_iterations=n).poses for n in (1, 3))
-    assert jnp.abs(one - three).max() > 0.1 * jnp.abs(three).max()
+def make_coefficients(case: Case, dtype: str) -> dict[str, np.ndarray]:
+    """Those of the sum over all results whose gradients are compared."""
+    rng = np.random.default_rng(6)
+    capsules = (BATCH, POSITIONS) if case.positions else (BATCH,)
+    shapes = {"couplings": (INPUTS, OUTPUTS), "poses": (OUTPUTS, SIZE), "activations": (OUTPUTS,)}
+    return {name: rng.normal(size=(*capsules, *shape)).astype(dtype) for name, shape in shapes.items()}
+
+
+@functools.cache
+def in_jax(case: Case, dtype: str, function: Callable[..., Any] | None = None) -> dict[str, np.ndarray]:
+    """Couplings, poses, activations and gradients, by the routing or by another function in its place."""
+    routing = case.routing if function is None else replace(case.routing, function=function)
+    inputs, coefficients = make_inputs(case, dtype), make_coefficients(case, dtype)
+    given = {"softmax": lambda logits: jax.nn.softmax(logits, axis=(0, 2))} if case.positions else {}
+
+    def weighted_sum(inputs: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        axes = {name: 0 if name in PER_EXAMPLE else None for name in inputs}
+        routed = jax.vmap(lambda inputs: routing(**inputs, **given), in_axes=(axes,))(inputs)._asdict()
+        return sum(jnp.sum(coefficients[name] * routed[name]) for name in coefficients), routed
+
+    gradients, routed = jax.jit(jax.grad(weighted_sum, has_aux=True), compiler_options=QUICKLY_COMPILED)(inputs)
+    return _named(routed, gradients)
+
+
+@functools.cache
+def in_torch(case: Case, dtype: str) -> dict[str, np.ndarray]:
+    """The same by the twin."""
+    inputs = {name: torch.tensor(value, requires_grad=True) for name, value in make_inputs(case, dtype).items()}
+    options = dict(case.routing.options) | inputs
+    if case.positions:
+        options["softmax"] = lambda logits: torch.exp(logits - torch.logsumexp(logits, dim=(1, 3), keepdim=True))
+    routed = TORCH_ROUTINGS[case.name](**options)._asdict()
+    coefficients = make_coefficients(case, dtype)
+    total = sum(torch.sum(torch.tensor(coefficients[name]) * routed[name]) for name in coefficients)
+    gradients = torch.autograd.grad(total, tuple(inputs.values()), materialize_grads=True)
+    return _named({name: array.detach() for name, array in routed.items()}, dict(zip(inputs, gradients, strict=True)))
+
+
+def _named(routed: dict[str, Any], gradients: dict[str, Any]) -> dict[str, np.ndarray]:
+    """In the order in which they depend on each other, so that the first to differ says most about what is wrong."""
+    named = {name: routed[name] for name in ("couplings", "poses", "activations")}
+    named |= {f"gradient of {name}": gradient for name, gradient in gradients.items()}
+    return {name: np.asarray(array) for name, array in named.items()}
+
+
+def compare(case: Case, name: str, actual: np.ndarray, expected: np.ndarray) -> float:
+    """Asserts that they are close, or both zero if they have to be; returns the scale-relative error."""
+    if name == "gradient of activations" and case.name in IGNORE_ACTIVATIONS:
+        np.testing.assert_array_equal(actual, np.zeros_like(expected), err_msg=name)
+        np.testing.assert_array_equal(expected, np.zeros_like(expected), err_msg=name)
+        return 0.0
+    return assert_close(name, actual, expected, tolerance=TOLERANCE[str(expected.dtype)])
+
+
+@pytest.mark.parametrize("case", every_case(), ids=str)
+def test_values_and_gradients_agree(case, dtype):
+    actual, expected = in_jax(case, dtype), in_torch(case, dtype)
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        compare(case, name, actual[name], expected[name])
+
+
+@pytest.mark.parametrize("case", every_case(), ids=str)
+def test_routing_matters_for_these_inputs(case):
+    """What the check above rests on: a routing that does nothing, or whose capsules are all on or off, is far off."""
+    expected = in_torch(case, "float64")
+    couplings, activations = expected["couplings"], expected["activations"]
+    uneven = np.abs(couplings / couplings.mean() - 1).max()
+    if case.name in NEVER_ROUTE:
+        assert uneven < 1e-12
+    elif case.num_iterations > 1 or not case.routing.takes("num_iterations"):
+        assert uneven > 0.2
+    assert 0.1 < activations.mean() < 0.9
+    assert np.ptp(activations) > 0.1
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in every_case() if case.name in ORACLES and not case.positions], ids=str
+)
+def test_agrees_with_the_oracle(case, float64):
+    inputs, options = make_inputs(case, float64), dict(case.routing.options)
+    examples = [inputs.pop("votes")[0], inputs.pop("activations")[0]]
+    options = {name: value for name, value in options.items() if name != "detach"} | inputs
+    if case.name == "dynamic":
+        poses, couplings = oracle.dynamic(examples[0], **options)
+        activations = np.array([oracle.norm(pose) for pose in poses])
+    else:
+        poses, activations, couplings = getattr(oracle, case.name)(*examples, **options)
+    actual = in_jax(case, float64)
+    for name, expected in {"couplings": couplings, "poses": poses, "activations": activations}.items():
+        assert_close(name, actual[name][0], expected, tolerance=1e-12)
+
+
+def test_both_sides_have_the_same_routings_with_the_same_arguments_and_defaults():
+    assert list(ROUTINGS) == list(TORCH_ROUTINGS)
+    for name in ROUTINGS:
+        ours, theirs = (inspect.signature(registry[name]).parameters for registry in (ROUTINGS, TORCH_ROUTINGS))
+        assert [*ours] == [*theirs], name
+        for argument in set(ours) - {"softmax"}:
+            assert ours[argument].default == theirs[argument].default, f"{name}: {argument}"
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTINGS if get_routing(name).takes("num_iterations")])
+def test_no_iteration_is_an_error_of_the_twin(name):
+    with pytest.raises(ValueError, match="num_iterations is 0, and must be at least 1"):
+        TORCH_ROUTINGS[name](torch.zeros(1, 2, 3, 4), torch.zeros(1, 2), num_iterations=0)
+
+
+@pytest.mark.parametrize("name", ["direction", "exponential_squash"])
+def test_a_pose_of_zero_has_no_direction_and_no_gradient_in_the_twin(name):
+    poses = torch.zeros(2, 3, requires_grad=True)
+    result = getattr(torch_ops, name)(poses)
+    (gradient,) = torch.autograd.grad(result.sum(), poses)
+    assert not result.any()
+    assert not gradient.any()

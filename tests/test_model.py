@@ -56,9 +56,7 @@ def test_a_capsule_is_the_channels_of_one_group_at_one_position():
         (9, 11, 1), 4, **(SMALL | {"stem_kernel": 1, "primary_kernel": 1}), primary_stride=1, rngs=nnx.Rngs(0)
     )
     dark, lit = jnp.zeros((1, 9, 11, 1)), jnp.zeros((1, 9, 11, 1)).at[0, 5, 7].set(1)
-    before, after = (
-        model.encoder.primary_capsules(model.encoder.stem(images)).poses for images in (dark, lit)
-    )
+    before, after = (model.encoder.primary_capsules(model.encoder.stem(images)).poses for images in (dark, lit))
     changed = np.flatnonzero(np.abs(after - before).max(axis=2)[0])
     np.testing.assert_array_equal(changed, [(5 * 11 + 7) * 2, (5 * 11 + 7) * 2 + 1])
 

@@ -76,7 +76,7 @@ class Routing:
         for field, shape in expected.items():
             array = getattr(routed, field, None)
             if not isinstance(array, jax.Array) or array.shape != shape:
-                got = getattr(array, "shape", type(array).__name__)
+                got = array.shape if isinstance(array, jax.Array) else f"of type {type(array).__name__}"
                 raise UsageError(
                     f"Routing {self.name}: {field} are {got}; expected {shape} from votes of shape {votes.shape}, in a "
                     f"Routed(poses, activations, couplings)."
@@ -114,18 +114,18 @@ def get_routing(routing: str | Callable[..., Routed] | Routing, *, num_iteration
     """
     if isinstance(routing, Routing):
         return routing
+    options: dict[str, Any] = {}
     if isinstance(routing, str):
         name, *settings = routing.split(",")
         function = _find(name)
+        _check_callable(name, function)
         options = _options(name, function, settings)
     else:
-        name, function = getattr(routing, "__name__", str(routing)), routing
-        options = dict(routing.keywords) if isinstance(routing, functools.partial) else {}
-        function = routing.func if isinstance(routing, functools.partial) else routing
-    if not callable(function):
-        raise UsageError(
-            f"Routing {name!r} is {type(function).__name__}; expected a function of votes and activations."
-        )
+        function = routing
+        if isinstance(routing, functools.partial):
+            function, options = routing.func, dict(routing.keywords)
+        name = getattr(function, "__name__", str(function))
+        _check_callable(name, function)
     parameters = _parameters(function)
     if "num_iterations" in parameters:
         options = {"num_iterations": num_iterations} | options
@@ -138,11 +138,11 @@ def get_routing(routing: str | Callable[..., Routed] | Routing, *, num_iteration
 
 def describe_options(function: Callable[..., Routed]) -> str:
     """The options of a routing with types and defaults, for help and messages."""
-    described = [
-        f"{name} ({_option_type(parameter).__name__}, {parameter.default})"
-        for name, parameter in _parameters(function).items()
-        if name not in GIVEN or name == "num_iterations"
-    ]
+    described = []
+    for name, parameter in _parameters(function).items():
+        if name not in GIVEN or name == "num_iterations":
+            learned = "" if _axes(parameter) is None else ", learned"
+            described.append(f"{name} ({_option_type(parameter).__name__}, {parameter.default}{learned})")
     return ", ".join(described) or "none"
 
 
@@ -156,9 +156,22 @@ def _find(name: str) -> Callable[..., Routed]:
         )
     try:
         found: Callable[..., Routed] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"Routing {name!r} cannot be imported: {error}.") from error
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise UsageError(f"Routing {name!r} cannot be imported: {type(error).__name__}: {error}.") from error
     return found
+
+
+def _check_callable(name: str, function: object) -> None:
+    kind = type(function).__name__
+    if not callable(function):
+        raise UsageError(f"Routing {name!r} is of type {kind}; expected a function of votes and activations.")
+    try:
+        inspect.signature(function)
+    except ValueError as error:  # written in C
+        raise UsageError(
+            f"Routing {name!r} is of type {kind}, whose arguments cannot be told; expected a Python function of votes "
+            "and activations."
+        ) from error
 
 
 def _options(name: str, function: Callable[..., Routed], settings: list[str]) -> dict[str, Any]:

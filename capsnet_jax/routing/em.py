@@ -19,7 +19,7 @@ def em(
     num_iterations: int = 3,
     beta_u: Float[Array, " o"] | float = 0.0,
     beta_a: Float[Array, " o"] | float = 0.0,
-    inverse_temperature: float = 0.01,
+    inverse_temperature: float = 1.0,
     annealing: float = 0.95,
     min_variance: float = 5e-4,
     epsilon: float = 1e-7,
@@ -47,7 +47,9 @@ def em(
         num_iterations: number of M steps.
         beta_u: cost of describing a vote; learned.
         beta_a: gain of not having to describe it otherwise; learned.
-        inverse_temperature: $\lambda$, reached after many iterations; 0.01 in the authors' code.
+        inverse_temperature: $\lambda$, reached after many iterations. The cost adds up over pose components and votes,
+            so that for poses of unit size and tens of votes a capsule, 1 keeps activations away from 0 and 1 at first;
+            many more votes need less. The authors' code has 0.01, and multiplies beta_a by 5000.
         annealing: how slowly it is reached; 0.95 in the authors' code.
         min_variance: added to $\sigma^2$; 0.0005 in the authors' code.
         epsilon: added to $R_o$ where it divides.
@@ -62,8 +64,8 @@ def em(
 
     References:
         Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing" (2018), procedure 1.
-        Constants: https://github.com/google-research/google-research/tree/master/capsule_em, which also multiplies
-        beta_a by 5000, centres by a moving mean and divides the last layer's inverse temperature by 4; this does not.
+        Constants: https://github.com/google-research/google-research/tree/master/capsule_em, which also moves the means
+        by 0.9 of the way only, and divides the inverse temperature of the last layer by 4; this does not.
     """
     check_arguments("em", votes, activations, num_iterations=num_iterations, positions=1)
     couplings = softmax(jnp.zeros_like(votes[..., 0]))

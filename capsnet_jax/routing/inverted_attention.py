@@ -6,6 +6,7 @@ from einops import reduce
 from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Routed
+from capsnet_jax.ops import standardize
 from capsnet_jax.routing.arguments import check_arguments
 
 
@@ -53,12 +54,13 @@ def inverted_attention(
     num_outputs, size = votes.shape[1:]
 
     def layer_norm(poses: Float[Array, "o h"]) -> Float[Array, "o h"]:
-        return jax.nn.standardize(poses, axis=-1, epsilon=epsilon) * gain + offset
+        return standardize(poses, epsilon=epsilon) * gain + offset
 
     couplings = jnp.full_like(votes[..., 0], 1 / num_outputs)
     poses = layer_norm(reduce(votes, "i o h -> o h", "sum") / num_outputs)
     for _ in range(num_iterations - 1):
-        couplings = jax.nn.softmax(jnp.einsum("ioh,oh->io", votes, poses) / size**0.5, axis=1)
+        # Scaled before the product; see self_attention.
+        couplings = jax.nn.softmax(jnp.einsum("ioh,oh->io", votes, poses / size**0.5), axis=1)
         poses = layer_norm(jnp.einsum("io,ioh->oh", couplings, votes))
     logits = reduce(poses * readout, "o h -> o", "sum") + readout_bias
     return Routed(poses, jax.nn.sigmoid(logits), couplings)

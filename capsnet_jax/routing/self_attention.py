@@ -39,8 +39,9 @@ def self_attention(
         section 3.2. https://arxiv.org/abs/2101.12491
     """
     check_arguments("self_attention", votes, activations)
-    total = reduce(votes, "i o h -> o h", "sum")
-    attention = jnp.einsum("ioh,oh->io", votes, total) / votes.shape[-1] ** 0.5
+    # Scaled before the product: behind it, the compiler may round in two ways inside the softmax, which then overflows.
+    total = reduce(votes, "i o h -> o h", "sum") / votes.shape[-1] ** 0.5
+    attention = jnp.einsum("ioh,oh->io", votes, total)
     couplings = jax.nn.softmax(attention, axis=1) + prior
     poses = exponential_squash(jnp.einsum("io,ioh->oh", couplings, votes))
     return Routed(poses, capsule_norm(poses), couplings)

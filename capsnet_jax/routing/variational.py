@@ -9,6 +9,7 @@ from jax.scipy.special import digamma
 from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Routed
+from capsnet_jax.ops import standardize
 from capsnet_jax.routing.arguments import check_arguments
 
 
@@ -17,11 +18,13 @@ def variational(
     activations: Float[Array, " i"],
     *,
     num_iterations: int = 3,
+    gain: Float[Array, " o"] | float = 1.0,
     beta: Float[Array, " o"] | float = 0.0,
     alpha0: float = 1.0,
     kappa0: float = 1.0,
-    psi0: float = 1.0,
+    psi0: float = 10.0,
     epsilon: float = 1e-7,
+    norm_epsilon: float = 1e-5,
 ) -> Routed:
     r"""As EM routing, but with priors, so that no Gaussian's variance can collapse onto a single vote.
 
@@ -42,19 +45,25 @@ def variational(
     $$r_{io} = \mathrm{softmax}_o \Bigl(E_o + \tfrac12 L_o - \tfrac12 \bigl(\frac{h}{\kappa_o}
       + \nu_o \sum_h \psi_{oh} (u_{ioh} - m_{oh})^2\bigr)\Bigr)$$
 
-    In the end, the less entropy a Gaussian has, the more active it is:
+    In the end, the less entropy a Gaussian has, the more active it is, compared with those of the other outputs:
 
-    $$a_o = \mathrm{sigmoid}\Bigl(\beta_o - e^{E_o} \bigl(\tfrac{h}{2} \ln 2 \pi e - \tfrac12 L_o\bigr)\Bigr)$$
+    $$a_o = \mathrm{sigmoid}\Bigl(\gamma_o \mathrm{LN}_o \bigl(-e^{E_o}
+      (\tfrac{h}{2} \ln 2 \pi e - \tfrac12 L_o)\bigr) + \beta_o\Bigr)$$
+
+    where LN subtracts the mean over the outputs and divides by the deviation.
 
     Args:
         votes: $u_{io}$, for one example.
         activations: $a_i$ of the input capsules, in [0, 1].
         num_iterations: number of times the parameters are computed.
-        beta: threshold of the activation; learned. It is the paper's $\beta_a - \beta_u$.
+        gain: $\gamma_o$; learned.
+        beta: $\beta_o$; learned.
         alpha0: prior of the mixing proportions.
         kappa0: how many votes the prior mean counts for.
-        psi0: prior of the inverse scale.
+        psi0: prior of the inverse scale. The larger against the squares of the votes, the softer the assignments; the
+            authors have 1, and batch-normalise.
         epsilon: added to $R_o$ where it divides.
+        norm_epsilon: added to the variance in LN.
 
     Returns:
         The posterior means $m$ as poses, the activations, and the couplings $r$ of the last iteration.
@@ -66,7 +75,8 @@ def variational(
         Ribeiro, Leontidis, Kollias, "Capsule Routing via Variational Bayes" (2020), algorithm 1, with diagonal
         precision matrices. https://arxiv.org/abs/1905.11455
         The authors' code, https://github.com/fabio-deep/Variational-Capsule-Routing, leaves $E_o$ out of the numerator
-        of the softmax, and batch-normalises means and activations; this does not, as an example would see its batch.
+        of the softmax, and batch-normalises means and activations, by which an example sees its batch. LN takes the
+        place of the latter; with neither, all activations stay near to each other and training is slow.
     """
     check_arguments("variational", votes, activations, num_iterations=num_iterations)
     num_outputs, size = votes.shape[1:]
@@ -94,4 +104,5 @@ def variational(
         expected = size / rearrange(kappa, "o 1 -> o") + rearrange(nu, "o 1 -> o") * distances
         couplings = jax.nn.softmax(log_share + 0.5 * log_precision - 0.5 * expected, axis=1)
     entropy = 0.5 * size * math.log(2 * math.pi * math.e) - 0.5 * log_precision
-    return Routed(means, jax.nn.sigmoid(beta - jnp.exp(log_share) * entropy), couplings)
+    certainty = standardize(-jnp.exp(log_share) * entropy, epsilon=norm_epsilon)
+    return Routed(means, jax.nn.sigmoid(gain * certainty + beta), couplings)

@@ -21,7 +21,7 @@ def em(
     num_iterations: int = 3,
     beta_u: Float[Tensor, " o"] | float = 0.0,
     beta_a: Float[Tensor, " o"] | float = 0.0,
-    inverse_temperature: float = 0.01,
+    inverse_temperature: float = 1.0,
     annealing: float = 0.95,
     min_variance: float = 5e-4,
     epsilon: float = 1e-7,

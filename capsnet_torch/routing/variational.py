@@ -5,6 +5,7 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from capsnet_torch.capsules import Routed
 
@@ -14,11 +15,13 @@ def variational(
     activations: Float[Tensor, "b i"],
     *,
     num_iterations: int = 3,
+    gain: Float[Tensor, " o"] | float = 1.0,
     beta: Float[Tensor, " o"] | float = 0.0,
     alpha0: float = 1.0,
     kappa0: float = 1.0,
-    psi0: float = 1.0,
+    psi0: float = 10.0,
     epsilon: float = 1e-7,
+    norm_epsilon: float = 1e-5,
 ) -> Routed:
     """Gaussians with priors, for a batch, with the matrices of the paper: Wishart scales Psi `[b o h h]`.
 
@@ -55,7 +58,8 @@ def variational(
             log_joint = (log_share + log_precision / 2)[:, None] - expected / 2
             couplings = torch.exp(log_joint - torch.logsumexp(log_joint, dim=-1, keepdim=True))
     entropy = size / 2 * math.log(2 * math.pi * math.e) - log_precision / 2
-    return Routed(means, torch.sigmoid(beta - torch.exp(log_share) * entropy), couplings)
+    certainty = functional.layer_norm(-torch.exp(log_share) * entropy, (num_outputs,), eps=norm_epsilon)
+    return Routed(means, torch.sigmoid(gain * certainty + beta), couplings)
 
 
 def _digamma(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -1,0 +1,348 @@
+"""The comparison of routings: fair, resumable, and what its seeds would be on their own."""
+
+import csv
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+
+from capsnet_jax import CapsNet, compare
+from capsnet_jax.capsules import Routed
+from capsnet_jax.cli import main
+from capsnet_jax.comparison import read_results
+from capsnet_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
+from capsnet_jax.couplings import coupling_entropy
+from capsnet_jax.figures import comparison_figure
+from capsnet_jax.ops import capsule_norm
+from capsnet_jax.routing import ROUTINGS, uniform
+from capsnet_jax.seeds import DivergedError, SeedTraining, check_finite
+from capsnet_jax.training import fit
+from tests.conftest import IMAGE_SHAPE, make_small_dataset, write_idx
+from tests.conftest import SMALL as SMALL_MODEL
+from tests.test_cli import SMALL
+
+FILES = ["comparison.csv", "comparison.md", "comparison.png", "config.json", "results.jsonl"]
+SHIFT = 0.2
+CONFIG = Config(
+    ModelConfig(**SMALL_MODEL), DataConfig(shift=SHIFT), TrainingConfig(epochs=2, batch_size=8, learning_rate=0.003)
+)
+
+
+def hard(votes, activations):
+    """Each input capsule votes for one output only; the others get nothing."""
+    num_inputs, num_outputs, _ = votes.shape
+    couplings = jax.nn.one_hot(jnp.arange(num_inputs) % num_outputs, num_outputs)
+    poses = jnp.einsum("io,ioh->oh", couplings, votes)
+    return Routed(poses, capsule_norm(poses), couplings)
+
+
+def also_uniform(votes, activations):
+    return uniform(votes, activations)
+
+
+def diverging(votes, activations):
+    routed = uniform(votes, activations)
+    return routed._replace(activations=routed.activations * jnp.inf)
+
+
+def raising(votes, activations):
+    raise RuntimeError("out of order")
+
+
+HARD, ALSO_UNIFORM, DIVERGING = (f"tests.test_compare:{name}" for name in ("hard", "also_uniform", "diverging"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Most of the time of these tests would go to compiling the same programs again."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("idx")
+    dataset = make_small_dataset()
+    for prefix, images, labels in (
+        ("train", dataset.train_images, dataset.train_labels),
+        ("t10k", dataset.test_images, dataset.test_labels),
+    ):
+        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images[..., 0])
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels.astype(np.uint8))
+    return folder
+
+
+def run(data_dir: Path, output: Path, *more: str) -> int:
+    """Three seeds for three epochs, with steps so long that the last epoch is not the best one."""
+    options = ["--dataset", "mnist", "--data-dir", str(data_dir), *SMALL, "--epochs", "3", "--learning-rate", "0.2"]
+    routings = ["--routings", "uniform", HARD, ALSO_UNIFORM]
+    return main(["compare", *options, "--seeds", "3", *routings, "--output", str(output), *more])
+
+
+@pytest.fixture(scope="module")
+def whole(data_dir, tmp_path_factory) -> Path:
+    """A comparison that was not interrupted."""
+    output = tmp_path_factory.mktemp("whole") / "comparison"
+    assert run(data_dir, output) == 0
+    return output
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "comparison.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def without_speed(folder: Path) -> list:
+    """All that a folder says, but for speeds."""
+    results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    table = [line.split("|") for line in (folder / "comparison.md").read_text().splitlines()]
+    place = [heading.strip() for heading in table[0]].index("images/s")
+    cells = [[cell.strip(" -") for cell in line[:place] + line[place + 1 :]] for line in table]
+    return [
+        [result | {"images_per_second": None} for result in results],
+        [row | {"images_per_second": None} for row in rows(folder)],
+        cells,
+        (folder / "config.json").read_bytes(),
+        (folder / "comparison.png").read_bytes(),
+    ]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_table_and_the_sheet_say_what_the_results_say(whole):
+    assert sorted(path.name for path in whole.iterdir()) == FILES
+    results = read_results(whole)
+    assert list(results) == ["uniform", HARD, ALSO_UNIFORM]
+    lines = (whole / "comparison.md").read_text().splitlines()[2:5]
+    for result, row, line in zip(results.values(), rows(whole), lines, strict=True):
+        assert [seed.seed for seed in result.seeds] == [0, 1, 2]
+        assert np.shape([seed.test_error for seed in result.seeds]) == (3, 3)
+        assert np.shape([seed.train_loss for seed in result.seeds]) == (3, 3)
+        errors = [100 * seed.test_error[-1] for seed in result.seeds]
+        mean = sum(errors) / 3
+        deviation = (sum((error - mean) ** 2 for error in errors) / 2) ** 0.5
+        assert float(row["test_error_percent"]) == pytest.approx(mean)
+        assert float(row["deviation_percent"]) == pytest.approx(deviation)
+        assert float(row["images_per_second"]) == result.images_per_second > 0
+        assert int(row["memory_bytes"]) == result.memory_bytes > 4 * 4 * 2 * int(row["parameters"])  # weights, Adam
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[0] == row["routing"] == result.routing
+        assert cells[1] == f"{result.num_params:,}" == "7,468"
+        assert cells[2:4] == [f"{mean:.2f}", f"{deviation:.2f}"]
+        assert cells[4:6] == [f"{result.images_per_second:,.0f}", f"{result.memory_bytes / 1e6:,.0f}"]
+        assert float(cells[6]) == pytest.approx(float(row["coupling_entropy"]), abs=0.005)
+
+
+def test_it_is_the_last_epoch_that_counts(whole):
+    """Not the best one, which is another for one of the seeds at least."""
+    errors = read_results(whole)["uniform"].test_errors
+    assert errors.min(axis=1).mean() < errors[:, -1].mean()
+    assert float(rows(whole)[0]["test_error_percent"]) == pytest.approx(errors[:, -1].mean())
+
+
+def test_uniform_couplings_have_an_entropy_of_1_and_hard_ones_of_0(whole):
+    results = read_results(whole)
+    for routing, expected in (("uniform", 1), (HARD, 0)):
+        assert [seed.coupling_entropy for seed in results[routing].seeds] == pytest.approx([expected] * 3, abs=1e-6)
+    entropies = coupling_entropy(jnp.array([[0.5, 0.5, 0, 0], [3, 3, 3, 3], [0, 0, 0, 0], [-1, 2, 0, 0]]))
+    np.testing.assert_allclose(entropies, [0.5, 1, 1, 0], atol=1e-6)
+
+
+def test_every_routing_sees_the_same_images_in_the_same_order_and_shifts(whole):
+    """The same function by two names, trained one after the other, is the same to the last bit."""
+    results = read_results(whole)
+    assert results["uniform"].seeds == results[ALSO_UNIFORM].seeds
+    assert results["uniform"].seeds[0].train_loss != results["uniform"].seeds[1].train_loss
+
+
+def test_seeds_start_from_the_same_weights_whatever_the_routing(small_dataset):
+    alone = {seed: CapsNet(IMAGE_SHAPE, 10, **SMALL_MODEL, rngs=nnx.Rngs(seed)) for seed in (0, 1, 2)}
+    for routing in ("dynamic", "em", "self_attention"):  # the latter two have weights of their own
+        config = dataclasses.replace(CONFIG, model=ModelConfig(**SMALL_MODEL, routing=routing))
+        params = dict(nnx.to_flat_state(SeedTraining(config, small_dataset).new_states([0, 1, 2]).params))
+        for seed, model in alone.items():
+            for path, weight in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+                np.testing.assert_array_equal(params[path][...][seed], weight[...], err_msg=f"{routing} {path}")
+
+
+@pytest.fixture(scope="module")
+def training() -> SeedTraining:
+    """Three seeds that were trained side by side."""
+    training = SeedTraining(CONFIG, make_small_dataset())
+    for _ in training.train([0, 1, 2]):
+        pass
+    return training
+
+
+def test_seeds_side_by_side_equal_runs_of_their_own(training, small_dataset):
+    for result in training.results:
+        model = CapsNet(IMAGE_SHAPE, 10, **SMALL_MODEL, rngs=nnx.Rngs(result.seed))
+        config = dataclasses.replace(CONFIG.training, seed=result.seed)
+        progress = list(fit(model, small_dataset, config, shift=SHIFT))
+        means = np.array([step.losses["total"] for step in progress]).reshape(2, 6)
+        steps = np.diff(means * np.arange(1, 7), axis=1, prepend=0)  # from means over the epoch so far
+        np.testing.assert_allclose(result.losses, steps.ravel(), rtol=1e-4)
+        assert result.tests == [step.test for step in progress if step.test is not None]
+
+
+def test_groups_of_two_seeds_and_one_equal_three(training):
+    groups = SeedTraining(CONFIG, make_small_dataset())
+    for seeds in ([0, 1], [2]):
+        for _ in groups.train(seeds):
+            pass
+    for one, other in zip(groups.results, training.results, strict=True):
+        assert one.seed == other.seed
+        np.testing.assert_allclose(one.losses, other.losses, rtol=1e-4)
+        assert one.tests == other.tests
+        assert one.coupling_entropy == pytest.approx(other.coupling_entropy, rel=1e-4)
+
+
+def test_chunks_of_several_steps_change_nothing(training):
+    config = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, steps_per_chunk=3))
+    chunked = SeedTraining(config, make_small_dataset())
+    progress = list(chunked.train([0, 1, 2]))
+    assert [(step.epoch, step.step) for step in progress] == [(1, 3), (1, 6), (2, 9), (2, 12)]
+    for one, other in zip(chunked.results, training.results, strict=True):
+        np.testing.assert_allclose(one.losses, other.losses, rtol=1e-4)
+    last = [np.mean(result.losses[6:]) for result in chunked.results]
+    assert progress[-1].losses["total"] == pytest.approx(np.mean(last))
+    assert progress[-1].test.num_images == 3 * 23
+
+
+def test_as_many_seeds_as_fit_train_at_once(training):
+    assert training.how_many_fit(3, training.program(3).memory) == 3
+    assert training.how_many_fit(3, training.program(3).memory - 1) == 1
+    assert training.how_many_fit(3, 0) == 1
+
+
+def test_a_comparison_that_was_stopped_goes_on(whole, data_dir, tmp_path, monkeypatch, capsys):
+    """Killed in the second routing, and while a line was being written; in the end all is as without that."""
+    output = tmp_path / "comparison"
+    train = SeedTraining.train
+    trained = []
+
+    def stopping(self, seeds):
+        trained.append(self.config.model.routing)
+        for progress in train(self, seeds):
+            if trained[-1] == HARD and progress.step == 4:
+                raise KeyboardInterrupt
+            yield progress
+
+    monkeypatch.setattr(SeedTraining, "train", stopping)
+    assert run(data_dir, output) == 130
+    assert trained == ["uniform", HARD]
+    assert [row["routing"] for row in rows(output)] == ["uniform"]
+    with (output / "results.jsonl").open("a") as file:
+        file.write('{"routing": "tests.test_comp')
+
+    def counting(self, seeds):
+        trained.append(self.config.model.routing)
+        yield from train(self, seeds)
+
+    trained.clear()
+    monkeypatch.setattr(SeedTraining, "train", counting)
+    assert run(data_dir, output) == 0
+    assert trained == [HARD, ALSO_UNIFORM]
+    assert without_speed(output) == without_speed(whole)
+
+    before = contents(output)
+    trained.clear()
+    assert run(data_dir, output, "--routings", "uniform", "--seeds-at-once", "1") == 0
+    assert trained == []
+    assert contents(output) == before
+    assert "uniform (1 of 1): done before" in capsys.readouterr().out
+
+
+def test_a_folder_of_another_comparison_is_refused_and_left_alone(whole, data_dir, tmp_path, capsys):
+    before = contents(whole)
+    assert run(data_dir, whole, "--seeds", "2", "--learning-rate", "0.5") == 2
+    error = capsys.readouterr().err
+    assert "learning_rate was 0.2 and is 0.5; seeds was 3 and is 2." in error
+    assert error.count("\n") == 1
+    assert contents(whole) == before
+    broken = shutil.copytree(whole, tmp_path / "broken")
+    (broken / "results.jsonl").write_text("{}\n")
+    assert run(data_dir, broken) == 2
+    assert "holds no comparison that can be read" in capsys.readouterr().err
+
+
+def test_a_routing_that_diverges_does_not_stop_the_others(data_dir, tmp_path, capsys):
+    assert run(data_dir, tmp_path / "out", "--routings", DIVERGING, "uniform") == 0
+    results = read_results(tmp_path / "out")
+    assert [result.status for result in results.values()] == ["diverged at step 1", "ok"]
+    diverged, uniform = rows(tmp_path / "out")
+    assert diverged["test_error_percent"] == diverged["coupling_entropy"] == ""
+    assert uniform["test_error_percent"] != ""
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert [cell.strip() for cell in last[0].split("|")][1:4] == [DIVERGING, "7,468", "diverged at step 1"]
+
+
+def test_the_step_told_is_the_first_at_which_any_seed_diverges():
+    losses = np.array([[1, 2, 3, np.inf], [1, 2, np.nan, np.nan], [1, 2, 3, 4]])
+    with pytest.raises(DivergedError, match="seed 8 is not finite at step 42") as error:
+        check_finite(losses, [7, 8, 9], first_step=40)
+    assert error.value.step == 42
+    check_finite(losses[:, :2], [7, 8, 9], first_step=40)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--seeds", "0"), "seeds is 0, and must be at least 1"),
+        (("--seeds-at-once", "-1"), "seeds_at_once is -1, and must be at least 0"),
+        (("--routings", "uniform", "nothing"), "Unknown routing 'nothing'"),
+        (("--routings", "dynamic,leak=true"), "Routing dynamic has no option 'leak'"),
+        (("--routings", "tests.test_compare:raising"), "raises RuntimeError: out of order"),
+        (("--routings",), "routings is empty"),
+        (("--train-limit", "51"), "train_limit is 51, with only 50 training images"),
+        (("--batch-size", "51"), "batch_size is 51, with only 50 training images"),
+        (("--primary-kernel", "8"), "9 x 11 are too small"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_wrong_option_is_one_sentence_before_any_work(options, message, data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(SeedTraining, "train", None)
+    assert run(data_dir, tmp_path / "out", *options) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_is_every_registered_routing_once():
+    assert compare.expand(["all"]) == list(ROUTINGS)
+    assert compare.expand([HARD, "em", "all"]) == [HARD, "em", *(name for name in ROUTINGS if name != "em")]
+
+
+def test_the_figure_has_the_best_routing_on_top_and_all_epochs():
+    errors = {"a": np.array([[9.0, 6], [7, 4]]), "b": np.array([[3.0, 2], [3, 4]]), "c": np.array([[8.0, 8], [8, 8]])}
+    figure = comparison_figure(errors, {"d": "diverged at step 7"})
+    last, over_epochs = figure.axes
+    assert [label.get_text() for label in last.get_yticklabels()] == ["c", "a", "b"]
+    lines = {line.get_label(): line for line in over_epochs.lines}
+    np.testing.assert_array_equal(lines["a"].get_xydata(), [[1, 8], [2, 5]])
+    bars = {row: container for row, container in enumerate(last.containers)}
+    np.testing.assert_array_equal(bars[1].lines[0].get_xydata(), [[5, 1]])
+    (segment,) = bars[1].lines[2][0].get_segments()
+    np.testing.assert_allclose(segment[:, 0], [5 - 2**0.5, 5 + 2**0.5])
+    assert figure.get_supxlabel() == "d: diverged at step 7"
