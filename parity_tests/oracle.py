@@ -65,7 +65,7 @@ def em(
     beta_a: Values,
     inverse_temperature: float,
     annealing: float = 0.95,
-    min_variance: float = 5e-4,
+    min_variance: float = 0.01,
     epsilon: float = 1e-7,
 ) -> tuple[Values, Values, Values]:
     """Hinton et al. (2018), procedure 1, for one example: poses `[o h]`, activations `[o]` and couplings `[i o]`."""

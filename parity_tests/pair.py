@@ -62,6 +62,11 @@ def make_pair(
     jax_model = capsnet_jax.CapsNet(
         image_shape, num_classes, **options, initial_weights=initial_weights, param_dtype=dtype, rngs=nnx.Rngs(1)
     )
+    # What a routing learns starts from a constant, often zero, which would hide what is wrong with it.
+    weights_rng = np.random.default_rng(3)
+    for layer in jax_model.encoder.capsule_layers:
+        for weight in layer.routing_weights.values():
+            weight[...] += jnp.asarray(0.5 * weights_rng.normal(size=weight.shape), dtype)
     torch_model = capsnet_torch.CapsNet(image_shape, num_classes, **options).to(getattr(torch, dtype))
     torch_model.load_state_dict({name: torch.from_numpy(array) for name, array in to_torch(jax_model).items()})
     rng = np.random.default_rng(2)

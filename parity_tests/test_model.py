@@ -17,14 +17,52 @@ OPTIONS = {
     "five iterations": {"num_iterations": 5},
     "three capsule layers": {"hidden_capsules": ((60, 9), (8, 5)), "primary_scale": 10.0},
     "stride of 3": {"primary_stride": 3},
+    "squashed, all biases, as official": {
+        "primary_scale": 2.0,
+        "primary_squash": "squash",
+        "decoder_bias": True,
+        "routing": "dynamic,capsule_bias=0.1",
+    },
+    "normalised and depthwise, as efficient": {
+        "stem_below": ((5, 3), (6, 2)),
+        "stem_channels": 12,
+        "stem_stride": 2,
+        "batch_norm": True,
+        "primary_stride": 1,
+        "primary_depthwise": True,
+        "primary_squash": "exponential",
+        "routing": "self_attention",
+    },
+    "matrices and convolutional capsules, as em": {
+        "stem_stride": 2,
+        "primary_kernel": 1,
+        "primary_stride": 1,
+        "primary_activation": "sigmoid",
+        "primary_scale": 3.0,
+        "conv_capsules": ((4, 4, 3, 2), (6, 4, 2, 1)),
+        "matrix_poses": True,
+        "class_dim": 4,
+        "shared_class_transform": True,
+        "routing": "em,annealing=0,min_variance=0.1",
+    },
+    "convolutional and dense capsules": {
+        "primary_scale": 20.0,
+        "conv_capsules": ((4, 7, 3, 2),),
+        "hidden_capsules": ((8, 5),),
+        "routing": "self_routing",
+    },
 }
+# Three layers of means of means leave gradients of 1e-6.
+FLOOR = {"convolutional and dense capsules": 1e-7, "matrices and convolutional capsules, as em": 1e-7}
+# Batch normalisation divides by deviations of three images: PyTorch itself is off by this much from float64.
+FLOAT32 = {"normalised and depthwise, as efficient": 1e-4}
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_every_intermediate_and_gradient_agrees(options, dtype):
-    pair = make_pair(dtype, **options)
-    for name, actual, expected in divergences(pair):
-        assert_close(name, actual, expected, tolerance=TOLERANCE[dtype])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_intermediate_and_gradient_agrees(name, dtype):
+    tolerance = FLOAT32.get(name, TOLERANCE[dtype]) if dtype == "float32" else TOLERANCE[dtype]
+    for what, actual, expected in divergences(make_pair(dtype, **OPTIONS[name])):
+        assert_close(what, actual, expected, tolerance=tolerance, floor=FLOOR.get(name, 1e-4))
 
 
 def test_the_pair_is_hot(float64):

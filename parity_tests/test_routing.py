@@ -24,8 +24,8 @@ ITERATIONS, ITERATIONS_OF_OPTIONS = [1, 2, 3, 5], [1, 3]
 QUICKLY_COMPILED = {"xla_backend_optimization_level": 0}
 PER_EXAMPLE = ("votes", "activations", "poses")  # all other arguments are weights, which a batch shares
 
-# Options where the defaults prove little: at a variance of 0.0005 or more, Gaussians of EM collapse onto few votes; with a
-# strong prior, variational activations are the small differences of large entropies, which float32 knows to 4e-5.
+# Options where the defaults prove little: with little variance allowed, Gaussians of EM collapse onto few votes; with a
+# strong prior, variational activations are small differences of large entropies, which float32 knows to 4e-5.
 HOT = {"em": "em,inverse_temperature=2,annealing=0.5,min_variance=0.4", "variational": "variational,psi0=1"}
 OPTIONS = [
     "dynamic,leaky=true",

@@ -51,3 +51,13 @@ def test_no_fraction_is_no_shift():
 
 def test_a_fraction_of_less_than_half_a_pixel_is_no_shift():
     np.testing.assert_array_equal(random_shift(jax.random.key(1), jnp.asarray(IMAGES), fraction=0.016), IMAGES)
+
+
+def test_every_whole_offset_up_to_some_pixels_is_as_likely_as_any_other():
+    """The 25 shifts of up to 2 pixels; each expected 16 times in 400 images."""
+    results = np.asarray(random_shift(jax.random.key(5), jnp.asarray(IMAGES), fraction=0.0, pixels=2))
+    shifts = [find_shift(image, result) for image, result in zip(IMAGES, results, strict=True)]
+    counts = {(down, right): shifts.count((down, right)) for down in range(-2, 3) for right in range(-2, 3)}
+    assert sum(counts.values()) == 400
+    # Chi-squared of 24 degrees of freedom: below 51 in 999 of 1000 draws. Rounded offsets would give about 150.
+    assert sum((count - 16) ** 2 / 16 for count in counts.values()) < 51

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from capsnet_jax.losses import margin_loss, reconstruction_loss
+from capsnet_jax.losses import margin_loss, reconstruction_loss, spread_loss, spread_margin
 
 
 def test_margin_loss_by_hand():
@@ -26,3 +26,25 @@ def test_reconstruction_loss_is_a_mean_over_pixels_and_channels():
     images = jnp.zeros((2, 2, 3, 2))
     loss = reconstruction_loss(images.at[0, 1, 2, 0].set(0.6), images)
     np.testing.assert_allclose(loss, [0.36 / 12, 0], rtol=1e-6)
+
+
+def test_the_spread_loss_is_that_of_explicit_loops():
+    activations = np.random.default_rng(3).uniform(size=(2, 4))
+    labels, margin = [2, 0], 0.7
+    expected = [
+        sum(max(0.0, margin - (row[label] - row[o])) ** 2 for o in range(4) if o != label)
+        for row, label in zip(activations, labels, strict=True)
+    ]
+    ours = spread_loss(jnp.asarray(activations, jnp.float32), jnp.array(labels), margin=margin)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+def test_the_margin_grows_from_a_fifth_to_nearly_one():
+    margins = [float(spread_margin(step)) for step in (0, 200_000, 10**9)]
+    np.testing.assert_allclose(margins, [0.2 + 0.79 / (1 + np.exp(4)), 0.2 + 0.79 / 2, 0.99], rtol=1e-4)
+
+
+def test_a_summed_error_is_the_mean_times_the_number_of_pixels():
+    images, others = jnp.asarray(np.random.default_rng(4).random((2, 3, 4, 5, 2)), jnp.float32)
+    mean = reconstruction_loss(others, images)
+    np.testing.assert_allclose(reconstruction_loss(others, images, error="sum"), 40 * mean, rtol=1e-5)

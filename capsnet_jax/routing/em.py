@@ -21,7 +21,7 @@ def em(
     beta_a: Float[Array, " o"] | float = 0.0,
     inverse_temperature: float = 1.0,
     annealing: float = 0.95,
-    min_variance: float = 5e-4,
+    min_variance: float = 0.01,
     epsilon: float = 1e-7,
     softmax: Callable[[Float[Array, "*positions i o"]], Float[Array, "*positions i o"]] = jax.nn.softmax,
 ) -> Routed:
@@ -51,7 +51,9 @@ def em(
             so that for poses of unit size and tens of votes a capsule, 1 keeps activations away from 0 and 1 at first;
             many more votes need less. The authors' code has 0.01, and multiplies beta_a by 5000.
         annealing: how slowly it is reached; 0.95 in the authors' code.
-        min_variance: added to $\sigma^2$; 0.0005 in the authors' code.
+        min_variance: added to $\sigma^2$. The smaller it is against the squares of the votes, the sooner a Gaussian
+            collapses onto the few votes it fits; networks of several layers want about a tenth of them. The authors'
+            code has 0.0005.
         epsilon: added to $R_o$ where it divides.
         softmax: shares out each input capsule among its parents; the default, over the last axis, has them all there.
             A convolutional capsule has parents at several positions, which its layer's softmax sees together.

@@ -30,7 +30,8 @@ class Routing:
         if "num_iterations" in self.parameters and not isinstance(routing, partial):
             self.options["num_iterations"] = num_iterations
         for option, _, text in (setting.partition("=") for setting in settings):
-            self.options[option] = json.loads(text)  # true, false or a number
+            value = json.loads(text)  # true, false or a number
+            self.options[option] = float(value) if isinstance(self.parameters[option].default, float) else value
 
     def __call__(self, votes: torch.Tensor, activations: torch.Tensor, **given: Any) -> Routed:
         given = {name: value for name, value in given.items() if name in self.parameters}

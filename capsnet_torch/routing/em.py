@@ -23,7 +23,7 @@ def em(
     beta_a: Float[Tensor, " o"] | float = 0.0,
     inverse_temperature: float = 1.0,
     annealing: float = 0.95,
-    min_variance: float = 5e-4,
+    min_variance: float = 0.01,
     epsilon: float = 1e-7,
     softmax: Callable[[Float[Tensor, "b *positions i o"]], Float[Tensor, "b *positions i o"]] = over_outputs,
 ) -> Routed:

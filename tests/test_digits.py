@@ -1,0 +1,27 @@
+"""Every routing, and convolutional capsules in three layers, learn real handwritten digits."""
+
+import dataclasses
+
+import pytest
+from flax import nnx
+
+from capsnet_jax import CapsNet
+from capsnet_jax.config import PRESETS, ModelConfig
+from capsnet_jax.data import load_digits
+from capsnet_jax.routing import ROUTINGS
+from capsnet_jax.training import fit
+
+DIGITS = PRESETS["digits"]
+
+
+def last_accuracy(config: ModelConfig, epochs: int) -> float:
+    """On all test images after the last epoch, which need not be the best one."""
+    dataset = load_digits()
+    model = CapsNet(dataset.image_shape, dataset.num_classes, **vars(config), rngs=nnx.Rngs(0))
+    *_, last = fit(model, dataset, dataclasses.replace(DIGITS.training, epochs=epochs), shift=0.1)
+    return last.test.accuracy
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_every_routing_learns_digits(routing):
+    assert last_accuracy(dataclasses.replace(DIGITS.model, routing=routing), epochs=15) >= 0.95
