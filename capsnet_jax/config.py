@@ -250,8 +250,8 @@ PRESETS: dict[str, Config] = {
         ),
     ),
     # Hinton, Sabour, Frosst (2018), the small network of 68,000 weights: 2.2 % error on smallNORB, of which crops of
-    # 32 x 32 are what it was made for. The authors' code, https://github.com/google-research/google-research, capsule_em,
-    # learns at 0.01 with a smaller variance and another scale of the activations, with which this one did not.
+    # 32 x 32 are what it was made for. The rates are ours; the authors' code, capsule_em in
+    # https://github.com/google-research/google-research, has another scale of the activations.
     "em": Config(
         model=ModelConfig(
             stem_channels=64,
@@ -267,11 +267,11 @@ PRESETS: dict[str, Config] = {
             matrix_poses=True,
             shared_class_transform=True,
             decoder_hidden=None,
-            routing="em,min_variance=0.1",
+            routing="em,min_variance=0.1,inverse_temperature=1",
         ),
         training=TrainingConfig(
             epochs=50,
-            learning_rate=3e-3,
+            learning_rate=5e-3,
             learning_rate_decay=0.96,
             learning_rate_decay_steps=20000,
             loss="spread",

@@ -95,7 +95,7 @@ def em(
                 variances[o, h] = squares / (mass + epsilon) + min_variance
                 cost += (beta_u[o] + math.log(math.sqrt(variances[o, h]))) * mass
             temperature = inverse_temperature * (1 - annealing ** (iteration + 1))
-            active[o] = sigmoid(temperature * (beta_a[o] - cost))
+            active[o] = sigmoid(temperature * (beta_a[o] - cost / (inputs / outputs)))
     return means, active, couplings
 
 

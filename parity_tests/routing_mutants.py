@@ -47,7 +47,7 @@ def rewrite(name: str, right: str = "", wrong: str = "") -> Callable[..., Routed
     return function
 
 
-EM = "em,inverse_temperature=2,annealing=0.5,min_variance=0.4"
+EM = "em,inverse_temperature=4,annealing=0.5,min_variance=0.4"
 LEAKY = "dynamic,leaky=true"
 LEARNED = "dynamic,prior_logits=0,capsule_bias=0.1"
 OVER_OUTPUTS, OVER_INPUTS = "axis=1)", "axis=0)"
@@ -110,7 +110,7 @@ MUTANTS = [
     ),
     Mutant("deviation for variance", EM, "2 * variances", "2 * jnp.sqrt(variances)", "couplings"),
     Mutant("density not normalised", EM, "reduce(log_deviations + 0.5", "reduce(0 * log_deviations + 0.5", "couplings"),
-    Mutant("cost of one vote", EM, "costs * mass", "costs", "couplings"),
+    Mutant("cost of one vote", EM, "costs * mass * even_share", "costs", "couplings"),
     Mutant("no annealing", EM, "(1 - annealing**iteration)", "1", "couplings"),
     Mutant(
         "no gradient through couplings",

@@ -26,7 +26,7 @@ PER_EXAMPLE = ("votes", "activations", "poses")  # all other arguments are weigh
 
 # Options where the defaults prove little: with little variance allowed, Gaussians of EM collapse onto few votes; with a
 # strong prior, variational activations are small differences of large entropies, which float32 knows to 4e-5.
-HOT = {"em": "em,inverse_temperature=2,annealing=0.5,min_variance=0.4", "variational": "variational,psi0=1"}
+HOT = {"em": "em,inverse_temperature=4,annealing=0.5,min_variance=0.4", "variational": "variational,psi0=1"}
 OPTIONS = [
     "dynamic,leaky=true",
     "dynamic,detach=true",

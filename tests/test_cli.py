@@ -109,11 +109,55 @@ def test_your_own_routing_is_found_where_you_are(idx_folder, tmp_path, monkeypat
     assert main(["evaluate", str(tmp_path / "run")]) == 0
 
 
+def test_a_routing_that_returns_nan_is_named_with_the_step(idx_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "nan_routing.py").write_text(
+        "from capsnet_jax.routing import dynamic\n"
+        "def broken(votes, activations):\n"
+        "    routed = dynamic(votes, activations)\n"
+        "    return routed._replace(poses=routed.poses / 0)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert train(idx_folder, tmp_path / "run", "--routing", "nan_routing:broken") == 1
+    error = capsys.readouterr().err
+    assert "The loss of step 1 is nan" in error
+    assert "`capsnet check-routing nan_routing:broken`" in error
+
+
+def test_options_of_a_routing_reach_it_and_its_weights_are_saved(idx_folder, tmp_path, capsys):
+    spec = "dynamic,capsule_bias=0.1,num_iterations=2"
+    assert train(idx_folder, tmp_path / "run", "--routing", spec) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    _, model = load_run(tmp_path / "run")
+    name = "encoder.primary2digit_capsules.routing_weights.capsule_bias"
+    assert to_torch(model)[name].shape == (10, 5)
+    assert np.abs(to_torch(model)[name] - 0.1).max() > 1e-3
+    assert dict(model.encoder.capsule_layers[0].routing.options)["num_iterations"] == 2
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.splitlines() == [last]
+
+
+def test_a_model_without_decoder_trains_and_has_no_picture(idx_folder, tmp_path):
+    options = ("--decoder-hidden", "None", "--reconstruction-weight", "0", "--loss", "spread")
+    assert train(idx_folder, tmp_path / "run", *options, "--train-limit", "20") == 0
+    assert not (tmp_path / "run" / "reconstructions.png").exists()
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [2, 4]
+    assert [line["train_reconstruction"] for line in metrics] == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--dataset", "digits", "--preset", "readable"), "8 x 8 are too small"),
-        (("--preset", "nothing"), "expected readable, digits"),
+        (("--preset", "nothing"), "expected readable, digits, official"),
+        (("--routing", "dynamic,leak=true"), "Routing dynamic has no option 'leak'; expected num_iterations (int, 3)"),
+        (("--routing", "em,annealing=warm"), "Routing em: annealing is 'warm'; expected float"),
+        (("--routing", "json:dumpz"), "Routing 'json:dumpz' cannot be imported"),
+        (("--routing", "capsnet_jax.routing:ROUTINGS"), "is of type dict; expected a function"),
+        (("--train-limit", "5000"), "train_limit is 5000, with only 1442 training images"),
+        (("--decoder-hidden", "None"), "reconstruction_weight is 10.0, and must be 0 for a model without a decoder"),
+        (("--matrix-poses", "--class-dim", "5"), "no square matrices"),
+        (("--conv-capsules", "4", "4", "5", "1"), "8 x 8 are too small"),
         (("--routing", "nothing"), "expected dynamic"),
         (("--data-dir", "nowhere"), "nowhere does not exist"),
         (("--batch-size", "5000"), "with only 1442 training images"),
@@ -160,6 +204,7 @@ def test_help_names_every_field_with_its_default(capsys):
             assert f"--{name.replace('_', '-')}" in text
     assert "Number of routing iterations. (default: 3)" in text
     assert all(preset in text for preset in PRESETS)
+    assert "em: num_iterations (int, 3), beta_u (float, 0.0, learned)" in text
 
 
 def test_the_script_and_the_command_are_the_same(tmp_path):
@@ -179,9 +224,9 @@ def test_the_script_and_the_command_are_the_same(tmp_path):
     ).read_bytes()
 
 
-def test_the_config_survives_json():
-    config = Config.from_json(json.loads(json.dumps(PRESETS["digits"].to_json())))
-    assert config == PRESETS["digits"]
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_config_survives_json(preset):
+    assert Config.from_json(json.loads(json.dumps(PRESETS[preset].to_json()))) == PRESETS[preset]
 
 
 def test_weights_on_disk_are_those_of_the_last_epoch(idx_folder, tmp_path):

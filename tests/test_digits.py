@@ -12,6 +12,7 @@ from capsnet_jax.routing import ROUTINGS
 from capsnet_jax.training import fit
 
 DIGITS = PRESETS["digits"]
+pytestmark = pytest.mark.slow
 
 
 def last_accuracy(config: ModelConfig, epochs: int) -> float:
@@ -25,3 +26,8 @@ def last_accuracy(config: ModelConfig, epochs: int) -> float:
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_every_routing_learns_digits(routing):
     assert last_accuracy(dataclasses.replace(DIGITS.model, routing=routing), epochs=15) >= 0.95
+
+
+def test_three_layers_of_capsules_two_of_them_convolutional_learn_digits():
+    layers = ((8, 8, 3, 1), (8, 8, 3, 1))
+    assert last_accuracy(dataclasses.replace(DIGITS.model, primary_kernel=2, conv_capsules=layers), epochs=10) >= 0.95

@@ -45,6 +45,7 @@ def test_every_preset_is_counted_or_too_large_for_mnist():
     assert PRESETS.keys() - COUNTS.keys() == {"digits"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_step_moves_every_weight_and_steps_lower_the_loss(preset):
     config = PRESETS[preset]

@@ -118,7 +118,6 @@ def get_routing(routing: str | Callable[..., Routed] | Routing, *, num_iteration
     if isinstance(routing, str):
         name, *settings = routing.split(",")
         function = _find(name)
-        _check_callable(name, function)
         options = _options(name, function, settings)
     else:
         function = routing
@@ -155,10 +154,11 @@ def _find(name: str) -> Callable[..., Routed]:
             f"Unknown routing {name!r}; expected {', '.join(ROUTINGS)} or your own as package.module:function."
         )
     try:
-        found: Callable[..., Routed] = getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever the user's module does when it is imported
         raise UsageError(f"Routing {name!r} cannot be imported: {type(error).__name__}: {error}.") from error
-    return found
+    _check_callable(name, found)
+    return typing.cast(Callable[..., Routed], found)
 
 
 def _check_callable(name: str, function: object) -> None:

@@ -19,7 +19,7 @@ def em(
     num_iterations: int = 3,
     beta_u: Float[Array, " o"] | float = 0.0,
     beta_a: Float[Array, " o"] | float = 0.0,
-    inverse_temperature: float = 1.0,
+    inverse_temperature: float = 10.0,
     annealing: float = 0.95,
     min_variance: float = 0.01,
     epsilon: float = 1e-7,
@@ -34,7 +34,11 @@ def em(
       \mu_{oh} = \frac{1}{R_o} \sum_i a_i r_{io} u_{ioh}, \quad
       \sigma^2_{oh} = \frac{1}{R_o} \sum_i a_i r_{io} (u_{ioh} - \mu_{oh})^2$$
 
-    $$a_o = \mathrm{sigmoid}\Bigl(\lambda_t \bigl(\beta_a - \sum_h (\beta_u + \ln \sigma_{oh}) R_o\bigr)\Bigr)$$
+    $$a_o = \mathrm{sigmoid}\Bigl(\lambda_t
+      \bigl(\beta_a - \tfrac{O}{I} \sum_h (\beta_u + \ln \sigma_{oh}) R_o\bigr)\Bigr)$$
+
+    The paper is without $O / I$, one over the number of votes that an output would get if all were shared out evenly:
+    it only sets the units of $\lambda$ and $\beta_a$, so that the same values suit layers of any size.
 
     E step, between two M steps:
 
@@ -47,9 +51,8 @@ def em(
         num_iterations: number of M steps.
         beta_u: cost of describing a vote; learned.
         beta_a: gain of not having to describe it otherwise; learned.
-        inverse_temperature: $\lambda$, reached after many iterations. The cost adds up over pose components and votes,
-            so that for poses of unit size and tens of votes a capsule, 1 keeps activations away from 0 and 1 at first;
-            many more votes need less. The authors' code has 0.01, and multiplies beta_a by 5000.
+        inverse_temperature: $\lambda$, reached after many iterations. The authors' code has 0.01, without $O / I$, and
+            multiplies beta_a by 5000.
         annealing: how slowly it is reached; 0.95 in the authors' code.
         min_variance: added to $\sigma^2$. The smaller it is against the squares of the votes, the sooner a Gaussian
             collapses onto the few votes it fits; networks of several layers want about a tenth of them. The authors'
@@ -70,6 +73,8 @@ def em(
         by 0.9 of the way only, and divides the inverse temperature of the last layer by 4; this does not.
     """
     check_arguments("em", votes, activations, num_iterations=num_iterations, positions=1)
+    num_inputs, num_outputs, size = votes.shape[-3:]
+    even_share = num_outputs / num_inputs
     couplings = softmax(jnp.zeros_like(votes[..., 0]))
     for iteration in range(1, num_iterations + 1):
         # M step
@@ -80,8 +85,8 @@ def em(
         squares = jnp.square(votes - rearrange(means, "... o h -> ... 1 o h"))
         variances = reduce(normalized * squares, "... i o h -> ... o h", "sum") + min_variance
         log_deviations = 0.5 * jnp.log(variances)
-        costs = votes.shape[-1] * beta_u + reduce(log_deviations, "... o h -> ... o", "sum")
-        logits = inverse_temperature * (1 - annealing**iteration) * (beta_a - costs * mass)
+        costs = size * beta_u + reduce(log_deviations, "... o h -> ... o", "sum")
+        logits = inverse_temperature * (1 - annealing**iteration) * (beta_a - costs * mass * even_share)
         if iteration == num_iterations:
             break
         # E step

@@ -21,7 +21,7 @@ def em(
     num_iterations: int = 3,
     beta_u: Float[Tensor, " o"] | float = 0.0,
     beta_a: Float[Tensor, " o"] | float = 0.0,
-    inverse_temperature: float = 1.0,
+    inverse_temperature: float = 10.0,
     annealing: float = 0.95,
     min_variance: float = 0.01,
     epsilon: float = 1e-7,
@@ -47,6 +47,7 @@ def em(
     if num_iterations < 1:
         raise ValueError(f"num_iterations is {num_iterations}, and must be at least 1.")
     beta_u, beta_a = (torch.as_tensor(beta, dtype=votes.dtype, device=votes.device) for beta in (beta_u, beta_a))
+    num_inputs, num_outputs = votes.shape[-3:-1]
     couplings = softmax(torch.zeros_like(votes[..., 0]))
     for iteration in range(num_iterations):
         # M step
@@ -56,7 +57,7 @@ def em(
         deviations = votes - means[..., None, :, :]
         variances = torch.einsum("...io,...ioh->...oh", shares, deviations**2) / (mass + epsilon) + min_variance
         gaussians = Normal(means[..., None, :, :], variances.sqrt()[..., None, :, :])
-        costs = (beta_u[..., None] + variances.sqrt().log()) * mass
+        costs = (beta_u[..., None] + variances.sqrt().log()) * mass * num_outputs / num_inputs
         temperature = inverse_temperature * (1 - annealing ** (iteration + 1))
         gains = temperature * (beta_a - costs.sum(dim=-1))
         # E step
