@@ -192,52 +192,21 @@ class CapsNet(nnx.Module):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        options: dict[str, Any] = {
-            "routing": get_routing(routing, num_iterations=num_iterations),
-            "initializer": scheme.einsum,
-            "param_dtype": param_dtype,
-            "rngs": rngs,
-        }
-        layers: list[CapsuleLayer | ConvCapsules] = []
-        groups, dim = primary_groups, primary_dim
-        for out_groups, out_dim, kernel, stride in conv_capsules:
-            layer = ConvCapsules(
-                grid,
-                groups,
-                dim,
-                out_groups,
-                out_dim,
-                kernel_size=kernel,
-                stride=stride,
-                matrix_poses=matrix_poses,
-                **options,
-            )
-            layers.append(layer)
-            grid, groups, dim = layer.out_grid, out_groups, out_dim
-        dense = [*hidden_capsules, (num_classes, class_dim)]
-        for number, (out_capsules, out_dim) in enumerate(dense):
-            shared = shared_class_transform and number == len(dense) - 1
-            if shared or matrix_poses:
-                layers.append(
-                    ConvCapsules(
-                        grid,
-                        groups,
-                        dim,
-                        out_capsules,
-                        out_dim,
-                        kernel_size=grid,
-                        matrix_poses=matrix_poses,
-                        shared_transform=shared,
-                        coordinate_addition=shared,
-                        **options,
-                    )
-                )
-            else:
-                layers.append(CapsuleLayer(math.prod(grid) * groups, dim, out_capsules, out_dim, **options))
-            grid, groups, dim = (1, 1), out_capsules, out_dim
+        capsule_layers = _new_capsule_layers(
+            grid,
+            (primary_groups, primary_dim),
+            conv_capsules,
+            [*hidden_capsules, (num_classes, class_dim)],
+            matrix_poses=matrix_poses,
+            shared_class_transform=shared_class_transform,
+            routing=get_routing(routing, num_iterations=num_iterations),
+            initializer=scheme.einsum,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
         height, width, channels = image_shape
         self.image_shape = (height, width, channels)
-        self.encoder = Encoder(stem, primary_capsules, layers)
+        self.encoder = Encoder(stem, primary_capsules, capsule_layers)
         self.decoder = (
             None
             if decoder_hidden is None
@@ -275,6 +244,45 @@ class CapsNet(nnx.Module):
         if self.decoder is None:
             raise UsageError("The model has no decoder; decoder_hidden is None.")
         return self.decoder(mask_by_label(poses, labels))
+
+
+def _new_capsule_layers(
+    grid: tuple[int, int],
+    primary: tuple[int, int],
+    conv_capsules: Sequence[tuple[int, int, int, int]],
+    dense_capsules: Sequence[tuple[int, int]],
+    *,
+    matrix_poses: bool,
+    shared_class_transform: bool,
+    **options: Any,
+) -> list[CapsuleLayer | ConvCapsules]:
+    """The layers above the primary capsules, each made for the grid, groups and pose size of the one below."""
+    layers: list[CapsuleLayer | ConvCapsules] = []
+    groups, dim = primary
+    for out_groups, out_dim, kernel, stride in conv_capsules:
+        sizes = (grid, groups, dim, out_groups, out_dim)
+        layer = ConvCapsules(*sizes, kernel_size=kernel, stride=stride, matrix_poses=matrix_poses, **options)
+        layers.append(layer)
+        grid, groups, dim = layer.out_grid, out_groups, out_dim
+    for number, (out_capsules, out_dim) in enumerate(dense_capsules, 1):
+        shared = shared_class_transform and number == len(dense_capsules)
+        if shared or matrix_poses:
+            # A dense layer is a convolutional one whose kernel covers the grid.
+            sizes = (grid, groups, dim, out_capsules, out_dim)
+            layers.append(
+                ConvCapsules(
+                    *sizes,
+                    kernel_size=grid,
+                    matrix_poses=matrix_poses,
+                    shared_transform=shared,
+                    coordinate_addition=shared,
+                    **options,
+                )
+            )
+        else:
+            layers.append(CapsuleLayer(math.prod(grid) * groups, dim, out_capsules, out_dim, **options))
+        grid, groups, dim = (1, 1), out_capsules, out_dim
+    return layers
 
 
 def _grid_of_primary_capsules(
