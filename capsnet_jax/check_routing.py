@@ -149,8 +149,12 @@ def find_torch(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        reason = f"cannot be imported: {error}" if attribute else "has no colon; expected package.module:function"
+    except Exception as error:  # whatever the user's module does when it is imported
+        reason = (
+            f"cannot be imported: {type(error).__name__}: {error}"
+            if attribute
+            else "has no colon; expected package.module:function"
+        )
         raise UsageError(f"The torch function {name!r} {reason}.") from error
     if not callable(function):
         raise UsageError(f"The torch function {name!r} is {type(function).__name__}; expected a function of votes.")

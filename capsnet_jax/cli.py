@@ -131,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> Command:
     """The command of these arguments; help and errors of syntax end the program, with status 0 and 2."""
+    if argv[:1] == ["compare"] and any(argument.partition("=")[0] == "--routing" for argument in argv):
+        raise UsageError("compare has no --routing; expected --routings, with all or any number of names.")
     if argv[:1] in (["train"], ["compare"]):
         command: type[Train | Compare] = Train if argv[0] == "train" else Compare
         return tyro.cli(

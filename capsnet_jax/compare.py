@@ -78,13 +78,7 @@ class Compare:
         """
         fields = self.config.to_json()
         fields["model"]["routing"] = routing
-        try:
-            return SeedTraining(Config.from_json(fields), dataset)
-        except UsageError:
-            raise
-        except Exception as error:  # the user's function may raise anything
-            reason = (str(error).strip().splitlines() or ["no message"])[0]
-            raise UsageError(f"Routing {routing!r} raises {type(error).__name__}: {reason}") from error
+        return SeedTraining(Config.from_json(fields), dataset)
 
     def train(self, routing: str, training: SeedTraining, console: Console) -> Result:
         """Trains a routing from all seeds."""

@@ -90,7 +90,7 @@ def open_folder(folder: Path, depends_on: Mapping[str, Any]) -> dict[str, Result
         results = read_results(folder)
     except OSError as error:
         raise UsageError(f"The output folder {folder} cannot be used: {error.strerror}.") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"The output folder {folder} holds no comparison that can be read: {error}.") from error
     now = flat(depends_on)
     changes = [
@@ -116,6 +116,8 @@ def read_results(folder: Path) -> dict[str, Result]:
     path = folder / RESULTS
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     results = [Result.from_json(json.loads(line)) for line in lines]
+    for result in results:
+        result.summary()  # raises if values are missing
     return {result.routing: result for result in results}
 
 

@@ -81,7 +81,11 @@ class ConvCapsules(nnx.Module):
         if matrix_poses:
             self.rows = math.isqrt(in_dim)
             if in_dim != out_dim or in_dim != self.rows**2:
-                raise UsageError(f"Poses of {in_dim} and {out_dim} are no square matrices; expected 16 and 16, say.")
+                raise UsageError(
+                    f"Poses of {in_dim} and {out_dim} are no square matrices of one size; expected 16 and 16, say."
+                )
+        if coordinate_addition and out_dim < 2:
+            raise UsageError(f"Coordinates are added to two components of a pose, and out_dim is {out_dim}.")
         self.grid = grid
         self.stride = stride
         self.in_groups = in_groups

@@ -148,6 +148,9 @@ class PrimaryCapsules(nnx.Module):
         scheme: distributions of the weights.
         param_dtype: dtype of the weights.
         rngs: source of the initial weights.
+
+    Raises:
+        UsageError: the squash or the activation is unknown, or channels of a depthwise convolution do not fit.
     """
 
     def __init__(
@@ -166,6 +169,12 @@ class PrimaryCapsules(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        for name, value, choices in (
+            ("primary_squash", squash, ("none", *SQUASHES)),
+            ("primary_activation", activation, ("norm", "sigmoid")),
+        ):
+            if value not in choices:
+                raise UsageError(f"{name} is {value!r}; expected {', '.join(choices)}.")
         self.groups = groups
         self.dim = dim
         self.scale = scale

@@ -167,6 +167,8 @@ class CapsNet(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        if initial_weights not in SCHEMES:
+            raise UsageError(f"initial_weights is {initial_weights!r}; expected {', '.join(SCHEMES)}.")
         scheme = SCHEMES[initial_weights]
         convolutions = [(channels, kernel, 1) for channels, kernel in stem_below]
         convolutions.append((stem_channels, stem_kernel, stem_stride))
@@ -222,8 +224,14 @@ class CapsNet(nnx.Module):
             )
         )
         self.eval()
-        # A dry run: a routing that returns wrong shapes is found here, not in the first training step.
-        jax.eval_shape(self.encode, jax.ShapeDtypeStruct((1, *image_shape), param_dtype))
+        # A dry run: what is wrong with a routing is found here, not in the first training step.
+        try:
+            jax.eval_shape(self.encode, jax.ShapeDtypeStruct((1, *image_shape), param_dtype))
+        except UsageError:
+            raise
+        except Exception as error:  # the user's function may raise anything
+            reason = (str(error).strip().splitlines() or ["no message"])[0]
+            raise UsageError(f"Routing {routing} raises {type(error).__name__}: {reason}") from error
 
     def encode(self, images: Float[Array, "b height width channels"]) -> Capsules:
         """The class capsules of images in [0, 1]; the predicted class is the one of the largest activation.

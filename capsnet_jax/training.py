@@ -96,6 +96,8 @@ def compute_losses(
         step: number of training steps done, on which the margin of the spread loss depends.
     """
     capsules = model.encode(images)
+    if loss not in ("margin", "spread"):
+        raise UsageError(f"loss is {loss!r}; expected margin or spread.")
     if loss == "spread":
         margin = spread_loss(capsules.activations, labels, margin=spread_margin(step)).mean()
     else:

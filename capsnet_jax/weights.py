@@ -79,7 +79,8 @@ def _capsule_layer(name: str, path: tuple[str | int, ...], layer: CapsuleLayer |
         axes = "taps i inner o outer"
         rows = [Row(f"{name}.weight", (*path, "weight"), axes, axes)]
     for weight in layer.routing_weights:
-        axes = " ".join(layer.routing.weights[weight].axes)
+        # By number, as a weight may have an axis twice.
+        axes = " ".join(f"axis{number}" for number in range(layer.routing_weights[weight].ndim))
         rows.append(Row(f"{name}.routing_weights.{weight}", (*path, "routing_weights", weight), axes, axes))
     return rows
 

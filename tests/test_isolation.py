@@ -6,8 +6,9 @@ import sys
 import pytest
 
 MODULES = {
-    "capsnet_jax": "cli convolution data.tfds figures layers losses model ops progress routing runs training weights",
-    "capsnet_torch": "layers losses model ops routing training",
+    "capsnet_jax": """check_routing cli compare conv_capsules convolution data.tfds figures layers losses model ops
+        progress routing runs seeds training weights""",
+    "capsnet_torch": "conv_capsules layers losses model ops routing routing.binding training",
 }
 FORBIDDEN = {"capsnet_jax": ["torch", "capsnet_torch"], "capsnet_torch": ["jax", "flax", "optax", "capsnet_jax"]}
 

@@ -96,3 +96,31 @@ def test_an_unknown_routing_is_an_error_that_names_it(name):
 def test_the_error_lists_the_names():
     with pytest.raises(UsageError, match=", ".join(ROUTINGS)):
         get_routing("dynamo", num_iterations=3)
+
+
+def test_learned_weights_are_what_is_annotated_as_an_array():
+    from jaxtyping import Array, Float
+
+    def mixed(u, a, *, mix: Float[Array, "h h"] | float = 0.5, top: int | None = None, **others):
+        return dynamic(u @ jnp.broadcast_to(mix, (SIZE, SIZE)), a)
+
+    routing = get_routing(mixed)
+    assert routing.weights == {"mix": (("h", "h"), 0.5)}
+    assert not routing.takes("others")
+    layer = CapsuleLayer(INPUTS, 4, OUTPUTS, SIZE, routing=mixed, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(layer.routing_weights["mix"][...], np.full((SIZE, SIZE), 0.5, np.float32))
+
+
+def test_options_are_of_the_type_of_their_annotation(tmp_path, monkeypatch):
+    (tmp_path / "typed.py").write_text(
+        "def f(votes, activations, *, top: int | None = None, sharp=2.0, name: str = 'a', flag: bool = False): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = dict(get_routing("typed:f, top=3, sharp=4, name=b, flag=True").options)
+    assert options == {"top": 3, "sharp": 4.0, "name": "b", "flag": True}
+    assert [type(options[name]) for name in ("top", "sharp")] == [int, float]
+
+
+def test_a_partial_with_unknown_keywords_is_an_error():
+    with pytest.raises(UsageError, match=r"binds \['leak'\]; expected keywords among num_iterations"):
+        get_routing(partial(dynamic, leak=True))

@@ -212,7 +212,7 @@ def test_the_wrong_routings_are_wrong_in_one_way_only():
         (raising, "It raises RuntimeError: no luck", 0),
         (batch_axis, "unbound axis name: batch", 0),
         (transposed, "Routing transposed: poses are (6, 5); expected (5, 6) from votes of shape (11, 5, 6)", 0),
-        (not_a_routed, "Routing not_a_routed: poses are of type NoneType; expected (5, 6)", 0),
+        (not_a_routed, "Routing not_a_routed returned dict; expected Routed(poses, activations, couplings)", 0),
         (branching, "It raises TracerBoolConversionError: Attempted boolean conversion of traced array", 2),
     ],
 )

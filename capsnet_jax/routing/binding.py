@@ -3,6 +3,7 @@
 import functools
 import importlib
 import inspect
+import math
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from capsnet_jax.capsules import Routed
 from capsnet_jax.errors import UsageError
 from capsnet_jax.routing import ROUTINGS
 
-GIVEN = ("votes", "activations", "poses", "softmax", "num_iterations")  # by the layer, to a routing that has them
+GIVEN = ("poses", "softmax", "num_iterations")  # by the layer, to a routing that has them
 OPTION_TYPES = (bool, int, float, str)
 
 
@@ -43,7 +44,7 @@ class Routing:
     All other keyword arguments are options, which the user may set.
 
     Attributes:
-        name: as the user gave it, for messages.
+        name: that of the algorithm, without options, for messages.
         function: the algorithm.
         options: keyword arguments that are bound.
     """
@@ -67,6 +68,10 @@ class Routing:
         """
         given = {name: value for name, value in given.items() if self.takes(name)}
         routed = self.function(votes, activations, **(dict(self.options) | given))
+        if not isinstance(routed, Routed):
+            raise UsageError(
+                f"Routing {self.name} returned {type(routed).__name__}; expected Routed(poses, activations, couplings)."
+            )
         *positions, inputs, outputs, size = votes.shape
         expected = {
             "poses": (*positions, outputs, size),
@@ -74,12 +79,11 @@ class Routing:
             "couplings": (*positions, inputs, outputs),
         }
         for field, shape in expected.items():
-            array = getattr(routed, field, None)
+            array = getattr(routed, field)
             if not isinstance(array, jax.Array) or array.shape != shape:
                 got = array.shape if isinstance(array, jax.Array) else f"of type {type(array).__name__}"
                 raise UsageError(
-                    f"Routing {self.name}: {field} are {got}; expected {shape} from votes of shape {votes.shape}, in a "
-                    f"Routed(poses, activations, couplings)."
+                    f"Routing {self.name}: {field} are {got}; expected {shape} from votes of shape {votes.shape}."
                 )
         return routed
 
@@ -123,6 +127,12 @@ def get_routing(routing: str | Callable[..., Routed] | Routing, *, num_iteration
         function = routing
         if isinstance(routing, functools.partial):
             function, options = routing.func, dict(routing.keywords)
+            unknown = [name for name in options if name not in _parameters(function)]
+            if unknown or routing.args:
+                raise UsageError(
+                    f"Routing {routing} binds {[*routing.args, *unknown]}; expected keywords among "
+                    f"{describe_options(function)}."
+                )
         name = getattr(function, "__name__", str(function))
         _check_callable(name, function)
     parameters = _parameters(function)
@@ -177,10 +187,12 @@ def _check_callable(name: str, function: object) -> None:
 def _options(name: str, function: Callable[..., Routed], settings: list[str]) -> dict[str, Any]:
     options = {}
     for setting in settings:
-        option, _, text = setting.partition("=")
+        option, _, text = (part.strip() for part in setting.partition("="))
         parameter = _parameters(function).get(option)
         if parameter is None or (option in GIVEN and option != "num_iterations"):
             raise UsageError(f"Routing {name} has no option {option!r}; expected {describe_options(function)}.")
+        if option in options:
+            raise UsageError(f"Routing {name}: {option} is given twice.")
         options[option] = _value(name, parameter, text)
     return options
 
@@ -188,9 +200,12 @@ def _options(name: str, function: Callable[..., Routed], settings: list[str]) ->
 def _value(name: str, parameter: inspect.Parameter, text: str) -> bool | int | float | str:
     kind = _option_type(parameter)
     try:
-        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+        return typing.cast(bool | int | float | str, value)
     except (KeyError, ValueError) as error:
-        expected = "true or false" if kind is bool else kind.__name__
+        expected = "true or false" if kind is bool else "a finite number" if kind is float else kind.__name__
         raise UsageError(f"Routing {name}: {parameter.name} is {text!r}; expected {expected}.") from error
 
 
@@ -198,8 +213,9 @@ def _option_type(parameter: inspect.Parameter) -> type:
     """What an option is written as; a weight is written as the number that it starts from."""
     if _axes(parameter) is not None:
         return float
-    if parameter.annotation in OPTION_TYPES:
-        return typing.cast(type, parameter.annotation)
+    for kind in (parameter.annotation, *typing.get_args(parameter.annotation)):  # int, and the int of int | None
+        if kind in OPTION_TYPES:
+            return typing.cast(type, kind)
     return type(parameter.default) if type(parameter.default) in OPTION_TYPES else str
 
 
@@ -227,7 +243,13 @@ def _axes(parameter: inspect.Parameter) -> tuple[str, ...] | None:
 
 @functools.cache
 def _parameters(function: Callable[..., Routed]) -> dict[str, inspect.Parameter]:
+    """The arguments after votes and activations, which come first whatever they are called."""
     try:
-        return dict(inspect.signature(function, eval_str=True).parameters)
-    except NameError:  # an annotation that names what is imported for type checkers only
-        return dict(inspect.signature(function).parameters)
+        _, _, *others = inspect.signature(function, eval_str=True).parameters.values()
+    except Exception as error:  # too few arguments, or an annotation that names what only type checkers import
+        raise UsageError(
+            f"Routing {getattr(function, '__name__', function)}: its arguments cannot be told ({error}); expected "
+            "votes, activations and keyword arguments, with annotations of what is imported."
+        ) from error
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {parameter.name: parameter for parameter in others if parameter.kind not in kinds}

@@ -31,7 +31,7 @@ def dynamic(
     Args:
         votes: $u_{io}$, what input capsule i predicts for output capsule o, for one example.
         activations: not used: a squashed capsule's activation is already in the length of its votes.
-        num_iterations: number of times the output capsules are computed; 1 is a plain mean of the votes.
+        num_iterations: number of times the output capsules are computed; 1 is `uniform`.
         leaky: each input capsule may send a share to nowhere: the softmax has one more term, of logit zero, and the
             couplings sum to less than 1.
         detach: gradients pass through the last iteration only, the earlier ones count as constants.

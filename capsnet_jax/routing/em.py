@@ -37,8 +37,8 @@ def em(
     $$a_o = \mathrm{sigmoid}\Bigl(\lambda_t
       \bigl(\beta_a - \tfrac{O}{I} \sum_h (\beta_u + \ln \sigma_{oh}) R_o\bigr)\Bigr)$$
 
-    The paper is without $O / I$, one over the number of votes that an output would get if all were shared out evenly:
-    it only sets the units of $\lambda$ and $\beta_a$, so that the same values suit layers of any size.
+    The paper is without $O / I$, one over the number of votes that an output of a dense layer gets if all are shared
+    out evenly. It only sets the units of $\lambda$ and $\beta_a$, so that the same values suit any size of such layers.
 
     E step, between two M steps:
 

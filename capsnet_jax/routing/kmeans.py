@@ -22,7 +22,7 @@ def kmeans(votes: Float[Array, "i o h"], activations: Float[Array, " i"], *, num
     Args:
         votes: $u_{io}$, for one example.
         activations: not used.
-        num_iterations: number of times the output capsules are computed; 1 is a plain mean of the votes.
+        num_iterations: number of times the output capsules are computed; 1 is `uniform`.
 
     Returns:
         The squashed output capsules, their norms as activations, and the couplings of the last iteration.

@@ -5,6 +5,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Routed
+from capsnet_jax.errors import UsageError
 from capsnet_jax.ops import capsule_norm, squash
 from capsnet_jax.routing.arguments import check_arguments
 
@@ -24,9 +25,11 @@ def random(votes: Float[Array, "i o h"], activations: Float[Array, " i"], *, see
         The squashed output capsules, their norms as activations, and the couplings.
 
     Raises:
-        UsageError: votes or activations are of a wrong shape.
+        UsageError: votes or activations are of a wrong shape, or the seed is negative.
     """
     check_arguments("random", votes, activations)
+    if seed < 0:
+        raise UsageError(f"Routing random: seed is {seed}, and must be at least 0.")
     num_inputs, num_outputs, _ = votes.shape
     couplings = jnp.asarray(np.random.default_rng(seed).dirichlet(np.ones(num_outputs), num_inputs), votes.dtype)
     poses = squash(jnp.einsum("io,ioh->oh", couplings, votes))

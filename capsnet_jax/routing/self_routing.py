@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Routed
+from capsnet_jax.errors import UsageError
 from capsnet_jax.routing.arguments import check_arguments
 
 
@@ -42,6 +43,8 @@ def self_routing(
     """
     check_arguments("self_routing", votes, activations)
     num_inputs, num_outputs, _ = votes.shape
+    if poses.ndim != 2 or poses.shape[0] != num_inputs:
+        raise UsageError(f"Routing self_routing: poses are {poses.shape}; expected [i d] with i = {num_inputs}.")
     route_weight = jnp.broadcast_to(route_weight, (num_inputs, poses.shape[-1], num_outputs))
     couplings = jax.nn.softmax(jnp.einsum("id,ido->io", poses, route_weight) + route_bias, axis=1)
     shares = activations[:, None] * couplings

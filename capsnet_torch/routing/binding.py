@@ -27,10 +27,11 @@ class Routing:
             routing = ROUTINGS[name]
         self.function = routing
         self.options: dict[str, Any] = {}
-        if "num_iterations" in self.parameters and not isinstance(routing, partial):
+        bound = routing.keywords if isinstance(routing, partial) else {}
+        if "num_iterations" in self.parameters and "num_iterations" not in bound:
             self.options["num_iterations"] = num_iterations
         for option, _, text in (setting.partition("=") for setting in settings):
-            value = json.loads(text)  # true, false or a number
+            value = json.loads(text.lower())  # true, false or a number
             self.options[option] = float(value) if isinstance(self.parameters[option].default, float) else value
 
     def __call__(self, votes: torch.Tensor, activations: torch.Tensor, **given: Any) -> Routed:
