@@ -98,14 +98,14 @@ def test_evaluation_on_images_of_another_shape_is_an_error(run_dir, idx_folder, 
 
 
 def test_your_own_routing_is_found_where_you_are(idx_folder, tmp_path, monkeypatch, capsys):
-    (tmp_path / "my_routing.py").write_text(
+    (tmp_path / "mean_routing.py").write_text(
         "from capsnet_jax.routing import dynamic\n"
         "def mean(votes, activations):\n"
         "    return dynamic(votes, activations, num_iterations=1)\n"
     )
     monkeypatch.chdir(tmp_path)
-    assert train(idx_folder, tmp_path / "run", "--routing", "my_routing:mean") == 0
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["routing"] == "my_routing:mean"
+    assert train(idx_folder, tmp_path / "run", "--routing", "mean_routing:mean") == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["routing"] == "mean_routing:mean"
     assert main(["evaluate", str(tmp_path / "run")]) == 0
 
 

@@ -1,6 +1,7 @@
 """docs/routing.md is true: its example runs as written, its output is the command's, its tables are complete."""
 
 import re
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ NAME = "my_routing:sharpened"
 
 @pytest.fixture
 def example(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "my_routing", raising=False)  # of another test in this process
     (tmp_path / "my_routing.py").write_text(EXAMPLE[0])
     monkeypatch.syspath_prepend(tmp_path)
 
