@@ -23,7 +23,8 @@ class Routed(NamedTuple):
     Attributes:
         poses: poses of the output capsules.
         activations: activations of the output capsules, in [0, 1].
-        couplings: the weight of each vote in the last iteration; they sum to 1 over the output capsules.
+        couplings: the weight of each vote in the last iteration; they sum to 1 over the output capsules, or to what
+            the routing says.
     """
 
     poses: Float[Array, "*batch o h"]

@@ -94,14 +94,17 @@ def compute_losses(
         reconstruction_error: "mean" over the pixels, or their "sum".
         loss: "margin" or "spread".
         step: number of training steps done, on which the margin of the spread loss depends.
+
+    Raises:
+        UsageError: the loss is unknown, or the model has no decoder to reconstruct with.
     """
     capsules = model.encode(images)
-    if loss not in ("margin", "spread"):
-        raise UsageError(f"loss is {loss!r}; expected margin or spread.")
-    if loss == "spread":
+    if loss == "margin":
+        margin = margin_loss(capsules.activations, labels).mean()
+    elif loss == "spread":
         margin = spread_loss(capsules.activations, labels, margin=spread_margin(step)).mean()
     else:
-        margin = margin_loss(capsules.activations, labels).mean()
+        raise UsageError(f"loss is {loss!r}; expected margin or spread.")
     accuracy = (capsules.activations.argmax(axis=1) == labels).mean(dtype=margin.dtype)
     if reconstruction_weight == 0:
         return Losses(margin, margin, jnp.zeros_like(margin), accuracy)

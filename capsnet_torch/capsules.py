@@ -16,6 +16,6 @@ class Capsules(NamedTuple):
 class Routed(NamedTuple):
     """Output capsules and the couplings of the last iteration; see `capsnet_jax.capsules.Routed`."""
 
-    poses: Float[Tensor, "b o h"]
-    activations: Float[Tensor, "b o"]
-    couplings: Float[Tensor, "b i o"]
+    poses: Float[Tensor, "b *positions o h"]
+    activations: Float[Tensor, "b *positions o"]
+    couplings: Float[Tensor, "b *positions i o"]

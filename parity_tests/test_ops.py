@@ -19,7 +19,7 @@ def poses(dtype: str, scale: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scale", [0.05, 1, 20])
-@pytest.mark.parametrize("name", ["capsule_norm", "squash"])
+@pytest.mark.parametrize("name", ["capsule_norm", "squash", "direction", "exponential_squash"])
 def test_values_and_gradients_agree(name, scale, dtype):
     values = poses(dtype, scale)
     weights = np.random.default_rng(4).normal(size=SHAPE[: 3 - (name == "capsule_norm")]).astype(dtype)
@@ -37,13 +37,15 @@ def test_squash_agrees_with_the_oracle(float64):
     assert_close("squash", ops.squash(jnp.asarray(values)), expected, tolerance=1e-12)
 
 
-def test_both_sides_give_zero_for_zero(dtype):
+@pytest.mark.parametrize("name", ["squash", "direction", "exponential_squash"])
+def test_both_sides_give_zero_for_zero(name, dtype):
     zeros = np.zeros((2, 3), dtype)
+    ours, theirs = getattr(ops, name), getattr(torch_ops, name)
     torch_zeros = torch.tensor(zeros, requires_grad=True)
-    torch_ops.squash(torch_zeros).sum().backward()
+    theirs(torch_zeros).sum().backward()
     np.testing.assert_array_equal(torch_zeros.grad, zeros)
-    np.testing.assert_array_equal(jax.grad(lambda x: ops.squash(x).sum())(jnp.asarray(zeros)), zeros)
-    np.testing.assert_array_equal(ops.squash(jnp.asarray(zeros)), zeros)
+    np.testing.assert_array_equal(jax.grad(lambda x: ours(x).sum())(jnp.asarray(zeros)), zeros)
+    np.testing.assert_array_equal(ours(jnp.asarray(zeros)), zeros)
 
 
 def test_mask_by_label_agrees(dtype):

@@ -190,6 +190,11 @@ def test_a_number_below_1_is_an_error_with_the_name_and_the_value(name, value, c
     assert f"{name[2:].replace('-', '_')} is {value}, and must be at least 1" in error
 
 
+def test_compare_refuses_the_option_of_train(capsys):
+    assert main(["compare", "--routing", "em"]) == 2
+    assert "compare has no --routing; expected --routings" in capsys.readouterr().err
+
+
 def test_evaluating_what_is_no_run_is_an_error(tmp_path, capsys):
     assert main(["evaluate", str(tmp_path)]) == 2
     assert "is not the folder of a run: it has no config.json" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from capsnet_jax.ops import capsule_norm, mask_by_label, squash
+from capsnet_jax.ops import capsule_norm, mask_by_label, squash, standardize
 
 SCALES = [1e-30, 1e-20, 1e-10, 1e-3, 1.0, 1e3, 1e10, 1e15]
 POSES = np.random.default_rng(0).normal(size=(4, 7))
@@ -74,3 +74,13 @@ def test_mask_by_label_keeps_the_capsule_of_the_label_only():
     for example, label in enumerate([1, 3, 0]):
         np.testing.assert_array_equal(masked[example, label], poses[example, label])
         assert np.count_nonzero(masked[example]) == 2
+
+
+def test_standardize_keeps_the_digits_of_values_far_from_zero():
+    """A variance as a difference of two means would be off by a tenth here."""
+    values = 1000 + np.random.default_rng(6).normal(size=(3, 7))
+    values = values.astype(np.float32)
+    exact = values.astype(np.float64)
+    centered = exact - exact.mean(axis=1, keepdims=True)
+    expected = centered / np.sqrt((centered**2).mean(axis=1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(standardize(jnp.asarray(values)), expected, atol=1e-3)

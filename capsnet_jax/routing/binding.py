@@ -172,16 +172,9 @@ def _find(name: str) -> Callable[..., Routed]:
 
 
 def _check_callable(name: str, function: object) -> None:
-    kind = type(function).__name__
     if not callable(function):
+        kind = type(function).__name__
         raise UsageError(f"Routing {name!r} is of type {kind}; expected a function of votes and activations.")
-    try:
-        inspect.signature(function)
-    except ValueError as error:  # written in C
-        raise UsageError(
-            f"Routing {name!r} is of type {kind}, whose arguments cannot be told; expected a Python function of votes "
-            "and activations."
-        ) from error
 
 
 def _options(name: str, function: Callable[..., Routed], settings: list[str]) -> dict[str, Any]:
@@ -246,7 +239,7 @@ def _parameters(function: Callable[..., Routed]) -> dict[str, inspect.Parameter]
     """The arguments after votes and activations, which come first whatever they are called."""
     try:
         _, _, *others = inspect.signature(function, eval_str=True).parameters.values()
-    except Exception as error:  # too few arguments, or an annotation that names what only type checkers import
+    except Exception as error:  # too few arguments, a function in C, or annotations that only type checkers know
         raise UsageError(
             f"Routing {getattr(function, '__name__', function)}: its arguments cannot be told ({error}); expected "
             "votes, activations and keyword arguments, with annotations of what is imported."
