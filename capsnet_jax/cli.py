@@ -21,13 +21,14 @@ from capsnet_jax.compare import Compare
 from capsnet_jax.config import PRESETS, Config, DataConfig
 from capsnet_jax.data import Dataset, load_dataset, to_unit_range
 from capsnet_jax.errors import UsageError
+from capsnet_jax.evaluation import Evaluation, evaluate, make_count_correct
 from capsnet_jax.figures import reconstructions_figure
 from capsnet_jax.model import CapsNet
 from capsnet_jax.progress import show_progress
 from capsnet_jax.routing import ROUTINGS
 from capsnet_jax.routing.binding import describe_options
 from capsnet_jax.runs import Run, load_run
-from capsnet_jax.training import Evaluation, NonFiniteLossError, evaluate, fit, make_count_correct
+from capsnet_jax.training import NonFiniteLossError, fit
 
 PICTURED = 10  # test images above their reconstructions
 

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 from capsnet_jax.capsules import Capsules, Routed
 from capsnet_jax.convolution import positions_after
 from capsnet_jax.errors import UsageError
-from capsnet_jax.initializers import Initializer, unit_variance_uniform
-from capsnet_jax.layers import new_param, new_routing_weights
+from capsnet_jax.initializers import Initializer, new_param, unit_variance_uniform
+from capsnet_jax.layers import new_routing_weights
 from capsnet_jax.routing import get_routing
 
 

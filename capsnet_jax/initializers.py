@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 Initializer = Callable[..., Float[Array, "..."]]
@@ -67,3 +69,8 @@ TORCH = SCHEMES["torch"]
 def _truncated_normal(deviation: float) -> Initializer:
     """Normal with this deviation, drawn again beyond two of it, as TensorFlow's `truncated_normal`."""
     return lambda key, shape, dtype: deviation * jax.random.truncated_normal(key, -2, 2, shape, dtype)
+
+
+def new_param(initializer: Initializer, shape: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:
+    """A weight drawn from the next key of `rngs.params`."""
+    return nnx.Param(initializer(rngs.params(), shape, dtype))

@@ -1,7 +1,6 @@
-"""Layers that own weights: convolutions, the first capsules, and capsules that route to capsules."""
+"""Layers of capsules: the first ones, and those that route to each other."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,123 +10,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Capsules, Routed
-from capsnet_jax.convolution import convolve, depthwise
 from capsnet_jax.errors import UsageError
-from capsnet_jax.initializers import TORCH, Initializer, Scheme, unit_variance_uniform
+from capsnet_jax.initializers import TORCH, Initializer, Scheme, new_param, unit_variance_uniform
 from capsnet_jax.ops import capsule_norm, exponential_squash, squash
 from capsnet_jax.routing import Routing, get_routing
-
-Images = Float[Array, "b height width channels"]
-Features = Float[Array, "b out_height out_width features"]
+from capsnet_jax.stem import Convolution, Features
 
 SQUASHES = {"squash": squash, "exponential": exponential_squash}
-
-
-class Convolution(nnx.Module):
-    """A convolution without padding, plus a bias.
-
-    Args:
-        in_channels: number of channels of the images.
-        out_channels: number of channels of the result.
-        kernel_size: height and width of the kernel, in pixels.
-        stride: step of the kernel, in pixels.
-        depthwise: each channel has a filter of its own, and sees no other; needs as many channels out as in.
-        kernel_initializer: distribution of the kernel, given the number of inputs of an output.
-        bias_initializer: distribution of the bias.
-        param_dtype: dtype of the weights.
-        rngs: source of the initial weights.
-
-    Raises:
-        UsageError: the numbers of channels of a depthwise convolution differ.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        kernel_size: int,
-        stride: int = 1,
-        depthwise: bool = False,
-        kernel_initializer: Callable[[int], Initializer] = TORCH.kernel,
-        bias_initializer: Callable[[int], Initializer] = TORCH.bias,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        if depthwise and in_channels != out_channels:
-            raise UsageError(f"A depthwise convolution has {out_channels} channels for the {in_channels} it sees.")
-        self.stride = stride
-        self.depthwise = depthwise
-        seen = 1 if depthwise else in_channels
-        fan_in = seen * kernel_size**2
-        shape = (kernel_size, kernel_size, seen, out_channels)
-        self.kernel = new_param(kernel_initializer(fan_in), shape, param_dtype, rngs)
-        self.bias = new_param(bias_initializer(fan_in), (out_channels,), param_dtype, rngs)
-
-    def __call__(self, images: Images) -> Features:
-        return self.without_bias(images) + self.bias[...]
-
-    def without_bias(self, images: Images) -> Features:
-        """The products alone."""
-        return (depthwise if self.depthwise else convolve)(images, self.kernel[...], self.stride)
-
-
-class Stem(nnx.Module):
-    """Images to features: convolutions, each followed by ReLU and, if wanted, batch normalisation.
-
-    Args:
-        in_channels: number of channels of the images.
-        convolutions: number of channels, kernel size and stride of each.
-        batch_norm: whether features are normalised. In training they then depend on the whole batch; in evaluation
-            the running means of training take its place.
-        scheme: distributions of the weights.
-        param_dtype: dtype of the weights.
-        rngs: source of the initial weights.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        convolutions: Sequence[tuple[int, int, int]],
-        *,
-        batch_norm: bool = False,
-        scheme: Scheme = TORCH,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        channels = [in_channels, *(out_channels for out_channels, _, _ in convolutions)]
-        self.convolutions = nnx.List(
-            [
-                Convolution(
-                    channels[number],
-                    out_channels,
-                    kernel_size=kernel_size,
-                    stride=stride,
-                    kernel_initializer=scheme.stem,
-                    bias_initializer=scheme.bias,
-                    param_dtype=param_dtype,
-                    rngs=rngs,
-                )
-                for number, (out_channels, kernel_size, stride) in enumerate(convolutions)
-            ]
-        )
-        # The constants are Keras', with which Efficient-CapsNet was trained.
-        new_norm = partial(
-            nnx.BatchNorm, momentum=0.99, epsilon=1e-3, dtype=param_dtype, param_dtype=param_dtype, rngs=rngs
-        )
-        self.norms = nnx.List([new_norm(out_channels) for out_channels in channels[1:] if batch_norm])
-        for norm in self.norms:  # Flax keeps running means in float32 whatever the weights are in
-            norm.mean, norm.var = (
-                nnx.BatchStat(stat[...].astype(jnp.promote_types(param_dtype, jnp.float32)))
-                for stat in (norm.mean, norm.var)
-            )
-
-    def __call__(self, images: Images) -> Features:
-        for number, convolution in enumerate(self.convolutions):
-            images = jax.nn.relu(convolution(images))
-            if self.norms:
-                images = self.norms[number](images)
-        return images
 
 
 class PrimaryCapsules(nnx.Module):
@@ -267,11 +156,6 @@ class CapsuleLayer(nnx.Module):
     def votes(self, poses: Float[Array, "b i d"]) -> Float[Array, "b i o h"]:
         """What each input capsule predicts for each output capsule."""
         return jnp.einsum("bid,idoh->bioh", poses, self.weight[...])
-
-
-def new_param(initializer: Initializer, shape: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:
-    """A weight drawn from the next key of `rngs.params`."""
-    return nnx.Param(initializer(rngs.params(), shape, dtype))
 
 
 def new_routing_weights(

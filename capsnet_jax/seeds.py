@@ -16,18 +16,16 @@ from jaxtyping import Float
 from capsnet_jax.config import Config
 from capsnet_jax.couplings import make_coupling_entropy
 from capsnet_jax.data import Dataset
+from capsnet_jax.evaluation import Evaluation, evaluate, make_count_correct
 from capsnet_jax.model import CapsNet
+from capsnet_jax.optimizer import create_optimizer
 from capsnet_jax.training import (
-    Evaluation,
     Losses,
     NonFiniteLossError,
     Progress,
     TrainState,
-    create_optimizer,
     create_state,
-    evaluate,
     make_configured_chunk,
-    make_count_correct,
     order_of_epoch,
     plan_epoch,
 )

@@ -1,4 +1,4 @@
-"""Training and evaluation: the model is split once, and whole chunks of steps run as one compiled program."""
+"""Training: the model is split once, and whole chunks of steps run as one compiled program."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from capsnet_jax.config import TrainingConfig
 from capsnet_jax.data import Dataset, to_unit_range
 from capsnet_jax.data.augmentation import random_shift
 from capsnet_jax.errors import UsageError
+from capsnet_jax.evaluation import Evaluation, evaluate, make_count_correct
 from capsnet_jax.losses import margin_loss, reconstruction_loss, spread_loss, spread_margin
 from capsnet_jax.model import CapsNet
-
-EVALUATION_BATCH = 250  # images; it divides the 10,000 test images of most sets, and its patches fit in 1 GB
+from capsnet_jax.optimizer import create_optimizer
 
 
 class TrainState(NamedTuple):
@@ -37,17 +37,6 @@ class Losses(NamedTuple):
     margin: Float[Array, "*steps"]
     reconstruction: Float[Array, "*steps"]
     accuracy: Float[Array, "*steps"]
-
-
-class Evaluation(NamedTuple):
-    """Right answers among all images."""
-
-    num_correct: int
-    num_images: int
-
-    @property
-    def accuracy(self) -> float:
-        return self.num_correct / self.num_images
 
 
 class Progress(NamedTuple):
@@ -122,23 +111,6 @@ def create_state(model: CapsNet, optimizer: optax.GradientTransformation) -> tup
     return nnx.graphdef(model), TrainState(params, batch_stats, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
-def create_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
-    """Adam, with the learning rate of the config."""
-    return optax.adam(learning_rate(config))
-
-
-def learning_rate(config: TrainingConfig) -> optax.Schedule:
-    """The step size of Adam as a function of the number of steps done."""
-    if config.learning_rate_decay == 1:
-        return optax.constant_schedule(config.learning_rate)
-    return optax.exponential_decay(
-        config.learning_rate,
-        config.learning_rate_decay_steps,
-        config.learning_rate_decay,
-        end_value=config.learning_rate_floor,
-    )
-
-
 def make_train_step(
     graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, **options: Any
 ) -> Callable[..., tuple[TrainState, Losses]]:
@@ -192,46 +164,6 @@ def make_train_chunk(
         return jax.lax.scan(body, state, indices)
 
     return jax.jit(train_chunk, donate_argnames="state")
-
-
-def make_count_correct(graphdef: nnx.GraphDef) -> Callable[..., Int[Array, ""]]:
-    """A compiled function `(state of the model, images, labels, counted) -> right answers among the counted`."""
-
-    @jax.jit
-    def count_correct(state: nnx.State, images: Array, labels: Array, counted: Bool[Array, " b"]) -> Int[Array, ""]:
-        model = nnx.merge(graphdef, state)
-        model.eval()
-        activations = model.encode(to_unit_range(images)).activations
-        return jnp.sum((activations.argmax(axis=1) == labels) & counted)
-
-    return count_correct
-
-
-def evaluate(
-    count_correct: Callable[..., Int[Array, ""]],
-    state: nnx.State,
-    images: Shaped[np.ndarray, "images height width channels"],
-    labels: Int[np.ndarray, " images"],
-    *,
-    batch_size: int = EVALUATION_BATCH,
-) -> Evaluation:
-    """Counts right answers over all images, each exactly once.
-
-    Args:
-        count_correct: what `make_count_correct` gave.
-        state: weights of the model, and running means, as `nnx.split` gives them.
-        images: as in a `Dataset`.
-        labels: class indices.
-        batch_size: images in one program call; the last batch is padded with images that are not counted.
-    """
-    batch_size = min(batch_size, len(images))
-    correct = jnp.zeros((), jnp.int32)
-    for start in range(0, len(images), batch_size):
-        indices = np.arange(start, start + batch_size)
-        counted = indices < len(images)
-        indices = np.minimum(indices, len(images) - 1)
-        correct += count_correct(state, images[indices], labels[indices], counted)
-    return Evaluation(int(correct), len(images))
 
 
 def fit(

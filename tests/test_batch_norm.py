@@ -9,7 +9,8 @@ from flax import nnx
 
 from capsnet_jax import CapsNet
 from capsnet_jax.config import TrainingConfig
-from capsnet_jax.training import evaluate, fit, make_count_correct
+from capsnet_jax.evaluation import evaluate, make_count_correct
+from capsnet_jax.training import fit
 from capsnet_jax.weights import from_torch, to_torch
 from tests.conftest import IMAGE_SHAPE, SMALL
 

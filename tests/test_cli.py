@@ -13,8 +13,8 @@ from flax import nnx
 
 from capsnet_jax.cli import default_config, main
 from capsnet_jax.config import PRESETS, Config
+from capsnet_jax.evaluation import evaluate, make_count_correct
 from capsnet_jax.runs import load_run
-from capsnet_jax.training import evaluate, make_count_correct
 from capsnet_jax.weights import to_torch
 from tests.conftest import write_idx
 

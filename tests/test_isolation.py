@@ -6,8 +6,8 @@ import sys
 import pytest
 
 MODULES = {
-    "capsnet_jax": """check_routing cli compare conv_capsules convolution data.tfds figures layers losses model ops
-        progress routing runs seeds training weights""",
+    "capsnet_jax": """check_routing cli compare conv_capsules convolution data.tfds decoder evaluation figures layers
+        losses model ops optimizer progress routing runs seeds stem training weights""",
     "capsnet_torch": "conv_capsules layers losses model ops routing routing.binding training",
 }
 FORBIDDEN = {"capsnet_jax": ["torch", "capsnet_torch"], "capsnet_torch": ["jax", "flax", "optax", "capsnet_jax"]}

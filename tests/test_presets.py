@@ -10,7 +10,8 @@ from flax import nnx
 
 from capsnet_jax import CapsNet
 from capsnet_jax.config import PRESETS
-from capsnet_jax.training import create_optimizer, create_state, make_train_step
+from capsnet_jax.optimizer import create_optimizer, learning_rate
+from capsnet_jax.training import create_state, make_train_step
 
 # On MNIST, in all and without the decoder.
 COUNTS = {
@@ -109,8 +110,6 @@ def test_official_weights_are_drawn_as_by_the_authors():
 
 def test_the_learning_rate_falls_as_published():
     """0.96 every 2,000 steps, down to 1e-6: what Adam's first step, of one learning rate, shows."""
-    from capsnet_jax.training import learning_rate
-
     rates = [float(learning_rate(PRESETS["official"].training)(step)) for step in (0, 1000, 2000, 300_000, 10**6)]
     np.testing.assert_allclose(rates, [1e-3, 1e-3 * 0.96**0.5, 0.96e-3, 1e-3 * 0.96**150, 1e-6], rtol=1e-5)
     assert all(later < earlier for earlier, later in pairwise(rates))

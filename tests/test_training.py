@@ -10,9 +10,10 @@ import optax
 import pytest
 from flax import nnx
 
-from capsnet_jax import UsageError, training
+from capsnet_jax import UsageError, evaluation, training
 from capsnet_jax.config import TrainingConfig
-from capsnet_jax.training import NonFiniteLossError, create_state, evaluate, fit, make_count_correct
+from capsnet_jax.evaluation import evaluate, make_count_correct
+from capsnet_jax.training import NonFiniteLossError, create_state, fit
 from capsnet_jax.weights import to_torch
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, learning_rate=0.01)
@@ -34,7 +35,7 @@ def test_it_learns(small_model, small_dataset):
 def test_a_run_compiles_once(steps_per_chunk, small_model, small_dataset, monkeypatch):
     """Two epochs of six steps, and evaluations with a last batch that is not full."""
     traces = {"train": 0, "evaluate": 0}
-    compute_losses, to_unit_range = training.compute_losses, training.to_unit_range
+    compute_losses, to_unit_range = training.compute_losses, evaluation.to_unit_range
 
     def counted_losses(*args, **kwargs):
         traces["train"] += 1
@@ -45,7 +46,7 @@ def test_a_run_compiles_once(steps_per_chunk, small_model, small_dataset, monkey
         return to_unit_range(images)
 
     monkeypatch.setattr(training, "compute_losses", counted_losses)
-    monkeypatch.setattr(training, "to_unit_range", counted_conversion)
+    monkeypatch.setattr(evaluation, "to_unit_range", counted_conversion)
     monkeypatch.setattr(training, "evaluate", partial(evaluate, batch_size=5))
     progress = train(small_model, small_dataset, dataclasses.replace(CONFIG, steps_per_chunk=steps_per_chunk))
     assert len(progress) == 12 / max(steps_per_chunk, 1)
