@@ -67,3 +67,19 @@ def test_a_trained_model_evaluates_as_its_training_said(model, small_dataset):
     graphdef, values = nnx.split(other)
     again = evaluate(make_count_correct(graphdef), values, small_dataset.test_images, small_dataset.test_labels)
     assert again == last.test
+
+
+def test_evaluation_counts_what_running_means_predict_whatever_the_batch(model, small_dataset):
+    """Right answers are those of the evaluated model; in training mode, batches of two would give others."""
+    *_, _ = fit(model, small_dataset, dataclasses.replace(CONFIG, epochs=10), shift=0.0)
+    shown, labels = small_dataset.test_images, small_dataset.test_labels
+    count_correct = make_count_correct(nnx.graphdef(model))
+    counted = [evaluate(count_correct, nnx.state(model), shown, labels, batch_size=size) for size in (2, 23)]
+
+    def right(start: int, stop: int) -> int:
+        predicted = model.encode(jnp.asarray(shown[start:stop]) / jnp.float32(255)).activations.argmax(axis=1)
+        return int(np.sum(predicted == labels[start:stop]))
+
+    assert [result.num_correct for result in counted] == [right(0, 23)] * 2
+    model.train()
+    assert sum(right(start, start + 2) for start in range(0, 23, 2)) != counted[0].num_correct
