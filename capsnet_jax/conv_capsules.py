@@ -17,6 +17,7 @@ from capsnet_jax.convolution import positions_after
 from capsnet_jax.errors import UsageError
 from capsnet_jax.initializers import Initializer, new_param, unit_variance_uniform
 from capsnet_jax.layers import new_routing_weights
+from capsnet_jax.precision import at_least_float32
 from capsnet_jax.routing import get_routing
 
 
@@ -44,6 +45,7 @@ class ConvCapsules(nnx.Module):
             votes with a shared transformation still tell where they come from.
         routing: as in `CapsuleLayer`.
         num_iterations: number of routing iterations, for routings that iterate.
+        recompute: as in `CapsuleLayer`.
         initializer: distribution of the weight, given the number of inputs of an output.
         param_dtype: dtype of the weights.
         rngs: source of the initial weights.
@@ -70,6 +72,7 @@ class ConvCapsules(nnx.Module):
         coordinate_addition: bool = False,
         routing: str | Callable[..., Routed] = "em",
         num_iterations: int = 3,
+        recompute: bool = False,
         initializer: Callable[[int], Initializer] = unit_variance_uniform,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -92,6 +95,7 @@ class ConvCapsules(nnx.Module):
         self.out_grid = positions_after(grid, self.kernel_size, stride)
         self.coordinate_addition = coordinate_addition
         self.routing = get_routing(routing, num_iterations=num_iterations)
+        self.recompute = recompute
         taps = math.prod(self.kernel_size)
         inner, outer = in_dim // self.rows, out_dim // self.rows
         shape = (1 if shared_transform else taps, in_groups, inner, out_groups, outer)
@@ -109,6 +113,9 @@ class ConvCapsules(nnx.Module):
 
     def route(self, capsules: Capsules) -> Routed:
         """The output capsules and the couplings of every vote, `[b positions ...]`; inputs are `(taps groups)`."""
+        return (jax.checkpoint(self._route) if self.recompute else self._route)(capsules)
+
+    def _route(self, capsules: Capsules) -> Routed:
         seen = self.under_kernel(capsules.poses)
         poses = rearrange(seen, "b positions taps i d -> b positions (taps i) d")
         activations = self.under_kernel(capsules.activations[..., None])[..., 0]
@@ -137,10 +144,12 @@ class ConvCapsules(nnx.Module):
         """What each input capsule under a kernel predicts for each output capsule there."""
         matrices = rearrange(poses, "b positions taps i (rows inner) -> b positions taps i rows inner", rows=self.rows)
         weight = self.weight[...]
+        matrices = matrices.astype(weight.dtype)
         if weight.shape[0] == 1:
             votes = jnp.einsum("bptirn,inom->bptiorm", matrices, weight[0])
         else:
             votes = jnp.einsum("bptirn,tinom->bptiorm", matrices, weight)
+        votes = at_least_float32(votes)
         if self.coordinate_addition:
             votes += jnp.asarray(self._coordinates(votes.shape[-1])[:, None, None], votes.dtype)
         return rearrange(votes, "b positions taps i o rows outer -> b positions taps i o (rows outer)")

@@ -1,4 +1,4 @@
-"""From one capsule back to an image."""
+"""From the capsules of the labels back to an image."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from capsnet_jax.initializers import TORCH, Scheme, new_param
+from capsnet_jax.precision import at_least_float32
 
 
 class Decoder(nnx.Module):
-    """Capsules, all but one of them zero, to images in (0, 1): three dense layers.
+    """Capsules, all but those of the labels zero, to images in (0, 1): three dense layers.
 
     Args:
         num_classes: number of capsules.
@@ -47,11 +48,12 @@ class Decoder(nnx.Module):
             self.pixel_bias = new_param(scheme.bias(second), image_shape, param_dtype, rngs)
 
     def __call__(self, poses: Float[Array, "b o h"]) -> Float[Array, "b height width channels"]:
-        features = jnp.einsum("boh,ohf->bf", poses, self.from_capsules[...])
+        from_capsules, hidden, to_pixels = self.from_capsules[...], self.hidden_weight[...], self.to_pixels[...]
+        features = jnp.einsum("boh,ohf->bf", poses.astype(from_capsules.dtype), from_capsules)
         if self.outer_bias:
             features += self.first_bias[...]
-        features = jax.nn.relu(jax.nn.relu(features) @ self.hidden_weight[...] + self.hidden_bias[...])
-        pixels = jnp.tensordot(features, self.to_pixels[...], axes=1)
+        features = jax.nn.relu(jax.nn.relu(features).astype(hidden.dtype) @ hidden + self.hidden_bias[...])
+        pixels = at_least_float32(jnp.tensordot(features.astype(to_pixels.dtype), to_pixels, axes=1))
         if self.outer_bias:
             pixels += self.pixel_bias[...]
         return jax.nn.sigmoid(pixels)

@@ -13,6 +13,7 @@ from capsnet_jax.capsules import Capsules, Routed
 from capsnet_jax.errors import UsageError
 from capsnet_jax.initializers import TORCH, Initializer, Scheme, new_param, unit_variance_uniform
 from capsnet_jax.ops import capsule_norm, exponential_squash, squash
+from capsnet_jax.precision import at_least_float32
 from capsnet_jax.routing import Routing, get_routing
 from capsnet_jax.stem import Convolution, Features
 
@@ -82,7 +83,7 @@ class PrimaryCapsules(nnx.Module):
         )
 
     def __call__(self, features: Features) -> Capsules:
-        product, bias = self.convolution.without_bias(features), self.convolution.bias[...]
+        product, bias = at_least_float32(self.convolution.without_bias(features)), self.convolution.bias[...]
         poses = self.scale * product + (self.scale if self.squash == "none" else 1) * bias
         poses = rearrange(
             poses, "b height width (groups channels) -> b (height width groups) channels", groups=self.groups
@@ -114,6 +115,7 @@ class CapsuleLayer(nnx.Module):
         out_dim: pose size of the output capsules.
         routing: a name in `ROUTINGS`, `package.module:function`, or the function itself; see `get_routing`.
         num_iterations: number of routing iterations, for routings that iterate.
+        recompute: votes and routing are computed again in the backward pass, in place of being kept for it.
         initializer: distribution of the weight, given the number of inputs of an output.
         param_dtype: dtype of the weights.
         rngs: source of the initial weights.
@@ -131,11 +133,13 @@ class CapsuleLayer(nnx.Module):
         *,
         routing: str | Callable[..., Routed] = "dynamic",
         num_iterations: int = 3,
+        recompute: bool = False,
         initializer: Callable[[int], Initializer] = unit_variance_uniform,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.routing = get_routing(routing, num_iterations=num_iterations)
+        self.recompute = recompute
         shape = (in_capsules, in_dim, out_capsules, out_dim)
         self.weight = new_param(initializer(in_dim), shape, param_dtype, rngs)
         self.routing_weights = new_routing_weights(self.routing, *shape, param_dtype)
@@ -146,16 +150,20 @@ class CapsuleLayer(nnx.Module):
 
     def route(self, capsules: Capsules) -> Routed:
         """The output capsules together with the couplings of every vote."""
+        return (jax.checkpoint(self._route) if self.recompute else self._route)(capsules)
+
+    def votes(self, poses: Float[Array, "b i d"]) -> Float[Array, "b i o h"]:
+        """What each input capsule predicts for each output capsule."""
+        weight = self.weight[...]
+        return at_least_float32(jnp.einsum("bid,idoh->bioh", poses.astype(weight.dtype), weight))
+
+    def _route(self, capsules: Capsules) -> Routed:
         weights = {name: weight[...] for name, weight in self.routing_weights.items()}
 
         def route(votes: Float[Array, "i o h"], activations: Float[Array, " i"], poses: Float[Array, "i d"]) -> Routed:
             return self.routing(votes, activations, poses=poses, **weights)
 
         return jax.vmap(route)(self.votes(capsules.poses), capsules.activations, capsules.poses)
-
-    def votes(self, poses: Float[Array, "b i d"]) -> Float[Array, "b i o h"]:
-        """What each input capsule predicts for each output capsule."""
-        return jnp.einsum("bid,idoh->bioh", poses, self.weight[...])
 
 
 def new_routing_weights(

@@ -1,48 +1,22 @@
-"""The capsule network: an encoder of images to capsules, and a decoder of one capsule back to an image."""
+"""The capsule network: an encoder of images to capsules, and a decoder of capsules back to an image."""
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Capsules, Routed
-from capsnet_jax.conv_capsules import ConvCapsules
-from capsnet_jax.convolution import positions_after
 from capsnet_jax.decoder import Decoder
+from capsnet_jax.encoder import Encoder, grid_of_primary_capsules, new_capsule_layers
 from capsnet_jax.errors import UsageError
 from capsnet_jax.initializers import SCHEMES
-from capsnet_jax.layers import CapsuleLayer, PrimaryCapsules
-from capsnet_jax.ops import mask_by_label
+from capsnet_jax.layers import PrimaryCapsules
+from capsnet_jax.ops import Labels, mask_by_label
 from capsnet_jax.routing import get_routing
 from capsnet_jax.stem import Stem
-
-
-class Encoder(nnx.Module):
-    """Images to capsules: convolutions, primary capsules, then any number of capsule layers.
-
-    Args:
-        stem: the convolutions.
-        primary_capsules: capsules of the features of the stem.
-        capsule_layers: layers that route to each other, in order.
-    """
-
-    def __init__(
-        self, stem: Stem, primary_capsules: PrimaryCapsules, capsule_layers: Sequence[CapsuleLayer | ConvCapsules] = ()
-    ):
-        self.stem = stem
-        self.primary_capsules = primary_capsules
-        self.capsule_layers = nnx.List(capsule_layers)
-
-    def __call__(self, images: Float[Array, "b height width channels"]) -> Capsules:
-        capsules = self.primary_capsules(self.stem(images))
-        for layer in self.capsule_layers:
-            capsules = layer(capsules)
-        return capsules
 
 
 class CapsNet(nnx.Module):
@@ -78,6 +52,10 @@ class CapsNet(nnx.Module):
         routing: a name in `ROUTINGS`, `package.module:function`, or the function itself; for all capsule layers. See
             `get_routing`.
         num_iterations: number of routing iterations.
+        standardize_images: whether each image by itself is given mean 0 and deviation 1 before the first layer; see
+            `ops.standardize_images`. Reconstructions are of the images as they are.
+        recompute_routing: whether votes and routing are computed again in the backward pass, in place of being kept
+            for it: less memory for more time.
         param_dtype: dtype of the weights.
         rngs: source of the initial weights.
 
@@ -118,6 +96,8 @@ class CapsNet(nnx.Module):
         initial_weights: str = "torch",
         routing: str | Callable[..., Routed] = "dynamic",
         num_iterations: int = 3,
+        standardize_images: bool = False,
+        recompute_routing: bool = False,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -126,13 +106,19 @@ class CapsNet(nnx.Module):
         scheme = SCHEMES[initial_weights]
         convolutions = [(channels, kernel, 1) for channels, kernel in stem_below]
         convolutions.append((stem_channels, stem_kernel, stem_stride))
-        grid = _grid_of_primary_capsules(
+        grid = grid_of_primary_capsules(
             image_shape,
             [(kernel, stride) for _, kernel, stride in convolutions] + [(primary_kernel, primary_stride)],
             [(kernel, stride) for _, _, kernel, stride in conv_capsules],
         )
         stem = Stem(
-            image_shape[-1], convolutions, batch_norm=batch_norm, scheme=scheme, param_dtype=param_dtype, rngs=rngs
+            image_shape[-1],
+            convolutions,
+            batch_norm=batch_norm,
+            standardize=standardize_images,
+            scheme=scheme,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
         primary_capsules = PrimaryCapsules(
             stem_channels,
@@ -148,7 +134,7 @@ class CapsNet(nnx.Module):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        capsule_layers = _new_capsule_layers(
+        capsule_layers = new_capsule_layers(
             grid,
             (primary_groups, primary_dim),
             conv_capsules,
@@ -156,6 +142,7 @@ class CapsNet(nnx.Module):
             matrix_poses=matrix_poses,
             shared_class_transform=shared_class_transform,
             routing=get_routing(routing, num_iterations=num_iterations),
+            recompute=recompute_routing,
             initializer=scheme.einsum,
             param_dtype=param_dtype,
             rngs=rngs,
@@ -197,8 +184,12 @@ class CapsNet(nnx.Module):
             raise UsageError(f"Images are of shape {images.shape[1:]}, and the model was made for {self.image_shape}.")
         return self.encoder(images)
 
-    def decode(self, poses: Float[Array, "b o h"], labels: Int[Array, " b"]) -> Float[Array, "b height width channels"]:
+    def decode(self, poses: Float[Array, "b o h"], labels: Labels) -> Float[Array, "b height width channels"]:
         """The images that the capsules of the labels stand for, with pixels in (0, 1).
+
+        Args:
+            poses: those of the class capsules.
+            labels: class indices, one or several for each image.
 
         Raises:
             UsageError: the model has no decoder.
@@ -206,67 +197,3 @@ class CapsNet(nnx.Module):
         if self.decoder is None:
             raise UsageError("The model has no decoder; decoder_hidden is None.")
         return self.decoder(mask_by_label(poses, labels))
-
-
-def _new_capsule_layers(
-    grid: tuple[int, int],
-    primary: tuple[int, int],
-    conv_capsules: Sequence[tuple[int, int, int, int]],
-    dense_capsules: Sequence[tuple[int, int]],
-    *,
-    matrix_poses: bool,
-    shared_class_transform: bool,
-    **options: Any,
-) -> list[CapsuleLayer | ConvCapsules]:
-    """The layers above the primary capsules, each made for the grid, groups and pose size of the one below."""
-    layers: list[CapsuleLayer | ConvCapsules] = []
-    groups, dim = primary
-    for out_groups, out_dim, kernel, stride in conv_capsules:
-        sizes = (grid, groups, dim, out_groups, out_dim)
-        layer = ConvCapsules(*sizes, kernel_size=kernel, stride=stride, matrix_poses=matrix_poses, **options)
-        layers.append(layer)
-        grid, groups, dim = layer.out_grid, out_groups, out_dim
-    for number, (out_capsules, out_dim) in enumerate(dense_capsules, 1):
-        shared = shared_class_transform and number == len(dense_capsules)
-        if shared or matrix_poses:
-            # A dense layer is a convolutional one whose kernel covers the grid.
-            sizes = (grid, groups, dim, out_capsules, out_dim)
-            layers.append(
-                ConvCapsules(
-                    *sizes,
-                    kernel_size=grid,
-                    matrix_poses=matrix_poses,
-                    shared_transform=shared,
-                    coordinate_addition=shared,
-                    **options,
-                )
-            )
-        else:
-            layers.append(CapsuleLayer(math.prod(grid) * groups, dim, out_capsules, out_dim, **options))
-        grid, groups, dim = (1, 1), out_capsules, out_dim
-    return layers
-
-
-def _grid_of_primary_capsules(
-    image_shape: tuple[int, int, int], below: Sequence[tuple[int, int]], above: Sequence[tuple[int, int]]
-) -> tuple[int, int]:
-    """Height and width, in positions, of what these kernels and strides make of images of this shape.
-
-    Args:
-        image_shape: that of the images.
-        below: kernel size and stride of each convolution, up to the primary capsules.
-        above: those of layers of convolutional capsules, for which there must be room.
-    """
-    smallest = 1
-    for kernel, stride in reversed([*below, *above]):
-        smallest = (smallest - 1) * stride + kernel
-    height, width, _ = image_shape
-    if min(height, width) < smallest:
-        raise UsageError(
-            f"Images of {height} x {width} are too small: the convolutions of this model, of kernel sizes "
-            f"{', '.join(str(kernel) for kernel, _ in [*below, *above])}, need at least {smallest} x {smallest}."
-        )
-    grid = (height, width)
-    for kernel, stride in below:
-        grid = positions_after(grid, (kernel, kernel), stride)
-    return grid

@@ -3,7 +3,11 @@
 import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+Labels = Int[Array, " b"] | Int[Array, "b k"]
+"""The class of each example, or the k different classes of which each example shows one object."""
 
 
 @jax.custom_jvp
@@ -104,17 +108,59 @@ def standardize(values: Float[Array, "*batch n"], *, epsilon: float = 1e-5) -> F
     return centered / jnp.sqrt(reduce(jnp.square(centered), "... n -> ... 1", "mean") + epsilon)
 
 
-def mask_by_label(poses: Float[Array, "b o h"], labels: Int[Array, " b"]) -> Float[Array, "b o h"]:
-    """Sets all capsules to zero but the one of the label.
+def standardize_images(images: Float[Array, "b height width channels"]) -> Float[Array, "b height width channels"]:
+    r"""Gives each image by itself the mean 0 and the deviation 1, over all of its n pixels and channels.
+
+    $$y = \frac{x - \bar x}{\max(\sigma, 1 / \sqrt n)}$$
+
+    Args:
+        images: of any range.
+
+    Returns:
+        Images of deviation 1, or less where that of the pixels is below $1 / \sqrt n$; zero for an image of one colour.
+
+    References:
+        `tf.image.per_image_standardization`, https://www.tensorflow.org/api_docs/python/tf/image
+    """
+    centered = images - reduce(images, "b height width channels -> b 1 1 1", "mean")
+    variance = reduce(jnp.square(centered), "b height width channels -> b 1 1 1", "mean")
+    # The larger of the two is taken before the root, whose gradient at zero is infinite.
+    return centered / jnp.sqrt(jnp.maximum(variance, 1 / images[0].size))
+
+
+def multi_hot(labels: Labels, num_classes: int, dtype: DTypeLike) -> Float[Array, "b o"]:
+    """1 for every class that is among the labels, and 0 for all others."""
+    hot = jax.nn.one_hot(labels, num_classes, dtype=dtype)
+    return hot if labels.ndim == 1 else reduce(hot, "b k o -> b o", "max")
+
+
+def mask_by_label(poses: Float[Array, "b o h"], labels: Labels) -> Float[Array, "b o h"]:
+    """Sets all capsules to zero but those of the labels.
 
     Args:
         poses: one capsule for each class.
-        labels: class indices in [0, o).
+        labels: class indices in [0, o), one or several for each example.
 
     Returns:
-        The poses, zero outside the labelled class.
+        The poses, zero outside the labelled classes.
 
     References:
         Sabour, Frosst, Hinton (2017), section 4.1.
     """
-    return poses * jax.nn.one_hot(labels, poses.shape[1], dtype=poses.dtype)[..., None]
+    return poses * rearrange(multi_hot(labels, poses.shape[1], poses.dtype), "b o -> b o 1")
+
+
+def answers_right(activations: Float[Array, "b o"], labels: Labels) -> Bool[Array, " b"]:
+    """Whether the most active capsules, as many as there are labels, are exactly those of the labels.
+
+    Args:
+        activations: one for each class. Of equal ones, that of the lower class index counts as the more active.
+        labels: class indices in [0, o), one or several for each example; an answer is right if all of them are.
+
+    References:
+        Sabour, Frosst, Hinton (2017), section 6.2, for two overlapping digits.
+    """
+    num_labels = 1 if labels.ndim == 1 else labels.shape[1]
+    _, answers = jax.lax.top_k(activations, num_labels)
+    given, wanted = (multi_hot(each, activations.shape[1], activations.dtype) for each in (answers, labels))
+    return (given == wanted).all(axis=1)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from capsnet_jax.convolution import convolve, depthwise
 from capsnet_jax.errors import UsageError
 from capsnet_jax.initializers import TORCH, Initializer, Scheme, new_param
+from capsnet_jax.ops import standardize_images
 
 Images = Float[Array, "b height width channels"]
 Features = Float[Array, "b out_height out_width features"]
@@ -59,11 +60,13 @@ class Convolution(nnx.Module):
         self.bias = new_param(bias_initializer(fan_in), (out_channels,), param_dtype, rngs)
 
     def __call__(self, images: Images) -> Features:
-        return self.without_bias(images) + self.bias[...]
+        product = self.without_bias(images)
+        return (product + self.bias[...]).astype(product.dtype)
 
     def without_bias(self, images: Images) -> Features:
-        """The products alone."""
-        return (depthwise if self.depthwise else convolve)(images, self.kernel[...], self.stride)
+        """The products alone, in the dtype of the kernel."""
+        kernel = self.kernel[...]
+        return (depthwise if self.depthwise else convolve)(images.astype(kernel.dtype), kernel, self.stride)
 
 
 class Stem(nnx.Module):
@@ -74,6 +77,7 @@ class Stem(nnx.Module):
         convolutions: number of channels, kernel size and stride of each.
         batch_norm: whether features are normalised. In training they then depend on the whole batch; in evaluation
             the running means of training take its place.
+        standardize: whether each image is standardised by itself first; see `standardize_images`.
         scheme: distributions of the weights.
         param_dtype: dtype of the weights.
         rngs: source of the initial weights.
@@ -85,10 +89,12 @@ class Stem(nnx.Module):
         convolutions: Sequence[tuple[int, int, int]],
         *,
         batch_norm: bool = False,
+        standardize: bool = False,
         scheme: Scheme = TORCH,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        self.standardize = standardize
         channels = [in_channels, *(out_channels for out_channels, _, _ in convolutions)]
         self.convolutions = nnx.List(
             [
@@ -105,18 +111,16 @@ class Stem(nnx.Module):
                 for number, (out_channels, kernel_size, stride) in enumerate(convolutions)
             ]
         )
+        dtype = jnp.promote_types(param_dtype, jnp.float32)
         # The constants are Keras', with which Efficient-CapsNet was trained.
-        new_norm = partial(
-            nnx.BatchNorm, momentum=0.99, epsilon=1e-3, dtype=param_dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        new_norm = partial(nnx.BatchNorm, momentum=0.99, epsilon=1e-3, dtype=dtype, param_dtype=dtype, rngs=rngs)
         self.norms = nnx.List([new_norm(out_channels) for out_channels in channels[1:] if batch_norm])
         for norm in self.norms:  # Flax keeps running means in float32 whatever the weights are in
-            norm.mean, norm.var = (
-                nnx.BatchStat(stat[...].astype(jnp.promote_types(param_dtype, jnp.float32)))
-                for stat in (norm.mean, norm.var)
-            )
+            norm.mean, norm.var = (nnx.BatchStat(stat[...].astype(dtype)) for stat in (norm.mean, norm.var))
 
     def __call__(self, images: Images) -> Features:
+        if self.standardize:
+            images = standardize_images(images)
         for number, convolution in enumerate(self.convolutions):
             images = jax.nn.relu(convolution(images))
             if self.norms:

@@ -9,6 +9,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import unfold
+from torch.utils.checkpoint import checkpoint
 
 from capsnet_torch.capsules import Capsules, Routed
 from capsnet_torch.routing.binding import Routing
@@ -32,6 +33,7 @@ class ConvCapsules(nn.Module):
         coordinate_addition: bool = False,
         routing: str | Callable[..., Routed] = "em",
         num_iterations: int = 3,
+        recompute: bool = False,
     ):
         super().__init__()
         self.grid = grid
@@ -44,6 +46,7 @@ class ConvCapsules(nn.Module):
             (size - kernel) // stride + 1 for size, kernel in zip(grid, self.kernel_size, strict=True)
         )
         self.routing = Routing(routing, num_iterations=num_iterations)
+        self.recompute = recompute
         taps, inner, outer = math.prod(self.kernel_size), in_dim // self.rows, out_dim // self.rows
         bound = (3 / inner) ** 0.5
         shape = (1 if shared_transform else taps, in_groups, inner, out_groups, outer)
@@ -56,6 +59,9 @@ class ConvCapsules(nn.Module):
 
     def route(self, capsules: Capsules) -> Routed:
         """The output capsules and the couplings of every vote, `[b positions ...]`; inputs are `(taps groups)`."""
+        return checkpoint(self._route, capsules, use_reentrant=False) if self.recompute else self._route(capsules)
+
+    def _route(self, capsules: Capsules) -> Routed:
         seen = self.under_kernel(capsules.poses)
         votes, poses = self.votes(seen).flatten(2, 3), seen.flatten(2, 3)
         activations = self.under_kernel(capsules.activations[..., None]).flatten(2)

@@ -7,6 +7,7 @@ from einops import rearrange
 from einops.layers.torch import EinMix
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from capsnet_torch.capsules import Capsules, Routed
 from capsnet_torch.ops import capsule_norm, exponential_squash, squash
@@ -54,9 +55,11 @@ class CapsuleLayer(nn.Module):
         *,
         routing: str | Callable[..., Routed] = "dynamic",
         num_iterations: int = 3,
+        recompute: bool = False,
     ):
         super().__init__()
         self.routing = Routing(routing, num_iterations=num_iterations)
+        self.recompute = recompute
         self.input_caps2U = EinMix(
             "b i d -> b i o h", weight_shape="i d o h", i=in_capsules, d=in_dim, o=out_capsules, h=out_dim
         )
@@ -68,6 +71,9 @@ class CapsuleLayer(nn.Module):
 
     def route(self, capsules: Capsules) -> Routed:
         """The output capsules together with the couplings of every vote."""
+        return checkpoint(self._route, capsules, use_reentrant=False) if self.recompute else self._route(capsules)
+
+    def _route(self, capsules: Capsules) -> Routed:
         poses, activations = capsules
         return self.routing(self.votes(poses), activations, poses=poses, **self.routing_weights)
 

@@ -3,39 +3,40 @@
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
+
+from capsnet_torch.ops import Labels, is_label
 
 Images = Float[Tensor, "b channels height width"]
 
 
 def margin_loss(
     activations: Float[Tensor, "b o"],
-    labels: Int[Tensor, " b"],
+    labels: Labels,
     *,
     present: float = 0.9,
     absent: float = 0.1,
     absent_weight: float = 0.5,
 ) -> Float[Tensor, " b"]:
-    """Wants the capsule of the label longer than one margin, and all others shorter than another.
+    """Wants the capsules of the labels longer than one margin, and all others shorter than another.
 
     References:
         Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules" (2017), eq. 4. https://arxiv.org/abs/1710.09829
     """
-    is_label = labels[:, None] == torch.arange(activations.shape[1], device=activations.device)
     too_short = torch.clamp(present - activations, min=0) ** 2
     too_long = torch.clamp(activations - absent, min=0) ** 2
-    return torch.where(is_label, too_short, absent_weight * too_long).sum(dim=1)
+    return torch.where(is_label(labels, activations.shape[1]), too_short, absent_weight * too_long).sum(dim=1)
 
 
-def spread_loss(
-    activations: Float[Tensor, "b o"], labels: Int[Tensor, " b"], *, margin: float = 0.9
-) -> Float[Tensor, " b"]:
+def spread_loss(activations: Float[Tensor, "b o"], labels: Labels, *, margin: float = 0.9) -> Float[Tensor, " b"]:
     """Wants the capsule of the label more active than every other, by a margin.
 
     References:
         Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing" (2018), eq. 3.
     """
+    if labels.dim() > 1:
+        raise ValueError(f"The spread loss is defined for one label for each image, not for {labels.shape[1]}.")
     too_close = torch.clamp(margin - (activations.gather(1, labels[:, None]) - activations), min=0) ** 2
     return too_close.scatter(1, labels[:, None], 0).sum(dim=1)
 

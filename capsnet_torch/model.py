@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from einops.layers.torch import EinMix
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsnet_torch.capsules import Capsules, Routed
 from capsnet_torch.conv_capsules import ConvCapsules
 from capsnet_torch.layers import CapsuleLayer, PrimaryCapsules
-from capsnet_torch.ops import mask_by_label
+from capsnet_torch.ops import Labels, mask_by_label, standardize_images
 
 
 class Encoder(nn.Module):
@@ -23,8 +23,11 @@ class Encoder(nn.Module):
         image2primary_capsules: nn.Sequential,
         hidden_capsules: Sequence[CapsuleLayer | ConvCapsules],
         primary2digit_capsules: CapsuleLayer | ConvCapsules,
+        *,
+        standardize: bool = False,
     ):
         super().__init__()
+        self.standardize = standardize
         self.image2primary_capsules = image2primary_capsules
         self.hidden_capsules = nn.ModuleList(hidden_capsules)
         self.primary2digit_capsules = primary2digit_capsules
@@ -38,7 +41,7 @@ class Encoder(nn.Module):
     def stem(
         self, images: Float[Tensor, "b channels height width"]
     ) -> Float[Tensor, "b features out_height out_width"]:
-        return self.image2primary_capsules[:-2](images)
+        return self.image2primary_capsules[:-2](standardize_images(images) if self.standardize else images)
 
     def primary_capsules(self, images: Float[Tensor, "b channels height width"]) -> Capsules:
         convolution, to_capsules = self.image2primary_capsules[-2], self.image2primary_capsules[-1]
@@ -78,6 +81,8 @@ class CapsNet(nn.Module):
         decoder_bias: bool = False,
         routing: str | Callable[..., Routed] = "dynamic",
         num_iterations: int = 3,
+        standardize_images: bool = False,
+        recompute_routing: bool = False,
     ):
         super().__init__()
         height, width, channels = image_shape
@@ -97,7 +102,7 @@ class CapsNet(nn.Module):
         modules.append(
             PrimaryCapsules(primary_groups, scale=primary_scale, squash=primary_squash, activation=primary_activation)
         )
-        options: dict[str, Any] = {"routing": routing, "num_iterations": num_iterations}
+        options: dict[str, Any] = {"routing": routing, "num_iterations": num_iterations, "recompute": recompute_routing}
         layers: list[CapsuleLayer | ConvCapsules] = []
         groups, dim = primary_groups, primary_dim
         for out, out_dim, kernel, stride in conv_capsules:
@@ -114,7 +119,7 @@ class CapsNet(nn.Module):
                 layers.append(CapsuleLayer(math.prod(grid) * groups, dim, out, out_dim, **options))
             grid, groups, dim = (1, 1), out, out_dim
         *hidden, last = layers
-        self.encoder = Encoder(nn.Sequential(*modules), hidden, last)
+        self.encoder = Encoder(nn.Sequential(*modules), hidden, last, standardize=standardize_images)
         self.decoder = (
             None
             if decoder_hidden is None
@@ -125,9 +130,7 @@ class CapsNet(nn.Module):
         """The class capsules of images in [0, 1]; the predicted class is the one of the largest activation."""
         return self.encoder(images)
 
-    def decode(
-        self, poses: Float[Tensor, "b o h"], labels: Int[Tensor, " b"]
-    ) -> Float[Tensor, "b channels height width"]:
+    def decode(self, poses: Float[Tensor, "b o h"], labels: Labels) -> Float[Tensor, "b channels height width"]:
         """The images that the capsules of the labels stand for, with pixels in (0, 1)."""
         if self.decoder is None:
             raise ValueError("The model has no decoder; decoder_hidden is None.")
@@ -137,7 +140,7 @@ class CapsNet(nn.Module):
 def new_decoder(
     num_classes: int, class_dim: int, hidden: tuple[int, int], image_shape: tuple[int, int, int], outer_bias: bool
 ) -> nn.Sequential:
-    """Capsules, all but one of them zero, to images in (0, 1)."""
+    """Capsules, all but those of the labels zero, to images in (0, 1)."""
     first, second = hidden
     height, width, channels = image_shape
     return nn.Sequential(

@@ -1,8 +1,10 @@
 """The few functions every capsule network is made of."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+Labels = Int[Tensor, " b"] | Int[Tensor, "b k"]
 
 
 def capsule_norm(poses: Float[Tensor, "*capsules h"]) -> Float[Tensor, "*capsules"]:
@@ -36,7 +38,27 @@ def exponential_squash(poses: Float[Tensor, "*capsules h"]) -> Float[Tensor, "*c
     return -torch.expm1(-capsule_norm(poses)[..., None]) * direction(poses)
 
 
-def mask_by_label(poses: Float[Tensor, "b o h"], labels: Int[Tensor, " b"]) -> Float[Tensor, "b o h"]:
-    """Sets all capsules to zero but the one of the label."""
-    classes = torch.arange(poses.shape[1], device=poses.device)
-    return torch.where((labels[:, None] == classes)[..., None], poses, torch.zeros_like(poses))
+def standardize_images(
+    images: Float[Tensor, "b channels height width"],
+) -> Float[Tensor, "b channels height width"]:
+    """Gives each image by itself the mean 0 and the deviation 1; see `capsnet_jax.ops.standardize_images`."""
+    variance, mean = torch.var_mean(images, dim=(1, 2, 3), correction=0, keepdim=True)
+    return (images - mean) * variance.clamp(min=1 / images[0].numel()).rsqrt()
+
+
+def is_label(labels: Labels, num_classes: int) -> Bool[Tensor, "b o"]:
+    """Which classes are among the labels of each example."""
+    classes = torch.arange(num_classes, device=labels.device)
+    return (labels.view(len(labels), -1, 1) == classes).any(dim=1)
+
+
+def mask_by_label(poses: Float[Tensor, "b o h"], labels: Labels) -> Float[Tensor, "b o h"]:
+    """Sets all capsules to zero but those of the labels."""
+    return torch.where(is_label(labels, poses.shape[1])[..., None], poses, torch.zeros_like(poses))
+
+
+def answers_right(activations: Float[Tensor, "b o"], labels: Labels) -> Bool[Tensor, " b"]:
+    """Whether the most active capsules, as many as there are labels, are exactly those of the labels."""
+    labels = labels.view(len(labels), -1)
+    ranking = activations.argsort(dim=1, descending=True, stable=True)
+    return (ranking[:, : labels.shape[1]].sort(dim=1).values == labels.sort(dim=1).values).all(dim=1)

@@ -3,11 +3,12 @@
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from capsnet_torch.losses import margin_loss, reconstruction_loss, spread_loss, spread_margin
 from capsnet_torch.model import CapsNet
+from capsnet_torch.ops import Labels
 
 
 class Losses(NamedTuple):
@@ -21,7 +22,7 @@ class Losses(NamedTuple):
 def compute_losses(
     model: CapsNet,
     images: Float[Tensor, "b channels height width"],
-    labels: Int[Tensor, " b"],
+    labels: Labels,
     *,
     reconstruction_weight: float,
     reconstruction_error: str = "mean",
@@ -45,7 +46,7 @@ def train_step(
     model: CapsNet,
     optimizer: torch.optim.Optimizer,
     images: Float[Tensor, "b channels height width"],
-    labels: Int[Tensor, " b"],
+    labels: Labels,
     **options: Any,
 ) -> Losses:
     """Changes the weights by one step of the optimizer; returns the losses before it. Options: `compute_losses`."""

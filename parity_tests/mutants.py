@@ -11,7 +11,7 @@ from einops import rearrange
 from capsnet_jax import CapsNet
 from capsnet_jax.capsules import Capsules, Routed
 from capsnet_jax.layers import CapsuleLayer, PrimaryCapsules
-from capsnet_jax.ops import capsule_norm, mask_by_label, squash
+from capsnet_jax.ops import capsule_norm, mask_by_label, multi_hot, squash
 
 
 def dynamic(
@@ -112,6 +112,38 @@ def masked_by_the_wrong_label() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _in_place_of(place: str, function: Callable[..., jax.Array]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, function)
+        yield
+
+
+def only_the_first_label_is_kept():
+    return _in_place_of("capsnet_jax.ops.multi_hot", lambda labels, *rest: multi_hot(labels[:, 0], *rest))
+
+
+def only_the_first_label_is_wanted():
+    return _in_place_of("capsnet_jax.losses.multi_hot", lambda labels, *rest: multi_hot(labels[:, 0], *rest))
+
+
+def targets_sum_to_one():
+    """As those of a softmax do."""
+    return _in_place_of("capsnet_jax.losses.multi_hot", lambda labels, *rest: multi_hot(labels, *rest) / 2)
+
+
+def images_standardized_together():
+    return _in_place_of("capsnet_jax.stem.standardize_images", lambda images: (images - images.mean()) / images.std())
+
+
+def channels_standardized_apart():
+    def standardize(images):
+        mean, deviation = images.mean(axis=(1, 2), keepdims=True), images.std(axis=(1, 2), keepdims=True)
+        return (images - mean) / deviation
+
+    return _in_place_of("capsnet_jax.stem.standardize_images", standardize)
+
+
 # The routing of each mutant, and the first check that must catch it.
 ROUTING_MUTANTS = {
     softmax_over_inputs: "couplings 0",
@@ -127,4 +159,12 @@ MODEL_MUTANTS = {
     capsules_strided_over_channels: "primary poses",
     capsules_of_neighbouring_pixels: "primary poses",
     masked_by_the_wrong_label: "reconstructions",
+}
+# The same for a model of standardized images of two classes each.
+MULTI_LABEL_MUTANTS = {
+    images_standardized_together: "stem",
+    channels_standardized_apart: "stem",
+    only_the_first_label_is_kept: "reconstructions",
+    only_the_first_label_is_wanted: "margin loss",
+    targets_sum_to_one: "margin loss",
 }

@@ -1,6 +1,7 @@
 """A third opinion: the equations in NumPy float64, one number at a time, with no einsum and no broadcasting."""
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,11 +157,11 @@ def variational(
     return means, np.array(active), couplings
 
 
-def margin_loss(activations: Values, label: int) -> float:
-    """Sabour et al. (2017), eq. 4, for one example."""
+def margin_loss(activations: Values, labels: Collection[int]) -> float:
+    """Sabour et al. (2017), eq. 4, for one example of these labels."""
     loss = 0.0
     for o, activation in enumerate(activations):
-        if o == label:
+        if o in labels:
             loss += max(0.0, 0.9 - activation) ** 2
         else:
             loss += 0.5 * max(0.0, activation - 0.1) ** 2

@@ -54,6 +54,7 @@ def make_pair(
     image_shape: tuple[int, int, int] = IMAGE_SHAPE,
     num_classes: int = NUM_CLASSES,
     batch: int = BATCH,
+    num_labels: int = 1,
     **options: Any,
 ) -> Pair:
     """A pair with seeded weights and images; float64 needs `jax.enable_x64`."""
@@ -71,7 +72,10 @@ def make_pair(
     torch_model.load_state_dict({name: torch.from_numpy(array) for name, array in to_torch(jax_model).items()})
     rng = np.random.default_rng(2)
     images = jnp.asarray(rng.random((batch, *image_shape)), dtype)
-    return Pair(jax_model, torch_model, images, jnp.asarray(rng.integers(0, num_classes, batch), "int32"))
+    labels = rng.integers(0, num_classes, batch)
+    if num_labels > 1:
+        labels = np.stack([rng.permutation(num_classes)[:num_labels] for _ in range(batch)])
+    return Pair(jax_model, torch_model, images, jnp.asarray(labels, "int32"))
 
 
 def divergences(pair: Pair) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:

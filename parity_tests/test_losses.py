@@ -1,4 +1,4 @@
-"""The spread loss and summed reconstruction errors on both sides, values and gradients."""
+"""Margin and spread loss and summed reconstruction errors on both sides, values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,39 @@ import numpy as np
 import pytest
 import torch
 
-from capsnet_jax import losses
+from capsnet_jax import UsageError, losses
 from capsnet_torch import losses as torch_losses
+from parity_tests import oracle
 from parity_tests.compare import TOLERANCE, assert_close
 
 LABELS = np.array([3, 0, 4])
+
+
+SEVERAL = {"one label": LABELS, "two labels": np.array([[3, 1], [0, 2], [2, 4]])}
+
+
+@pytest.mark.parametrize("labels", SEVERAL.values(), ids=SEVERAL)
+def test_margin_losses_agree(labels, dtype):
+    activations = np.random.default_rng(0).uniform(size=(3, 5)).astype(dtype)
+    weights = np.random.default_rng(1).normal(size=3).astype(dtype)
+    ours, pull = jax.vjp(lambda values: losses.margin_loss(values, jnp.asarray(labels)), jnp.asarray(activations))
+    tensor = torch.tensor(activations, requires_grad=True)
+    theirs = torch_losses.margin_loss(tensor, torch.tensor(labels))
+    theirs.backward(torch.tensor(weights))
+    assert_close("margin loss", ours, theirs.detach(), tolerance=TOLERANCE[dtype])
+    assert_close("gradient", pull(jnp.asarray(weights))[0], tensor.grad, tolerance=TOLERANCE[dtype])
+    of_oracle = [
+        oracle.margin_loss(row, np.atleast_1d(wanted)) for row, wanted in zip(activations, labels, strict=True)
+    ]
+    assert_close("oracle", ours, np.asarray(of_oracle, dtype), tolerance=TOLERANCE[dtype])
+
+
+def test_both_sides_refuse_a_spread_loss_of_several_labels():
+    labels = SEVERAL["two labels"]
+    with pytest.raises(UsageError, match="got 2 labels"):
+        losses.spread_loss(jnp.ones((3, 5)), jnp.asarray(labels))
+    with pytest.raises(ValueError, match="not for 2"):
+        torch_losses.spread_loss(torch.ones(3, 5), torch.tensor(labels))
 
 
 @pytest.mark.parametrize("step", [0, 150_000, 10**7])

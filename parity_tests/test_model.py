@@ -50,7 +50,9 @@ OPTIONS = {
         "conv_capsules": ((4, 7, 3, 2),),
         "hidden_capsules": ((8, 5),),
         "routing": "self_routing",
+        "recompute_routing": True,
     },
+    "standardized images of two classes each": {"standardize_images": True, "num_labels": 2},
 }
 # Three layers of means of means leave gradients of 1e-6.
 FLOOR = {"convolutional and dense capsules": 1e-7, "matrices and convolutional capsules, as em": 1e-7}

@@ -12,7 +12,7 @@ import pytest
 from capsnet_jax.routing import dynamic, get_routing
 from parity_tests import mutants
 from parity_tests.compare import TOLERANCE, assert_close
-from parity_tests.mutants import MODEL_MUTANTS, ROUTING_MUTANTS
+from parity_tests.mutants import MODEL_MUTANTS, MULTI_LABEL_MUTANTS, ROUTING_MUTANTS
 from parity_tests.pair import Pair, divergences, make_pair
 
 
@@ -51,6 +51,16 @@ def test_wrong_routing_is_caught(mutant, caught_by):
 )
 def test_wrong_model_is_caught(mutant, caught_by):
     pair = make_pair("float32")
+    with mutant():
+        assert first_divergence(pair) == caught_by
+
+
+@pytest.mark.parametrize(
+    ("mutant", "caught_by"), MULTI_LABEL_MUTANTS.items(), ids=lambda value: getattr(value, "__name__", "")
+)
+def test_wrong_standardization_and_labels_are_caught(mutant, caught_by):
+    """The right one is among the options of `test_model.py`."""
+    pair = make_pair("float32", standardize_images=True, num_labels=2)
     with mutant():
         assert first_divergence(pair) == caught_by
 

@@ -48,10 +48,39 @@ def test_both_sides_give_zero_for_zero(name, dtype):
     np.testing.assert_array_equal(ours(jnp.asarray(zeros)), zeros)
 
 
-def test_mask_by_label_agrees(dtype):
-    values, labels = poses(dtype, 1), np.array([3, 0, 4, 1])
+@pytest.mark.parametrize("labels", [[3, 0, 4, 1], [[3, 1], [0, 2], [4, 0], [1, 4]]], ids=["one label", "two labels"])
+def test_mask_by_label_agrees(labels, dtype):
+    values, labels = poses(dtype, 1), np.array(labels)
     masked = ops.mask_by_label(jnp.asarray(values), jnp.asarray(labels, "int32"))
     expected = torch_ops.mask_by_label(torch.tensor(values), torch.tensor(labels))
     np.testing.assert_array_equal(masked, expected)
-    np.testing.assert_array_equal(masked[np.arange(4), labels], values[np.arange(4), labels])
-    assert np.count_nonzero(masked) == 4 * SHAPE[2]
+    examples = np.arange(4) if labels.ndim == 1 else np.arange(4)[:, None]
+    np.testing.assert_array_equal(masked[examples, labels], values[examples, labels])
+    assert np.count_nonzero(masked) == labels.size * SHAPE[2]
+
+
+@pytest.mark.parametrize("num_labels", [1, 2, 3])
+def test_answers_agree_whatever_is_equally_active(num_labels):
+    rng = np.random.default_rng(num_labels)
+    activations = (rng.integers(0, 4, (300, 5)) / 4).astype(np.float32)
+    labels = np.stack([rng.permutation(5)[:num_labels] for _ in range(300)])
+    labels = labels[:, 0] if num_labels == 1 else labels
+    ours = ops.answers_right(jnp.asarray(activations), jnp.asarray(labels, "int32"))
+    theirs = torch_ops.answers_right(torch.tensor(activations), torch.tensor(labels))
+    np.testing.assert_array_equal(ours, theirs)
+    assert 10 < ours.sum() < 290
+
+
+def test_standardized_images_agree(dtype):
+    """Of full contrast, of next to none, and all of one colour: values and gradients."""
+    rng = np.random.default_rng(5)
+    images = rng.random((3, 4, 6, 2)) * np.array([1, 0.01, 0])[:, None, None, None] + 0.25
+    images, weights = images.astype(dtype), rng.normal(size=images.shape).astype(dtype)
+    ours, pull = jax.vjp(ops.standardize_images, jnp.asarray(images))
+    channels_first = torch.tensor(images.transpose(0, 3, 1, 2).copy(), requires_grad=True)
+    theirs = torch_ops.standardize_images(channels_first)
+    theirs.backward(torch.tensor(weights.transpose(0, 3, 1, 2).copy()))
+    grads = channels_first.grad.permute(0, 2, 3, 1)
+    assert_close("images", ours, theirs.detach().permute(0, 2, 3, 1), tolerance=TOLERANCE[dtype])
+    assert_close("gradient", pull(jnp.asarray(weights))[0], grads, tolerance=TOLERANCE[dtype])
+    np.testing.assert_array_equal(ours[2], 0)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from capsnet_jax.convolution import convolve, native
+from capsnet_jax.convolution import convolve, matrix_product, native
 
 # height, width, channels; kernel height, kernel width; stride; features
 CASES = [
@@ -36,6 +36,21 @@ def test_values_and_gradients_are_those_of_xla(case, dtype, tolerance):
             assert ours.shape == theirs.shape, name
             assert ours.dtype == theirs.dtype == dtype, name
             assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max(), name
+
+
+@pytest.mark.parametrize("formulation", [convolve, matrix_product, native])
+def test_in_bfloat16_it_is_nearly_the_same_and_cotangents_are_in_bfloat16(formulation):
+    rng = np.random.default_rng(7)
+    images, kernel, cotangent = (
+        jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((3, 10, 11, 4), (3, 4, 4, 5), (3, 4, 4, 5))
+    )
+    exact = [array.astype(jnp.float32) for array in (images, kernel)]
+    expected, expected_pull = jax.vjp(lambda *args: native(*args, 2), *exact)
+    actual, pull = jax.vjp(lambda *args: formulation(*args, 2), images, kernel)
+    expected = (expected, *expected_pull(cotangent.astype(jnp.float32)))
+    for ours, theirs in zip((actual, *pull(cotangent)), expected, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert np.abs(ours.astype(jnp.float32) - theirs).max() <= 1e-2 * np.abs(theirs).max()
 
 
 def test_under_jit_and_vmap_it_is_the_same():

@@ -2,7 +2,9 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from capsnet_jax import UsageError
 from capsnet_jax.losses import margin_loss, reconstruction_loss, spread_loss, spread_margin
 
 
@@ -11,6 +13,17 @@ def test_margin_loss_by_hand():
     # The label's capsule misses 0.9 by 0.4, another is 0.2 over 0.1; then it misses by 0.9, another is 0.85 over.
     expected = [0.4**2 + 0.5 * 0.2**2, 0.9**2 + 0.5 * 0.85**2]
     np.testing.assert_allclose(margin_loss(activations, jnp.array([0, 2])), expected, rtol=1e-6)
+
+
+def test_every_label_of_an_example_is_wanted():
+    activations = np.random.default_rng(5).uniform(size=(3, 5))
+    labels = [[4, 1], [0, 3], [2, 4]]
+    expected = [
+        sum(max(0, 0.9 - row[o]) ** 2 if o in wanted else 0.5 * max(0, row[o] - 0.1) ** 2 for o in range(5))
+        for row, wanted in zip(activations, labels, strict=True)
+    ]
+    ours = margin_loss(jnp.asarray(activations, jnp.float32), jnp.array(labels))
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
 def test_margins_and_weight_are_arguments():
@@ -37,6 +50,11 @@ def test_the_spread_loss_is_that_of_explicit_loops():
     ]
     ours = spread_loss(jnp.asarray(activations, jnp.float32), jnp.array(labels), margin=margin)
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+def test_the_spread_loss_of_several_labels_is_an_error():
+    with pytest.raises(UsageError, match="spread loss got 2 labels for each image, and is defined for one"):
+        spread_loss(jnp.ones((3, 5)), jnp.array([[4, 1], [0, 3], [2, 4]]))
 
 
 def test_the_margin_grows_from_a_fifth_to_nearly_one():

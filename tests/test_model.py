@@ -1,6 +1,7 @@
 """Layers and model: sizes that come by themselves, stacking, and errors."""
 
 import inspect
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 
 from capsnet_jax import CapsNet, Capsules, Routed, UsageError
 from capsnet_jax.config import ModelConfig
+from capsnet_jax.conv_capsules import ConvCapsules
 from capsnet_jax.layers import CapsuleLayer
 from capsnet_jax.losses import margin_loss
 
@@ -137,3 +139,75 @@ def test_an_image_of_another_shape_is_an_error():
     model = CapsNet((9, 9, 1), 4, **SMALL, rngs=nnx.Rngs(0))
     with pytest.raises(UsageError, match=r"\(9, 10, 1\).*\(9, 9, 1\)"):
         model.encode(jnp.zeros((2, 9, 10, 1)))
+
+
+def test_images_are_standardized_for_the_encoder_alone():
+    options = SMALL | {"decoder_hidden": (12, 14)}
+    plain = CapsNet((9, 9, 2), 4, **options, rngs=nnx.Rngs(0))
+    standardizing = CapsNet((9, 9, 2), 4, **options, standardize_images=True, rngs=nnx.Rngs(0))
+    images = np.random.default_rng(3).random((2, 9, 9, 2)).astype(np.float32)
+    mean, deviation = (getattr(images, name)(axis=(1, 2, 3), keepdims=True) for name in ("mean", "std"))
+    poses = standardizing.encode(jnp.asarray(images)).poses
+    expected = plain.encode(jnp.asarray((images - mean) / deviation)).poses
+    np.testing.assert_allclose(poses, expected, rtol=1e-4, atol=1e-6)
+    # So neither brightness nor contrast matters.
+    np.testing.assert_allclose(standardizing.encode(jnp.asarray(0.3 + 0.5 * images)).poses, poses, rtol=1e-3, atol=1e-6)
+    labels = jnp.array([3, 1])
+    np.testing.assert_array_equal(standardizing.decode(poses, labels), plain.decode(poses, labels))
+
+
+def test_an_image_is_reconstructed_from_the_capsules_of_all_its_labels():
+    model = CapsNet((9, 9, 1), 4, **SMALL, decoder_hidden=(12, 14), rngs=nnx.Rngs(0))
+    labels = np.array([[3, 1], [0, 2]])
+    poses = jnp.asarray(np.random.default_rng(4).normal(size=(2, 4, 5)), jnp.float32)
+    grads = jax.grad(lambda poses: jnp.square(model.decode(poses, jnp.asarray(labels))).sum())(poses)
+    for example, of_example in enumerate(labels):
+        matters = np.abs(grads[example]).max(axis=1) > 0
+        np.testing.assert_array_equal(np.flatnonzero(matters), sorted(of_example))
+
+
+RECOMPUTING = {"dense": partial(CapsuleLayer, 36), "convolutional": partial(ConvCapsules, (6, 3), 2, kernel_size=2)}
+
+
+@pytest.mark.parametrize("kind", RECOMPUTING)
+def test_recomputed_routing_is_the_same_function_that_keeps_less(kind):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(5)
+        capsules = Capsules(jnp.asarray(rng.normal(size=(2, 36, 4))), jnp.asarray(rng.uniform(size=(2, 36))))
+        results, kept = [], []
+        for recompute in (False, True):
+            layer = RECOMPUTING[kind](
+                4,
+                3,
+                7,
+                routing="em,min_variance=0.1",
+                num_iterations=2,
+                recompute=recompute,
+                param_dtype="float64",
+                rngs=nnx.Rngs(0),
+            )
+            graphdef, params = nnx.split(layer)
+
+            def poses(params, capsules, graphdef=graphdef):
+                return nnx.merge(graphdef, params)(capsules).poses
+
+            def loss(*args, poses=poses):
+                return jnp.square(poses(*args) - 1).sum()
+
+            results.append(jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, capsules))
+            residuals = jax.eval_shape(lambda *args, poses=poses: jax.vjp(poses, *args)[1], params, capsules)
+            floats = [leaf for leaf in jax.tree.leaves(residuals) if leaf.dtype == jnp.float64]
+            kept.append(sum(leaf.size for leaf in floats))
+    for plain, recomputed in zip(*map(jax.tree.leaves, results), strict=True):
+        assert np.abs(plain).max() > 1e-3
+        assert np.abs(recomputed - plain).max() <= 1e-12 * np.abs(plain).max()
+    # What is kept is what the layer was given, its weights and the capsules below; otherwise votes are kept, too.
+    assert kept[1] <= sum(leaf.size for leaf in jax.tree.leaves((params, capsules)))
+    num_votes = {"dense": 36 * 3, "convolutional": 5 * 2 * 2 * 2 * 2 * 3}[kind]
+    assert kept[0] - kept[1] > 2 * num_votes * 7
+
+
+def test_the_model_recomputes_in_every_layer():
+    model = CapsNet((9, 9, 1), 4, **SMALL, conv_capsules=((3, 4, 2, 1),), recompute_routing=True, rngs=nnx.Rngs(0))
+    names = [equation.primitive.name for equation in jax.make_jaxpr(model.encode)(jnp.ones((2, 9, 9, 1))).eqns]
+    assert sum(name.startswith("remat") for name in names) == len(model.encoder.capsule_layers) == 2

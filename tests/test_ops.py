@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from capsnet_jax.ops import capsule_norm, mask_by_label, squash, standardize
+from capsnet_jax.ops import answers_right, capsule_norm, mask_by_label, squash, standardize, standardize_images
 
 SCALES = [1e-30, 1e-20, 1e-10, 1e-3, 1.0, 1e3, 1e10, 1e15]
 POSES = np.random.default_rng(0).normal(size=(4, 7))
@@ -74,6 +74,67 @@ def test_mask_by_label_keeps_the_capsule_of_the_label_only():
     for example, label in enumerate([1, 3, 0]):
         np.testing.assert_array_equal(masked[example, label], poses[example, label])
         assert np.count_nonzero(masked[example]) == 2
+
+
+def test_mask_by_label_keeps_the_capsules_of_all_labels():
+    poses = jnp.asarray(np.random.default_rng(2).normal(size=(3, 5, 2)))
+    labels = [[4, 1], [0, 3], [2, 4]]
+    masked = mask_by_label(poses, jnp.array(labels))
+    for example, of_example in enumerate(labels):
+        for label in range(5):
+            expected = poses[example, label] if label in of_example else np.zeros(2)
+            np.testing.assert_array_equal(masked[example, label], expected)
+
+
+def test_the_answer_is_right_if_the_most_active_capsule_is_the_label():
+    activations = np.random.default_rng(8).uniform(size=(40, 5)).astype(np.float32)
+    labels = np.random.default_rng(9).integers(0, 5, 40)
+    right = answers_right(jnp.asarray(activations), jnp.asarray(labels, jnp.int32))
+    expected = [
+        max(range(5), key=lambda o, row=row: row[o]) == label for row, label in zip(activations, labels, strict=True)
+    ]
+    assert 0 < sum(expected) < 40
+    np.testing.assert_array_equal(right, expected)
+
+
+@pytest.mark.parametrize("num_labels", [2, 3])
+def test_an_answer_of_several_classes_is_right_only_if_all_of_them_are(num_labels):
+    rng = np.random.default_rng(num_labels)
+    # Of few values, so that many are equal.
+    activations = rng.integers(0, 4, (200, 4)) / 4
+    labels = np.stack([rng.permutation(4)[:num_labels] for _ in range(200)])
+    right = answers_right(jnp.asarray(activations, jnp.float32), jnp.asarray(labels, jnp.int32))
+    expected, partly = [], 0
+    for row, of_example in zip(activations, labels, strict=True):
+        ranking = sorted(range(4), key=lambda o, row=row: (-row[o], o))
+        hits = sum(int(label in ranking[:num_labels]) for label in of_example)
+        expected.append(hits == num_labels)
+        partly += 0 < hits < num_labels
+    assert 0 < sum(expected) < 200
+    assert partly > 0
+    np.testing.assert_array_equal(right, expected)
+
+
+def test_of_equally_active_capsules_the_first_are_the_answer():
+    even = jnp.full((4, 4), 0.5)
+    np.testing.assert_array_equal(answers_right(even, jnp.array([0, 1, 2, 3])), [True, False, False, False])
+    labels = jnp.array([[1, 0], [0, 2], [2, 3], [0, 1]])
+    np.testing.assert_array_equal(answers_right(even, labels), [True, False, False, True])
+
+
+def test_each_image_is_standardized_by_itself():
+    """Against explicit loops: one of full contrast, one nearly grey, whose noise is not blown up, and one grey."""
+    images = np.random.default_rng(10).random((3, 4, 5, 2)).astype(np.float32)
+    images[1] = 0.5 + 0.01 * images[1]
+    images[2] = 0.25
+    standardized, pull = jax.vjp(standardize_images, jnp.asarray(images))
+    for image, ours in zip(images.astype(np.float64), standardized, strict=True):
+        mean = sum(image.flat) / 40
+        deviation = (sum((pixel - mean) ** 2 for pixel in image.flat) / 40) ** 0.5
+        np.testing.assert_allclose(ours, (image - mean) / max(deviation, 40**-0.5), atol=1e-5)
+    np.testing.assert_array_equal(standardized[2], 0)
+    np.testing.assert_allclose([standardized[0].std(), standardized[1].std() < 0.1], [1, True], rtol=1e-5)
+    assert np.all(np.isfinite(pull(jnp.asarray(np.random.default_rng(11).normal(size=images.shape), jnp.float32))[0]))
 
 
 def test_standardize_keeps_the_digits_of_values_far_from_zero():
