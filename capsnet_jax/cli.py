@@ -1,92 +1,27 @@
-"""The console command: capsnet train | evaluate | compare | check-routing."""
+"""The console command: capsnet train | evaluate | predict | report | compare | check-routing."""
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
-from flax import nnx
-from matplotlib.figure import Figure
-from rich.console import Console
 
 from capsnet_jax.check_routing import CheckRouting
 from capsnet_jax.compare import Compare
-from capsnet_jax.config import PRESETS, Config, DataConfig
-from capsnet_jax.data import Dataset, load_dataset, to_unit_range
+from capsnet_jax.config import PRESETS, DataConfig
+from capsnet_jax.data.augmentation import describe_augmentations
 from capsnet_jax.errors import UsageError
-from capsnet_jax.evaluation import Evaluation, evaluate, make_count_correct
-from capsnet_jax.figures import reconstructions_figure
-from capsnet_jax.model import CapsNet
-from capsnet_jax.progress import show_progress
+from capsnet_jax.evaluate import Evaluate
+from capsnet_jax.predict import Predict
+from capsnet_jax.report import Report
 from capsnet_jax.routing import ROUTINGS
 from capsnet_jax.routing.binding import describe_options
-from capsnet_jax.runs import Run, load_run
-from capsnet_jax.training import NonFiniteLossError, fit
-
-PICTURED = 10  # test images above their reconstructions
-
-
-@dataclass(frozen=True)
-class Train:
-    """Trains a capsule network; the last line printed is its accuracy on all test images."""
-
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    preset: str | None = None
-    """Values that all other options start from: readable (the reference model), digits (small and quick), or a
-    published network: official, paper, efficient, em. By default digits for the data set of that name, and readable
-    for all others."""
-    run_dir: Path | None = None
-    """New folder for config, metrics, weights and picture. By default runs/DATASET-DATE-TIME."""
-
-    def run(self) -> None:
-        config = self.config
-        dataset = load_dataset(config.data.dataset, config.data.data_dir).limited(config.data.train_limit)
-        folder = self.run_dir or Path("runs") / f"{config.data.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run = Run(folder, config, dataset.image_shape, dataset.num_classes)
-        model = run.new_model()
-        training = fit(model, dataset, config.training, shift=config.data.shift, shift_pixels=config.data.shift_pixels)
-        run.create_folder()
-        console = Console(highlight=False)
-        console.print(describe(model, dataset), f"Run folder: {folder}", sep="\n", soft_wrap=True)
-
-        try:
-            for progress in show_progress(training, epochs=config.training.epochs, console=console):
-                if progress.test is not None:
-                    run.record(progress)
-                    run.save_weights(model)
-                    final = progress.test
-        except NonFiniteLossError as error:
-            check = f"`capsnet check-routing {config.model.routing}` tells whether the routing may be to blame."
-            raise NonFiniteLossError(f"{error} {check}") from error
-        if model.decoder is not None:
-            run.save_picture(picture(model, dataset))
-        print(final_line(final))
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Evaluates the weights of a run on all test images."""
-
-    run_dir: tyro.conf.Positional[Path]
-    """Folder of the run."""
-    dataset: str | None = None
-    """Data set, if not the one that the run was trained on."""
-    data_dir: Path | None = None
-    """Folder of the data set, if not the one that the run was trained from."""
-
-    def run(self) -> None:
-        run, model = load_run(self.run_dir)
-        data = run.config.data
-        dataset = load_dataset(self.dataset or data.dataset, self.data_dir or data.data_dir)
-        graphdef, params = nnx.split(model)
-        print(final_line(evaluate(make_count_correct(graphdef), params, dataset.test_images, dataset.test_labels)))
+from capsnet_jax.seeds import saved_options
+from capsnet_jax.signals import StoppedBySignalError
+from capsnet_jax.train import Train
+from capsnet_jax.trainer import NonFiniteLossError
 
 
 @runtime_checkable
@@ -100,6 +35,8 @@ class Command(Protocol):
 COMMANDS: dict[str, Callable[..., Command]] = {
     "train": Train,
     "evaluate": Evaluate,
+    "predict": Predict,
+    "report": Report,
     "compare": Compare,
     "check-routing": CheckRouting,
 }
@@ -110,23 +47,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 if all went well, 1 if training met a loss that is not finite or a check failed, 2 if the user has to mend
-        something, and 130 if interrupted.
+        something, and 128 plus the number of the signal if stopped by one: 130 by Ctrl-C, 143 by SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     sys.path.insert(0, "")  # a routing of the user's own is looked for where they are, as `python` would
     try:
         return parse(argv).run() or 0
     except UsageError as error:
-        print(f"capsnet: error: {error}", file=sys.stderr)
-        return 2
+        return _fail(2, error)
     except NonFiniteLossError as error:
-        print(f"capsnet: error: {error} The run folder keeps what was saved before.", file=sys.stderr)
-        return 1
+        return _fail(1, error, error.__notes__)
+    except StoppedBySignalError as error:
+        print(" ".join([f"capsnet: {error}", *error.__notes__]), file=sys.stderr)
+        return 128 + error.signal
     except KeyboardInterrupt:
-        print(
-            "capsnet: interrupted; the folder keeps the last whole epoch, or the last whole routing.",
-            file=sys.stderr,
-        )
+        print("capsnet: interrupted; folders keep what was saved before.", file=sys.stderr)
         return 130
 
 
@@ -138,33 +73,38 @@ def parse(argv: Sequence[str]) -> Command:
         command: type[Train | Compare] = Train if argv[0] == "train" else Compare
         return tyro.cli(
             command,
-            default=command(default_config(argv[1:])),
+            default=command(**default_options(argv[1:])),
             args=argv[1:],
             prog=f"capsnet {argv[0]}",
-            description=f"{command.__doc__}\n\n{describe_routings()}",
+            description=f"{command.__doc__}\n\n{describe_routings()}\n\n{describe_changes()}",
             config=(tyro.conf.OmitArgPrefixes,),
         )
-    if argv[:1] == ["evaluate"]:
-        return tyro.cli(Evaluate, args=argv[1:], prog="capsnet evaluate")
-    if argv[:1] == ["check-routing"]:
-        return tyro.cli(CheckRouting, args=argv[1:], prog="capsnet check-routing")
+    # By itself, as tyro tells an error of a dataclass under another name when there are several.
+    if argv and argv[0] in COMMANDS:
+        return tyro.cli(COMMANDS[argv[0]], args=argv[1:], prog=f"capsnet {argv[0]}")
     return tyro.extras.subcommand_cli_from_dict(COMMANDS, args=argv, prog="capsnet", description=__doc__)
 
 
-def default_config(argv: Sequence[str]) -> Config:
-    """What the options of `train` and `compare` start from: they depend on two of the options themselves.
+def default_options(argv: Sequence[str]) -> dict[str, Any]:
+    """What the options of `train` and `compare` start from: they depend on some of the options themselves.
 
     Raises:
-        UsageError: there is no such preset.
+        UsageError: there is no such preset, or the run to go on with cannot be read.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
     parser.add_argument("--dataset", default=DataConfig.dataset)
+    parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--resume", action="store_true")
     options, _ = parser.parse_known_args(argv)
+    if options.resume and options.run_dir is not None and options.preset is None:
+        saved = saved_options(options.run_dir)
+        if saved is not None:
+            return saved
     preset = options.preset or ("digits" if options.dataset == "digits" else "readable")
     if preset not in PRESETS:
         raise UsageError(f"Unknown preset {preset!r}; expected {', '.join(PRESETS)}.")
-    return PRESETS[preset]
+    return {"config": PRESETS[preset]}
 
 
 def describe_routings() -> str:
@@ -173,28 +113,13 @@ def describe_routings() -> str:
     return "\n\n".join(["Routings and their options, as in --routing dynamic,leaky=true,num_iterations=5:", *lines])
 
 
-def describe(model: CapsNet, dataset: Dataset) -> str:
-    """The sizes of model and data, in a line."""
-    num_params = sum(param.size for param in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    shape = " x ".join(map(str, dataset.image_shape))
-    return (
-        f"CapsNet of {num_params:,} parameters; {len(dataset.train_images):,} training and "
-        f"{len(dataset.test_images):,} test images of {shape} in {dataset.num_classes} classes"
-    )
+def describe_changes() -> str:
+    """The random changes of training images, for help."""
+    lines = describe_augmentations().splitlines()
+    return "\n\n".join(["Changes of training images, as in --augment shift=0.1 rotation=15:", *lines])
 
 
-def final_line(test: Evaluation) -> str:
-    """The result of a run."""
-    error = 100 * (1 - test.accuracy)
-    return f"test accuracy {test.accuracy:.4f} on {test.num_images} images (error {error:.2f} %)"
-
-
-def picture(model: CapsNet, dataset: Dataset) -> Figure:
-    """The first test images, and what the capsules of their predicted classes make of them."""
-    images = to_unit_range(jnp.asarray(dataset.test_images[:PICTURED]))
-    capsules = model.encode(images)
-    predictions = capsules.activations.argmax(axis=1)
-    reconstructions = model.decode(capsules.poses, predictions)
-    return reconstructions_figure(
-        *map(np.asarray, (images, reconstructions, dataset.test_labels[:PICTURED], predictions))
-    )
+def _fail(status: int, error: Exception, advice: Sequence[str] = ()) -> int:
+    """Tells what went wrong, and what can be done, in a line; returns the exit status."""
+    print(" ".join([f"capsnet: error: {error}", *advice]), file=sys.stderr)
+    return status

@@ -9,15 +9,22 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 import tyro
+from flax import nnx
 from rich.console import Console
 
 from capsnet_jax.comparison import Result, SeedOutcome, open_folder, table, write_report, write_results
 from capsnet_jax.config import Config
-from capsnet_jax.data import Dataset, load_dataset
+from capsnet_jax.couplings import make_coupling_entropy
+from capsnet_jax.data import Dataset, configured_dataset
+from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.errors import UsageError
+from capsnet_jax.model import CapsNet
 from capsnet_jax.progress import show_progress
 from capsnet_jax.routing import ROUTINGS
-from capsnet_jax.seeds import DivergedError, SeedTraining, available_memory
+from capsnet_jax.seeds import groups_of_seeds
+from capsnet_jax.trainer import NonFiniteLossError, Trainer
+
+COUPLED_IMAGES = 1000  # test images over which the entropy of the couplings is averaged
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Compare:
                 raise UsageError(f"{name} is {getattr(self, name)}, and must be at least {smallest}.")
         data = self.config.data
         routings = expand(self.routings)
-        dataset = load_dataset(data.dataset, data.data_dir).limited(data.train_limit)
+        dataset = configured_dataset(data).cropped(Augmentation.parse(data.augment).crop)
         trainings = {routing: self.prepare(routing, dataset) for routing in routings}
         folder = self.output or Path("runs") / f"compare-{data.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
         results = open_folder(folder, self.depends_on())
@@ -70,49 +77,64 @@ class Compare:
         write_report(folder, results.values())
         print(table(results.values()))
 
-    def prepare(self, routing: str, dataset: Dataset) -> SeedTraining:
+    def prepare(self, routing: str, dataset: Dataset) -> Trainer:
         """The training of a routing, with nothing compiled yet.
 
         Raises:
             UsageError: the routing is unknown, or there is something wrong with it or with the config.
         """
-        fields = self.config.to_json()
-        fields["model"]["routing"] = routing
-        return SeedTraining(Config.from_json(fields), dataset)
+        config = self.config
+        options = vars(config.model) | {"routing": routing}
 
-    def train(self, routing: str, training: SeedTraining, console: Console) -> Result:
+        def new_model(seed: int) -> CapsNet:
+            return CapsNet(dataset.image_shape, dataset.num_classes, **options, rngs=nnx.Rngs(seed))
+
+        return Trainer(new_model, dataset, config.training, augment=config.data.augment, stream=config.data.stream)
+
+    def train(self, routing: str, trainer: Trainer, console: Console) -> Result:
         """Trains a routing from all seeds."""
-        epochs = self.config.training.epochs
-        at_once = min(self.seeds_at_once, self.seeds) or training.how_many_fit(self.seeds, available_memory())
         seeds = range(self.config.training.seed, self.config.training.seed + self.seeds)
-        status = "ok"
+        outcomes: list[SeedOutcome] = []
+        speeds: list[float] = []
+        memory, at_once, status = 0, 0, "ok"
         try:
-            for start in range(0, self.seeds, at_once):
-                group = seeds[start : start + at_once]
-                if at_once < self.seeds:
-                    console.print(f"seeds {group[0]} to {group[-1]}")
-                for _ in show_progress(training.train(group), epochs=epochs, console=console):
-                    pass
-        except DivergedError as error:
+            for group in groups_of_seeds(trainer, seeds, at_once=self.seeds_at_once):
+                if len(group.seeds) < self.seeds:
+                    console.print(f"seeds {group.seeds[0]} to {group.seeds[-1]}")
+                memory, at_once = max(memory, group.memory()), max(at_once, len(group.seeds))
+                outcomes += self.train_group(group, speeds, console)
+        except NonFiniteLossError as error:
             status = f"diverged at step {error.step}"
             console.print(f"{routing}: {error}", soft_wrap=True)
         return Result(
             routing=routing,
             status=status,
-            num_params=training.num_params,
+            num_params=trainer.num_params,
             seeds_at_once=at_once,
-            memory_bytes=training.memory,
-            images_per_second=training.images_per_second,
-            seeds=[
-                SeedOutcome(
-                    seed=result.seed,
-                    train_loss=np.reshape(result.losses, (epochs, -1)).mean(axis=1).tolist(),
-                    test_error=[1 - test.accuracy for test in result.tests],
-                    coupling_entropy=result.coupling_entropy,
-                )
-                for result in training.results
-            ],
+            memory_bytes=memory,
+            images_per_second=float(np.median(speeds[1:] or speeds)) if speeds else 0.0,
+            seeds=outcomes,
         )
+
+    def train_group(self, trainer: Trainer, speeds: list[float], console: Console) -> list[SeedOutcome]:
+        """Trains from a group of seeds, and adds the images per second of each chunk to the speeds."""
+        losses, errors = [], []
+        for progress in show_progress(trainer.run(), epochs=trainer.config.epochs, console=console):
+            speeds.append(progress.images_per_second)
+            if progress.ends_epoch:
+                losses.append([seed.epoch["total"] for seed in progress.seeds])
+                errors.append([1 - seed.test.accuracy for seed in progress.seeds if seed.test is not None])
+        coupling_entropy = make_coupling_entropy(trainer.graphdef)
+        images = trainer.dataset.test_images[:COUPLED_IMAGES]
+        return [
+            SeedOutcome(
+                seed=seed,
+                train_loss=[of_seeds[index] for of_seeds in losses],
+                test_error=[of_seeds[index] for of_seeds in errors],
+                coupling_entropy=float(coupling_entropy(trainer.weights(index), images)),
+            )
+            for index, seed in enumerate(trainer.seeds)
+        ]
 
     def depends_on(self) -> dict[str, Any]:
         """What the result of a routing depends on besides the routing."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from capsnet_jax.config import differences
 from capsnet_jax.errors import UsageError
 from capsnet_jax.figures import comparison_figure
 
@@ -86,29 +87,16 @@ def open_folder(folder: Path, depends_on: Mapping[str, Any]) -> dict[str, Result
         if not path.exists():
             replace(path, json.dumps(depends_on, indent=2) + "\n")
             return {}
-        before = flat(json.loads(path.read_text()))
+        before = json.loads(path.read_text())
         results = read_results(folder)
     except OSError as error:
         raise UsageError(f"The output folder {folder} cannot be used: {error.strerror}.") from error
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"The output folder {folder} holds no comparison that can be read: {error}.") from error
-    now = flat(depends_on)
-    changes = [
-        f"{name} was {before.get(name, 'not there')} and is {now.get(name, 'not there')}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name, ...) != now.get(name, ...)
-    ]
+    changes = differences(before, depends_on)
     if changes:
         raise UsageError(f"The output folder {folder} holds another comparison: {'; '.join(changes)}.")
     return results
-
-
-def flat(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of sections by name, as JSON has them."""
-    flattened: dict[str, Any] = {}
-    for name, value in json.loads(json.dumps(fields)).items():
-        flattened |= value if isinstance(value, dict) else {name: value}
-    return flattened
 
 
 def read_results(folder: Path) -> dict[str, Result]:
@@ -149,9 +137,13 @@ def write_report(folder: Path, results: Iterable[Result]) -> None:
 
 
 def table(results: Iterable[Result]) -> str:
-    """The results as a Markdown table that reads as plain text, too."""
-    rows: list[Sequence[str]] = [HEADINGS, *map(cells, results)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    """The results as a Markdown table."""
+    return table_of_rows([HEADINGS, *map(cells, results)])
+
+
+def table_of_rows(rows: Sequence[Sequence[str]]) -> str:
+    """Headings and rows as a Markdown table that reads as plain text, too; all columns but the first to the right."""
+    widths = [max(2, *map(len, column)) for column in zip(*rows, strict=True)]  # a rule is at least -:
     lines = [
         " | ".join(
             cell.ljust(width) if number == 0 else cell.rjust(width) for number, (cell, width) in enumerate(pairs)

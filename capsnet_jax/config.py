@@ -1,6 +1,7 @@
 """Everything a run depends on, as frozen dataclasses, and presets of them; the one home of every default."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +73,10 @@ class ModelConfig:
     """Routing algorithm, or your own as package.module:function; options follow after commas. They are listed above."""
     num_iterations: int = 3
     """Number of routing iterations."""
+    standardize_images: bool = False
+    """Each image by itself is given mean 0 and deviation 1 before the first layer; reconstructions stay in [0, 1]."""
+    recompute_routing: bool = False
+    """Votes and routing are computed again in the backward pass: less memory for more time."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "stem_channels", "stem_kernel", "stem_stride", "primary_groups", "primary_dim")
@@ -88,22 +93,29 @@ class DataConfig:
     """The images."""
 
     dataset: str = "digits"
-    """digits (comes with scikit-learn); or mnist, fashion_mnist, kmnist ... by their tensorflow-datasets name."""
+    """digits (comes with scikit-learn); mnist, fashion_mnist, kmnist ... by their tensorflow-datasets name; multi_mnist
+    or affine_mnist, made from mnist; or your own: a folder with a folder of images for each class, or an .npz file of
+    x_train, y_train, x_test, y_test."""
     data_dir: Path | None = None
     """Folder of the four official idx files (.gz or not), or of prepared tensorflow-datasets; by default theirs."""
-    shift: float = 0.1
-    """Training images are shifted at random by up to this fraction of their size; 0 for none."""
-    shift_pixels: int = 0
-    """In place of that, shifted by up to so many whole pixels, every offset as likely as any other."""
+    image_size: tuple[int, int] | None = None
+    """Height and width that the images of a folder are resized to; by default they must be of one size."""
+    validation: float = 0.0
+    """Share of the training images that is held out; the weights that do best on it are kept beside the last ones."""
+    augment: tuple[str, ...] = ("shift=0.1",)
+    """Random changes of training images, drawn anew in every epoch; none if empty. They are listed above."""
     train_limit: int | None = None
     """Only the first so many training images are used."""
+    stream: bool | None = None
+    """Whether batches come from the host's memory one after the other, and not the whole set to the device at once; by
+    default only if the set would take more than half of the device's memory."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.shift < 1:
-            raise UsageError(f"shift is {self.shift}, and must be at least 0 and less than 1.")
-        _at_least(self, 0, "shift_pixels")
-        if self.train_limit is not None:
-            _at_least(self, 1, "train_limit")
+        if not 0 <= self.validation < 1:
+            raise UsageError(f"validation is {self.validation}, and must be at least 0 and less than 1.")
+        for name, value in (("train_limit", self.train_limit), ("image_size", self.image_size)):
+            if value is not None and min(value if isinstance(value, tuple) else (value,)) < 1:
+                raise UsageError(f"{name} is {value}, and must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -114,14 +126,28 @@ class TrainingConfig:
     """Number of times that all training images are seen."""
     batch_size: int = 64
     """Number of images in a training step; the few that do not fill the last batch of an epoch are left out of it."""
+    accumulate: int = 1
+    """Parts that a batch is gone through in, one after the other, for memory; their gradients are averaged."""
     learning_rate: float = 1e-3
     """Step size of Adam."""
-    learning_rate_decay: float = 1.0
-    """Factor of the step size over each `learning_rate_decay_steps`, exponentially; 1 for a constant one."""
+    schedule: Literal["constant", "exponential", "cosine"] = "constant"
+    """How the step size falls: not at all, by a factor every so many steps, or as a cosine down to the floor at the
+    last step."""
+    learning_rate_decay: float = 0.96
+    """That factor."""
     learning_rate_decay_steps: int = 2000
     """Number of training steps over which the step size falls by that factor."""
     learning_rate_floor: float = 0.0
     """The step size falls no further than this."""
+    warmup_steps: int = 0
+    """Training steps over which the step size first rises from zero."""
+    clip_norm: float | None = None
+    """Gradients whose norm over all weights is larger are scaled down to it."""
+    ema_decay: float = 0.0
+    """Weights are averaged over training, each step counting by this factor less than the next; what is evaluated and
+    kept is the average. 0 for none."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the operands of convolutions and matrix products in training; all else is float32, evaluation too."""
     loss: Literal["margin", "spread"] = "margin"
     """Loss of the class capsules."""
     reconstruction_weight: float = 10.0
@@ -129,18 +155,34 @@ class TrainingConfig:
     reconstruction_error: Literal["mean", "sum"] = "mean"
     """Whether that error is the mean over the pixels, or their sum."""
     steps_per_chunk: int = 0
-    """Training steps run as one program between two looks at the losses; it must divide the steps of an epoch.
+    """Training steps run as one program between two looks at the losses; the last chunk of an epoch may have fewer.
     0 is one step on CPU and an epoch elsewhere."""
+    save_minutes: float = 1.0
+    """Minutes between checkpoints, which --resume goes on from; 0 for one after every chunk. There is always one at the
+    end, at a signal to stop, and for the best weights on validation."""
+    keep_checkpoints: int = 2
+    """Number of last checkpoints that are kept, besides the best."""
     seed: int = 0
     """Seed of initial weights, order of images and augmentation."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "epochs", "batch_size", "learning_rate_decay_steps")
+        _at_least(self, 1, "epochs", "batch_size", "accumulate", "learning_rate_decay_steps", "keep_checkpoints")
         _at_least(self, 0, "reconstruction_weight", "steps_per_chunk", "seed", "learning_rate_floor")
+        _at_least(self, 0, "warmup_steps", "save_minutes")
         if not self.learning_rate > 0:
             raise UsageError(f"learning_rate is {self.learning_rate}, and must be more than 0.")
-        if not 0 < self.learning_rate_decay <= 1:
-            raise UsageError(f"learning_rate_decay is {self.learning_rate_decay}, and must be in (0, 1].")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UsageError(f"clip_norm is {self.clip_norm}, and must be more than 0.")
+        if not 0 < self.learning_rate_decay < 1:
+            raise UsageError(
+                f"learning_rate_decay is {self.learning_rate_decay}, and must be more than 0 and less than 1."
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise UsageError(f"ema_decay is {self.ema_decay}, and must be at least 0 and less than 1.")
+        if self.batch_size % self.accumulate:
+            raise UsageError(
+                f"accumulate is {self.accumulate}, and must divide batch_size, which is {self.batch_size}."
+            )
         _among_choices(self)
 
 
@@ -171,9 +213,29 @@ class Config:
                 model[name] = tuple(tuple(sizes) for sizes in model.get(name, ()))
             model["decoder_hidden"] = model["decoder_hidden"] and tuple(model["decoder_hidden"])
             data["data_dir"] = None if data["data_dir"] is None else Path(data["data_dir"])
+            data["image_size"] = data["image_size"] and tuple(data["image_size"])
+            data["augment"] = tuple(data["augment"])
             return cls(ModelConfig(**model), DataConfig(**data), TrainingConfig(**fields["training"]))
         except (KeyError, TypeError) as error:
             raise UsageError(f"Not the config of a run: {error}.") from error
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is not the same in two configs, or other fields of sections, each as "name was ... and is ..."."""
+    old, new = _flat(before), _flat(now)
+    return [
+        f"{name} was {old.get(name, 'not there')} and is {new.get(name, 'not there')}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, ...) != new.get(name, ...)
+    ]
+
+
+def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of sections by name, as JSON has them."""
+    flattened: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(fields)).items():
+        flattened |= value if isinstance(value, dict) else {name: value}
+    return flattened
 
 
 # The authors' code, https://github.com/Sarasra/models, research/capsules; 641 epochs are its 300,000 steps. Its loss is
@@ -186,11 +248,11 @@ _OFFICIAL = Config(
         initial_weights="official",
         routing="dynamic,capsule_bias=0.1",
     ),
-    data=DataConfig(shift=0.0, shift_pixels=2),
+    data=DataConfig(augment=("shift_pixels=2",)),
     training=TrainingConfig(
         epochs=641,
         batch_size=128,
-        learning_rate_decay=0.96,
+        schedule="exponential",
         learning_rate_floor=1e-6,
         reconstruction_weight=0.01,
         reconstruction_error="sum",
@@ -223,7 +285,7 @@ PRESETS: dict[str, Config] = {
         _OFFICIAL, training=dataclasses.replace(_OFFICIAL.training, reconstruction_weight=0.0005)
     ),
     # Mazzia, Salvetti, Chiaberge (2021), https://github.com/EscVM/Efficient-CapsNet: 0.26 % error on MNIST, by their
-    # augmentation (rotation, squeezing, erasing), of which there is only the shift here; 161,824 weights to classify.
+    # augmentation, of which squeezing and erasing are not here; 161,824 weights to classify.
     "efficient": Config(
         model=ModelConfig(
             stem_below=((32, 5), (64, 3), (64, 3)),
@@ -239,10 +301,12 @@ PRESETS: dict[str, Config] = {
             decoder_bias=True,
             routing="self_attention",
         ),
+        data=DataConfig(augment=("rotation=30", "shift=0.1")),
         training=TrainingConfig(
             epochs=150,
             batch_size=16,
             learning_rate=5e-4,
+            schedule="exponential",
             learning_rate_decay=0.97,
             learning_rate_decay_steps=3750,  # an epoch of MNIST
             learning_rate_floor=5e-5,
@@ -272,7 +336,7 @@ PRESETS: dict[str, Config] = {
         training=TrainingConfig(
             epochs=50,
             learning_rate=5e-3,
-            learning_rate_decay=0.96,
+            schedule="exponential",
             learning_rate_decay_steps=20000,
             loss="spread",
             reconstruction_weight=0.0,

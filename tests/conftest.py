@@ -29,16 +29,7 @@ def small_dataset() -> Dataset:
 @pytest.fixture
 def idx_folder(tmp_path: Path) -> Path:
     """The four files of MNIST, with few and small images."""
-    folder = tmp_path / "idx"
-    folder.mkdir()
-    dataset = make_small_dataset()
-    for prefix, images, labels in (
-        ("train", dataset.train_images, dataset.train_labels),
-        ("t10k", dataset.test_images, dataset.test_labels),
-    ):
-        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images[..., 0])
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels.astype(np.uint8))
-    return folder
+    return write_idx_folder(tmp_path / "idx", make_small_dataset())
 
 
 def make_small_dataset() -> Dataset:
@@ -52,6 +43,17 @@ def make_small_dataset() -> Dataset:
             image[label if label < 5 else slice(None), slice(None) if label < 5 else label] = 255
         splits += [images, labels]
     return make_dataset(*splits, num_classes=10)
+
+
+def write_idx_folder(folder: Path, dataset: Dataset) -> Path:
+    folder.mkdir()
+    for prefix, images, labels in (
+        ("train", dataset.train_images, dataset.train_labels),
+        ("t10k", dataset.test_images, dataset.test_labels),
+    ):
+        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images[..., 0])
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels.astype(np.uint8))
+    return folder
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

@@ -10,7 +10,7 @@ from flax import nnx
 from capsnet_jax import CapsNet
 from capsnet_jax.config import TrainingConfig
 from capsnet_jax.evaluation import evaluate, make_count_correct
-from capsnet_jax.training import fit
+from capsnet_jax.trainer import fit
 from capsnet_jax.weights import from_torch, to_torch
 from tests.conftest import IMAGE_SHAPE, SMALL
 
@@ -57,7 +57,7 @@ def test_an_evaluated_example_does_not_see_its_batch_mates(model):
 
 def test_a_trained_model_evaluates_as_its_training_said(model, small_dataset):
     """Running means come back from the compiled steps, and go through weights on disk."""
-    *_, last = fit(model, small_dataset, dataclasses.replace(CONFIG, epochs=3), shift=0.0)
+    *_, last = fit(model, small_dataset, dataclasses.replace(CONFIG, epochs=3))
     state = to_torch(model)
     for name in RUNNING:
         assert np.abs(state[name] - (1 if name.endswith("var") else 0)).max() > 1e-3
@@ -71,7 +71,7 @@ def test_a_trained_model_evaluates_as_its_training_said(model, small_dataset):
 
 def test_evaluation_counts_what_running_means_predict_whatever_the_batch(model, small_dataset):
     """Right answers are those of the evaluated model; in training mode, batches of two would give others."""
-    *_, _ = fit(model, small_dataset, dataclasses.replace(CONFIG, epochs=10), shift=0.0)
+    *_, _ = fit(model, small_dataset, dataclasses.replace(CONFIG, epochs=10))
     shown, labels = small_dataset.test_images, small_dataset.test_labels
     count_correct = make_count_correct(nnx.graphdef(model))
     counted = [evaluate(count_correct, nnx.state(model), shown, labels, batch_size=size) for size in (2, 23)]

@@ -16,22 +16,22 @@ from jax.experimental.compilation_cache import compilation_cache
 from capsnet_jax import CapsNet, compare
 from capsnet_jax.capsules import Routed
 from capsnet_jax.cli import main
+from capsnet_jax.compare import Compare
 from capsnet_jax.comparison import read_results
 from capsnet_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
 from capsnet_jax.couplings import coupling_entropy
 from capsnet_jax.figures import comparison_figure
 from capsnet_jax.ops import capsule_norm
 from capsnet_jax.routing import ROUTINGS, uniform
-from capsnet_jax.seeds import DivergedError, SeedTraining, check_finite
-from capsnet_jax.training import fit
+from capsnet_jax.trainer import Trainer
 from tests.conftest import IMAGE_SHAPE, make_small_dataset, write_idx
 from tests.conftest import SMALL as SMALL_MODEL
 from tests.test_cli import SMALL
 
 FILES = ["comparison.csv", "comparison.md", "comparison.png", "config.json", "results.jsonl"]
-SHIFT = 0.2
+AUGMENT = ("shift=0.2",)
 CONFIG = Config(
-    ModelConfig(**SMALL_MODEL), DataConfig(shift=SHIFT), TrainingConfig(epochs=2, batch_size=8, learning_rate=0.003)
+    ModelConfig(**SMALL_MODEL), DataConfig(augment=AUGMENT), TrainingConfig(epochs=2, batch_size=8, learning_rate=0.003)
 )
 
 
@@ -54,6 +54,10 @@ def diverging(votes, activations):
 
 def raising(votes, activations):
     raise RuntimeError("out of order")
+
+
+def routing_of(trainer: Trainer) -> str:
+    return trainer.model().encoder.capsule_layers[-1].routing.name
 
 
 HARD, ALSO_UNIFORM, DIVERGING = (f"tests.test_compare:{name}" for name in ("hard", "also_uniform", "diverging"))
@@ -179,88 +183,39 @@ def test_seeds_start_from_the_same_weights_whatever_the_routing(small_dataset):
     alone = {seed: CapsNet(IMAGE_SHAPE, 10, **SMALL_MODEL, rngs=nnx.Rngs(seed)) for seed in (0, 1, 2)}
     for routing in ("dynamic", "em", "self_attention"):  # the latter two have weights of their own
         config = dataclasses.replace(CONFIG, model=ModelConfig(**SMALL_MODEL, routing=routing))
-        params = dict(nnx.to_flat_state(SeedTraining(config, small_dataset).new_states([0, 1, 2]).params))
+        trainer = Compare(config).prepare(routing, small_dataset).with_seeds([0, 1, 2])
+        params = dict(nnx.to_flat_state(trainer.snapshot.state.params))
         for seed, model in alone.items():
             for path, weight in nnx.to_flat_state(nnx.state(model, nnx.Param)):
                 np.testing.assert_array_equal(params[path][...][seed], weight[...], err_msg=f"{routing} {path}")
 
 
-@pytest.fixture(scope="module")
-def training() -> SeedTraining:
-    """Three seeds that were trained side by side."""
-    training = SeedTraining(CONFIG, make_small_dataset())
-    for _ in training.train([0, 1, 2]):
-        pass
-    return training
-
-
-def test_seeds_side_by_side_equal_runs_of_their_own(training, small_dataset):
-    for result in training.results:
-        model = CapsNet(IMAGE_SHAPE, 10, **SMALL_MODEL, rngs=nnx.Rngs(result.seed))
-        config = dataclasses.replace(CONFIG.training, seed=result.seed)
-        progress = list(fit(model, small_dataset, config, shift=SHIFT))
-        means = np.array([step.losses["total"] for step in progress]).reshape(2, 6)
-        steps = np.diff(means * np.arange(1, 7), axis=1, prepend=0)  # from means over the epoch so far
-        np.testing.assert_allclose(result.losses, steps.ravel(), rtol=1e-4)
-        assert result.tests == [step.test for step in progress if step.test is not None]
-
-
-def test_groups_of_two_seeds_and_one_equal_three(training):
-    groups = SeedTraining(CONFIG, make_small_dataset())
-    for seeds in ([0, 1], [2]):
-        for _ in groups.train(seeds):
-            pass
-    for one, other in zip(groups.results, training.results, strict=True):
-        assert one.seed == other.seed
-        np.testing.assert_allclose(one.losses, other.losses, rtol=1e-4)
-        assert one.tests == other.tests
-        assert one.coupling_entropy == pytest.approx(other.coupling_entropy, rel=1e-4)
-
-
-def test_chunks_of_several_steps_change_nothing(training):
-    config = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, steps_per_chunk=3))
-    chunked = SeedTraining(config, make_small_dataset())
-    progress = list(chunked.train([0, 1, 2]))
-    assert [(step.epoch, step.step) for step in progress] == [(1, 3), (1, 6), (2, 9), (2, 12)]
-    for one, other in zip(chunked.results, training.results, strict=True):
-        np.testing.assert_allclose(one.losses, other.losses, rtol=1e-4)
-    last = [np.mean(result.losses[6:]) for result in chunked.results]
-    assert progress[-1].losses["total"] == pytest.approx(np.mean(last))
-    assert progress[-1].test.num_images == 3 * 23
-
-
-def test_as_many_seeds_as_fit_train_at_once(training):
-    assert training.how_many_fit(3, training.program(3).memory) == 3
-    assert training.how_many_fit(3, training.program(3).memory - 1) == 1
-    assert training.how_many_fit(3, 0) == 1
-
-
 def test_a_comparison_that_was_stopped_goes_on(whole, data_dir, tmp_path, monkeypatch, capsys):
     """Killed in the second routing, and while a line was being written; in the end all is as without that."""
     output = tmp_path / "comparison"
-    train = SeedTraining.train
+    train = Compare.train_group
     trained = []
 
-    def stopping(self, seeds):
-        trained.append(self.config.model.routing)
-        for progress in train(self, seeds):
-            if trained[-1] == HARD and progress.step == 4:
-                raise KeyboardInterrupt
-            yield progress
+    def stopping(self, trainer, speeds, console):
+        trained.append(routing_of(trainer))
+        if trained[-1] == HARD:
+            next(trainer.run())
+            raise KeyboardInterrupt
+        return train(self, trainer, speeds, console)
 
-    monkeypatch.setattr(SeedTraining, "train", stopping)
+    monkeypatch.setattr(Compare, "train_group", stopping)
     assert run(data_dir, output) == 130
     assert trained == ["uniform", HARD]
     assert [row["routing"] for row in rows(output)] == ["uniform"]
     with (output / "results.jsonl").open("a") as file:
         file.write('{"routing": "tests.test_comp')
 
-    def counting(self, seeds):
-        trained.append(self.config.model.routing)
-        yield from train(self, seeds)
+    def counting(self, trainer, speeds, console):
+        trained.append(routing_of(trainer))
+        return train(self, trainer, speeds, console)
 
     trained.clear()
-    monkeypatch.setattr(SeedTraining, "train", counting)
+    monkeypatch.setattr(Compare, "train_group", counting)
     assert run(data_dir, output) == 0
     assert trained == [HARD, ALSO_UNIFORM]
     assert without_speed(output) == without_speed(whole)
@@ -297,14 +252,6 @@ def test_a_routing_that_diverges_does_not_stop_the_others(data_dir, tmp_path, ca
     assert [cell.strip() for cell in last[0].split("|")][1:4] == [DIVERGING, "7,468", "diverged at step 1"]
 
 
-def test_the_step_told_is_the_first_at_which_any_seed_diverges():
-    losses = np.array([[1, 2, 3, np.inf], [1, 2, np.nan, np.nan], [1, 2, 3, 4]])
-    with pytest.raises(DivergedError, match="seed 8 is not finite at step 42") as error:
-        check_finite(losses, [7, 8, 9], first_step=40)
-    assert error.value.step == 42
-    check_finite(losses[:, :2], [7, 8, 9], first_step=40)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -321,7 +268,7 @@ def test_the_step_told_is_the_first_at_which_any_seed_diverges():
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_a_wrong_option_is_one_sentence_before_any_work(options, message, data_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(SeedTraining, "train", None)
+    monkeypatch.setattr(Trainer, "run", None)
     assert run(data_dir, tmp_path / "out", *options) == 2
     captured = capsys.readouterr()
     assert message in captured.err

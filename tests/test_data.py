@@ -1,17 +1,18 @@
-"""Data sets: real formats in small files, and every way in which a file can be wrong."""
+"""Where data sets come from: names and paths, idx files and tensorflow-datasets."""
 
 import gzip
 import importlib.util
 import sys
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from capsnet_jax import UsageError
-from capsnet_jax.data import load_dataset, make_dataset, to_unit_range
+from capsnet_jax.config import DataConfig
+from capsnet_jax.data import configured_dataset, load_dataset
 from capsnet_jax.data.idx import FILES
 from tests.conftest import write_idx
+from tests.tiny_images import write_image_folder
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = (f"{name}.gz" for name in FILES)
 
@@ -118,33 +119,44 @@ def test_a_folder_that_does_not_exist_is_an_error(tmp_path):
         load_dataset("mnist", tmp_path / "nowhere")
 
 
-IMAGES, LABELS = np.zeros((4, 5, 6, 1), np.float32), np.array([0, 1, 2, 1])
-WRONG = {
-    "nan": ({"train_images": np.where(IMAGES == 0, np.nan, IMAGES)}, "training images are from nan"),
-    "range": ({"test_images": IMAGES + 255}, "test images are from 255.0 to 255.0"),
-    "label": ({"test_labels": LABELS + 1}, "test labels are 1 to 3; expected 0 to 2"),
-    "negative label": ({"train_labels": LABELS - 1}, "training labels are -1 to 1"),
-    "float labels": ({"train_labels": LABELS / 2}, "training labels are float64"),
-    "count": ({"test_labels": LABELS[:3]}, r"\(3,\) test labels for 4 images"),
-    "shape": ({"test_images": IMAGES[:, :4]}, r"test images are \(4, 4, 6, 1\)"),
-    "no channels": ({"train_images": IMAGES[..., 0]}, r"training images are \(4, 5, 6\)"),
-    "dtype": ({"test_images": IMAGES.astype(np.int64)}, "test images are int64"),
-    "none": ({"test_images": IMAGES[:0], "test_labels": LABELS[:0]}, "for 0 images"),
-}
+def test_a_configuration_limits_first_and_holds_out_then(idx_folder, small_dataset):
+    config = DataConfig(dataset="mnist", data_dir=idx_folder, train_limit=40, validation=0.25)
+    dataset = configured_dataset(config)
+    assert (len(dataset.train_images), len(dataset.validation_images)) == (30, 10)
+    both = {image.tobytes() for image in [*dataset.train_images, *dataset.validation_images]}
+    assert both == {image.tobytes() for image in small_dataset.train_images[:40]}
 
 
-@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_arrays_are_an_error(change, message):
-    arrays = {"train_images": IMAGES, "train_labels": LABELS, "test_images": IMAGES, "test_labels": LABELS}
-    make_dataset(**arrays, num_classes=3)
-    with pytest.raises(UsageError, match=message):
-        make_dataset(**(arrays | change), num_classes=3)
+def test_a_configuration_resizes_a_folder(tmp_path):
+    folder = write_image_folder(tmp_path / "set", "ab", 9, 13, per_class=5)
+    assert configured_dataset(DataConfig(dataset=str(folder), image_size=(6, 7))).image_shape == (6, 7, 3)
 
 
-def test_bytes_become_floats_and_floats_stay():
-    floats = to_unit_range(jnp.array([0, 51, 255], jnp.uint8).reshape(1, 1, 3, 1))
-    np.testing.assert_allclose(floats.ravel(), [0, 0.2, 1], rtol=1e-6)
-    assert to_unit_range(floats) is floats
+def test_a_path_goes_before_the_name_of_tensorflow_datasets_but_not_before_a_built_in_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cifar10", "digits"):
+        write_image_folder(tmp_path / name, "ab", 4, 3, per_class=5)
+    assert load_dataset("cifar10").class_names == ("a", "b")
+    assert load_dataset("digits").num_classes == 10
+    assert load_dataset("./digits").class_names == ("a", "b")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_dataset("~/digits").class_names == ("a", "b")
+
+
+@pytest.mark.parametrize("name", ["mine.npz", "mine/", "./mine", "../mine", "/mine", "~/mine", "~nobody/mine"])
+def test_a_path_that_does_not_exist_is_an_error(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UsageError, match=f"data set {name} does not exist; expected a folder of images or an .npz"):
+        load_dataset(name)
+
+
+@pytest.mark.parametrize("name", ["digits", "multi_mnist", "cifar10", "set.npz"])
+def test_only_a_folder_is_resized(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set.npz").touch()
+    with pytest.raises(UsageError, match=rf"image_size is \(8, 9\), but only folders of images.*{name} is none"):
+        load_dataset(name, image_size=(8, 9))
 
 
 @pytest.mark.filterwarnings("ignore")  # of tensorflow-datasets and what it imports
@@ -159,16 +171,16 @@ class TestTensorflowDatasets:
 
     @pytest.fixture
     def prepared(self, tmp_path):
-        from tests.tiny_images import TinyImages
+        from tests.tiny_tfds import TinyImages
 
         TinyImages(data_dir=tmp_path, file_format="array_record").download_and_prepare()
         return tmp_path
 
     def test_a_prepared_set_is_read_without_tensorflow(self, prepared):
-        from tests.tiny_images import examples
+        from tests.tiny_tfds import examples
 
         dataset = load_dataset("tiny_images", prepared)
-        assert dataset.num_classes == 4
+        assert dataset.class_names == ("ant", "bee", "cat", "dog")
         assert dataset.image_shape == (12, 10, 3)
         for split, images, labels in (
             ("train", dataset.train_images, dataset.train_labels),

@@ -9,7 +9,7 @@ from capsnet_jax import CapsNet
 from capsnet_jax.config import PRESETS, ModelConfig
 from capsnet_jax.data import load_digits
 from capsnet_jax.routing import ROUTINGS
-from capsnet_jax.training import fit
+from capsnet_jax.trainer import fit
 
 DIGITS = PRESETS["digits"]
 pytestmark = pytest.mark.slow
@@ -19,7 +19,7 @@ def last_accuracy(config: ModelConfig, epochs: int) -> float:
     """On all test images after the last epoch, which need not be the best one."""
     dataset = load_digits()
     model = CapsNet(dataset.image_shape, dataset.num_classes, **vars(config), rngs=nnx.Rngs(0))
-    *_, last = fit(model, dataset, dataclasses.replace(DIGITS.training, epochs=epochs), shift=0.1)
+    *_, last = fit(model, dataset, dataclasses.replace(DIGITS.training, epochs=epochs), augment=("shift=0.1",))
     return last.test.accuracy
 
 

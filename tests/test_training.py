@@ -10,22 +10,24 @@ import optax
 import pytest
 from flax import nnx
 
-from capsnet_jax import UsageError, evaluation, training
+from capsnet_jax import UsageError, evaluation, trainer, training
 from capsnet_jax.config import TrainingConfig
 from capsnet_jax.evaluation import evaluate, make_count_correct
-from capsnet_jax.training import NonFiniteLossError, create_state, fit
+from capsnet_jax.feeding import Feed
+from capsnet_jax.trainer import NonFiniteLossError, Trainer, fit
+from capsnet_jax.training import create_state
 from capsnet_jax.weights import to_torch
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, learning_rate=0.01)
 
 
-def train(model, dataset, config=CONFIG, shift=0.2):
-    return list(fit(model, dataset, config, shift=shift))
+def train(model, dataset, config=CONFIG, augment=("shift=0.2",)):
+    return list(fit(model, dataset, config, augment=augment))
 
 
 def test_it_learns(small_model, small_dataset):
     before = to_torch(small_model)
-    progress = train(small_model, small_dataset, dataclasses.replace(CONFIG, epochs=20), shift=0.0)
+    progress = train(small_model, small_dataset, dataclasses.replace(CONFIG, epochs=20), augment=())
     assert progress[-1].losses["total"] < 0.5 * progress[0].losses["total"]
     assert progress[-1].test.accuracy > 0.9
     assert all(not np.array_equal(before[name], after) for name, after in to_torch(small_model).items())
@@ -47,7 +49,7 @@ def test_a_run_compiles_once(steps_per_chunk, small_model, small_dataset, monkey
 
     monkeypatch.setattr(training, "compute_losses", counted_losses)
     monkeypatch.setattr(evaluation, "to_unit_range", counted_conversion)
-    monkeypatch.setattr(training, "evaluate", partial(evaluate, batch_size=5))
+    monkeypatch.setattr(trainer, "evaluate", partial(evaluate, batch_size=5))
     progress = train(small_model, small_dataset, dataclasses.replace(CONFIG, steps_per_chunk=steps_per_chunk))
     assert len(progress) == 12 / max(steps_per_chunk, 1)
     assert traces == {"train": 1, "evaluate": 1}
@@ -79,18 +81,13 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(small_model, sma
 
 def test_every_epoch_sees_every_image_at_most_once_in_another_order(small_model, small_dataset, monkeypatch):
     seen = []
-    make_train_chunk = training.make_train_chunk
+    send = Feed._send_indices
 
-    def recording(*args, **kwargs):
-        chunk = make_train_chunk(*args, **kwargs)
+    def recording(self, indices):
+        seen.append(indices.ravel())
+        return send(self, indices)
 
-        def record(state, images, labels, indices, key):
-            seen.append(np.asarray(indices).ravel())
-            return chunk(state, images, labels, indices, key)
-
-        return record
-
-    monkeypatch.setattr(training, "make_train_chunk", recording)
+    monkeypatch.setattr(Feed, "_send_indices", recording)
     train(small_model, small_dataset, dataclasses.replace(CONFIG, steps_per_chunk=6))
     assert [len(set(epoch)) for epoch in seen] == [48, 48]
     assert list(seen[0]) != list(seen[1])
@@ -129,16 +126,28 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(small_model, small_datase
         train(small_model, small_dataset, config)
 
 
-def test_the_step_named_is_the_first_wrong_one():
-    with pytest.raises(NonFiniteLossError, match="The loss of step 42 is nan"):
-        training._check_finite(np.array([1.0, 2.0, np.nan, np.inf]), first_step=40)
+def test_the_step_named_is_the_first_at_which_any_seed_is_wrong(small_model, small_dataset):
+    trainer = Trainer(lambda seed: small_model, small_dataset, CONFIG, seeds=(7, 8, 9))
+    losses = np.array([[1, 2, 3, np.inf], [1, 2, np.nan, np.nan], [1, 2, 3, 4]])
+    with pytest.raises(NonFiniteLossError, match="The loss of step 42 is nan, from seed 8") as error:
+        trainer._check_finite(losses, first_step=40)
+    assert (error.value.seed, error.value.step) == (8, 42)
+    trainer._check_finite(losses[:, :2], first_step=40)
 
 
 def test_a_batch_larger_than_the_set_is_an_error(small_model, small_dataset):
     with pytest.raises(UsageError, match="batch_size is 51, with only 50 training images"):
-        fit(small_model, small_dataset, dataclasses.replace(CONFIG, batch_size=51), shift=0.0)
+        fit(small_model, small_dataset, dataclasses.replace(CONFIG, batch_size=51))
 
 
-def test_chunks_that_do_not_fill_an_epoch_are_an_error(small_model, small_dataset):
-    with pytest.raises(UsageError, match="steps_per_chunk is 4, and must divide the 6 steps"):
-        fit(small_model, small_dataset, dataclasses.replace(CONFIG, steps_per_chunk=4), shift=0.0)
+def test_the_last_chunk_of_an_epoch_may_be_shorter(small_model, small_dataset):
+    models = [nnx.clone(small_model) for _ in range(2)]
+    progress = train(models[0], small_dataset, dataclasses.replace(CONFIG, steps_per_chunk=4))
+    assert [(one.epoch, one.step, one.ends_epoch) for one in progress] == [
+        (1, 4, False),
+        (1, 6, True),
+        (2, 10, False),
+        (2, 12, True),
+    ]
+    *_, last = train(models[1], small_dataset)
+    assert progress[-1].losses["total"] == pytest.approx(last.losses["total"], rel=1e-5)

@@ -1,8 +1,170 @@
-"""Random changes of training images, drawn and applied on the device."""
+"""Random changes of training images, asked for by name, drawn and applied on the device."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from capsnet_jax.data import transforms
+from capsnet_jax.errors import UsageError
+
+
+class _Name(NamedTuple):
+    """An augmentation as it is asked for: by a name, with a value."""
+
+    usage: str
+    number: type[float] | type[int] | None
+    allowed: str
+    fits: Callable[[Any], bool]
+    meaning: str
+
+
+_NAMES = {
+    "rotation": _Name(
+        "rotation=DEGREES",
+        float,
+        "from 0 to 180",
+        lambda degrees: 0 <= degrees <= 180,
+        "turned about the centre by up to so many degrees, either way",
+    ),
+    "shift": _Name(
+        "shift=FRACTION",
+        float,
+        "at least 0 and less than 1",
+        lambda fraction: 0 <= fraction < 1,
+        "moved by up to this fraction of the size, in whole pixels",
+    ),
+    "shift_pixels": _Name(
+        "shift_pixels=PIXELS",
+        int,
+        "a whole number of at least 0",
+        lambda pixels: pixels >= 0,
+        "in place of shift: up to so many pixels, each offset equally likely",
+    ),
+    "crop": _Name(
+        "crop=SIDE",
+        int,
+        "a whole number of at least 1",
+        lambda side: side is None or side >= 1,
+        "a square of so many pixels a side is cut out, anywhere",
+    ),
+    "flip": _Name("flip", None, "without a value", lambda _: True, "left and right are swapped with probability 1/2"),
+    "brightness": _Name(
+        "brightness=AMOUNT",
+        float,
+        "from 0 to 1",
+        lambda amount: 0 <= amount <= 1,
+        "one number of up to this much is added to or taken from all pixels",
+    ),
+    "contrast": _Name(
+        "contrast=AMOUNT",
+        float,
+        "from 0 to 1",
+        lambda amount: 0 <= amount <= 1,
+        "the deviation from the image's mean is multiplied by 1 - AMOUNT to 1 + AMOUNT",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes, drawn apart for each image, and applied in the order of these fields, however they were named.
+
+    Each has randomness of its own: what it draws does not depend on which others there are.
+    """
+
+    rotation: float = 0.0
+    """Turned about the centre by an angle uniform in +-so many degrees; bilinear, and what turns in is zero."""
+    shift: float = 0.0
+    """Offsets along both axes are uniform in +-this fraction of the size, then rounded; what moves in is zero."""
+    shift_pixels: int = 0
+    """If not 0, in place of that: every whole offset up to this is as likely as any other."""
+    crop: int | None = None
+    """Side of the square that is cut out, every position being as likely as any other; None for whole images."""
+    flip: bool = False
+    """Left and right are swapped with probability 1/2."""
+    brightness: float = 0.0
+    """A number uniform in +-this is added to all pixels, and the result clipped to [0, 1]."""
+    contrast: float = 0.0
+    """The deviation from each channel's mean is multiplied by a number uniform in 1 +- this, and the result clipped."""
+
+    def __post_init__(self) -> None:
+        for name, known in _NAMES.items():
+            value = getattr(self, name)
+            if not known.fits(value):
+                raise _unfit(f"{name}={value}", known)
+        if self.shift and self.shift_pixels:
+            raise UsageError(
+                f"Got the augmentations shift={self.shift} and shift_pixels={self.shift_pixels}; expected one of them."
+            )
+
+    @classmethod
+    def parse(cls, names: Iterable[str]) -> "Augmentation":
+        """Augmentations by their names, such as `("shift=0.1", "flip")`; `describe_augmentations` tells all of them.
+
+        Raises:
+            UsageError: a name is unknown or given twice, a value is missing, superfluous or out of its range, or both
+                kinds of shift are given.
+        """
+        settings: dict[str, Any] = {}
+        for text in names:
+            name, _, value = text.partition("=")
+            if name not in _NAMES:
+                every = ", ".join(f"{known.usage} ({known.meaning})" for known in _NAMES.values())
+                raise UsageError(f"Unknown augmentation {text!r}; expected any of {every}.")
+            if name in settings:
+                raise UsageError(f"Got the augmentation {name} twice, again as {text!r}; expected every name once.")
+            settings[name] = _read(text, value, _NAMES[name])
+        return cls(**settings)
+
+    def __call__(
+        self, key: PRNGKeyArray, images: Float[Array, "b height width channels"]
+    ) -> Float[Array, "b new_height new_width channels"]:
+        """The images, changed.
+
+        Args:
+            key: randomness of this batch.
+            images: in [0, 1]; zero is the background.
+
+        Returns:
+            Images in [0, 1], of the side of `crop` if there is one.
+
+        Raises:
+            UsageError: the images are smaller than the crop, or no larger than `shift_pixels`.
+        """
+        count = len(images)
+
+        def own_key(constant: int) -> PRNGKeyArray:
+            return jax.random.fold_in(key, constant)
+
+        def uniform(constant: int, low: float, high: float) -> Float[Array, " b"]:
+            return jax.random.uniform(own_key(constant), (count,), images.dtype, low, high)
+
+        # The constants stay as they are whatever is added, so that a run can be repeated.
+        if self.rotation:
+            limit = math.radians(self.rotation)
+            images = transforms.rotate(images, uniform(1, -limit, limit))
+        if self.shift or self.shift_pixels:
+            # By the key itself: runs from when there was no other augmentation can be repeated, too.
+            images = random_shift(key, images, fraction=self.shift, pixels=self.shift_pixels)
+        if self.crop is not None:
+            images = random_crop(own_key(2), images, side=self.crop)
+        if self.flip:
+            images = transforms.flip(images, jax.random.bernoulli(own_key(3), shape=(count,)))
+        if self.brightness:
+            images = transforms.adjust_brightness(images, uniform(4, -self.brightness, self.brightness))
+        if self.contrast:
+            images = transforms.adjust_contrast(images, uniform(5, 1 - self.contrast, 1 + self.contrast))
+        return images
+
+
+def describe_augmentations() -> str:
+    """A line for each name: its value, what that may be, and what it does to an image."""
+    return "\n".join(f"{known.usage} ({known.allowed}): {known.meaning}" for known in _NAMES.values())
 
 
 def random_shift(
@@ -15,20 +177,56 @@ def random_shift(
         images: of any range; zero is the background.
         fraction: largest shift as a fraction of the image's size: offsets are uniform in +-fraction, then rounded.
         pixels: if not 0, in place of that: every whole offset up to this is as likely as any other.
+
+    Raises:
+        UsageError: so many pixels could move an image out of sight.
     """
-    batch, height, width, channels = images.shape
-    vertical, horizontal = (pixels, pixels) if pixels else (round(fraction * height), round(fraction * width))
-    if vertical == horizontal == 0:
+    count, height, width, _ = images.shape
+    if pixels >= min(height, width):
+        raise UsageError(
+            f"shift_pixels is {pixels} for images of {height} x {width}; expected less than {min(height, width)}."
+        )
+    largest = (pixels, pixels) if pixels else (round(fraction * height), round(fraction * width))
+    if largest == (0, 0):
         return images
     if pixels:
-        offsets = jax.random.randint(key, (batch, 2), -pixels, pixels + 1)
+        offsets = jax.random.randint(key, (count, 2), -pixels, pixels + 1)
     else:
         limits = jnp.array([fraction * height, fraction * width])
-        offsets = jnp.round(jax.random.uniform(key, (batch, 2), minval=-limits, maxval=limits)).astype(jnp.int32)
-    padded = jnp.pad(images, ((0, 0), (vertical, vertical), (horizontal, horizontal), (0, 0)))
+        offsets = jnp.round(jax.random.uniform(key, (count, 2), minval=-limits, maxval=limits)).astype(jnp.int32)
+    return transforms.shift(images, offsets, largest=largest)
 
-    def crop(image: Float[Array, "..."], offset: Int[Array, "2"]) -> Float[Array, "height width channels"]:
-        start = (vertical - offset[0], horizontal - offset[1], 0)
-        return jax.lax.dynamic_slice(image, start, (height, width, channels))
 
-    return jax.vmap(crop)(padded, offsets)
+def random_crop(
+    key: PRNGKeyArray, images: Float[Array, "b height width channels"], *, side: int
+) -> Float[Array, "b {side} {side} channels"]:
+    """Cuts a square out of each image, every position being as likely as any other.
+
+    Args:
+        key: randomness of this batch.
+        images: of any range.
+        side: of the square, in pixels.
+
+    Raises:
+        UsageError: the images are smaller.
+    """
+    count, height, width, _ = images.shape
+    if side > min(height, width):
+        raise UsageError(f"crop is {side} for images of {height} x {width}; expected at most {min(height, width)}.")
+    corners = jax.random.randint(key, (count, 2), 0, jnp.array([height, width]) - side + 1)
+    return transforms.crop(images, corners, side=side)
+
+
+def _read(text: str, value: str, known: _Name) -> float | int | bool:
+    if known.number is None:
+        if text != known.usage:
+            raise _unfit(text, known)
+        return True
+    try:
+        return known.number(value)
+    except ValueError:
+        raise _unfit(text, known) from None
+
+
+def _unfit(text: str, known: _Name) -> UsageError:
+    return UsageError(f"Got the augmentation {text!r}; expected {known.usage}, {known.allowed}.")

@@ -1,0 +1,186 @@
+"""A data set as arrays: its parts, its splits and what every source is checked for."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32, Shaped
+
+from capsnet_jax.errors import UsageError
+
+VALIDATION_SEED = 0
+SPLIT_ARRAYS = ("training images", "training labels", "test images", "test labels")
+
+
+class Dataset(NamedTuple):
+    """A labelled set of images, in uint8 or as float32 in [0, 1].
+
+    All images are of one shape; only where crops are drawn from training images may these be larger than the rest.
+    Labels are `[images]`, or `[images k]` where each image shows k different classes. Without a validation split, its
+    images and labels are None.
+    """
+
+    train_images: Shaped[np.ndarray, "train train_height train_width channels"]
+    train_labels: Int32[np.ndarray, "train *k"]
+    test_images: Shaped[np.ndarray, "test height width channels"]
+    test_labels: Int32[np.ndarray, "test *k"]
+    class_names: tuple[str, ...]
+    validation_images: Shaped[np.ndarray, "validation height width channels"] | None = None
+    validation_labels: Int32[np.ndarray, "validation *k"] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and number of channels of the images that a model sees, those of the test split."""
+        height, width, channels = self.test_images.shape[1:]
+        return height, width, channels
+
+    def limited(self, train_limit: int | None) -> "Dataset":
+        """The same with only the first so many training images; None for all.
+
+        Raises:
+            UsageError: there are fewer.
+        """
+        if train_limit is not None and train_limit > len(self.train_images):
+            raise UsageError(f"train_limit is {train_limit}, with only {len(self.train_images)} training images.")
+        return self._replace(train_images=self.train_images[:train_limit], train_labels=self.train_labels[:train_limit])
+
+    def with_validation(self, fraction: float) -> "Dataset":
+        """The same with this share of the training images held out as validation split; 0 for none.
+
+        Which ones is random, but always the same; each class gives the same share of its images, to within one, where
+        an image shows one class. Both splits keep the order of the images.
+
+        Raises:
+            UsageError: the share is not in [0, 1), or either split would be empty.
+        """
+        if not 0 <= fraction < 1:
+            raise UsageError(f"validation is {fraction}, and must be at least 0 and less than 1.")
+        if fraction == 0:
+            return self
+        total = len(self.train_images)
+        num_held_out = round(fraction * total)
+        if not 0 < num_held_out < total:
+            raise UsageError(
+                f"validation is {fraction}, which makes {num_held_out} of {total} training images the validation "
+                "images; expected some of them, and not all."
+            )
+        # The legacy generator is the one whose numbers NumPy promises to keep.
+        order = np.random.RandomState(VALIDATION_SEED).permutation(total)
+        if self.train_labels.ndim == 1:
+            order = order[np.argsort(self.train_labels[order], kind="stable")]
+        is_held_out = np.zeros(total, bool)
+        evenly_spaced = (2 * np.arange(num_held_out) + 1) * total // (2 * num_held_out)
+        is_held_out[order[evenly_spaced]] = True
+        return self._replace(
+            train_images=self.train_images[~is_held_out],
+            train_labels=self.train_labels[~is_held_out],
+            validation_images=self.train_images[is_held_out],
+            validation_labels=self.train_labels[is_held_out],
+        )
+
+    def cropped(self, side: int | None) -> "Dataset":
+        """The same with test and validation images cut to their centres of side x side pixels; None for no cut.
+
+        Training images stay whole, for random crops to be drawn from them.
+
+        Raises:
+            UsageError: the images are smaller.
+        """
+        if side is None:
+            return self
+        validation = self.validation_images
+        return self._replace(
+            test_images=central_crop(self.test_images, side),
+            validation_images=None if validation is None else central_crop(validation, side),
+        )
+
+
+def make_dataset(
+    train_images: np.ndarray,
+    train_labels: np.ndarray,
+    test_images: np.ndarray,
+    test_labels: np.ndarray,
+    *,
+    num_classes: int,
+    class_names: Sequence[str] | None = None,
+    described: Sequence[str] = SPLIT_ARRAYS,
+) -> Dataset:
+    """A checked data set of your own arrays.
+
+    Args:
+        train_images: images `[images height width channels]` in uint8, or as floats in [0, 1].
+        train_labels: class indices `[images]`; or `[images k]`, k different ones for each image.
+        test_images: of the same shape and dtype.
+        test_labels: class indices, as many for each image.
+        num_classes: labels are in [0, num_classes); at least 2.
+        class_names: what the classes are called; by default "0", "1" ...
+        described: what errors call the four arrays.
+
+    Raises:
+        UsageError: shapes, dtypes or counts do not fit, labels are out of range, an image is given a class twice, or
+            images are not in [0, 1].
+    """
+    if num_classes < 2:
+        raise UsageError(f"The number of classes is {num_classes}, and must be at least 2.")
+    class_names = tuple(map(str, range(num_classes)) if class_names is None else class_names)
+    if len(class_names) != num_classes or len(set(class_names)) != num_classes:
+        raise UsageError(f"The class names are {', '.join(class_names)}; expected {num_classes} different ones.")
+    splits = ((described[:2], train_images, train_labels), (described[2:], test_images, test_labels))
+    for (images_name, labels_name), images, labels in splits:
+        if images.ndim != 4 or images.shape[1:] != train_images.shape[1:] or 0 in images.shape[1:]:
+            raise UsageError(
+                f"The {images_name} are {images.shape}; expected [images height width channels], all alike."
+            )
+        _check_labels(labels, labels_name, num_images=len(images), class_names=class_names)
+        if labels.shape[1:] != train_labels.shape[1:]:
+            raise UsageError(f"The {labels_name} are {labels.shape}; expected as many for each image in both splits.")
+        is_float = np.issubdtype(images.dtype, np.floating)
+        if images.dtype != train_images.dtype or not (is_float or images.dtype == np.uint8):
+            raise UsageError(f"The {images_name} are {images.dtype}; expected uint8, or floats in [0, 1], all alike.")
+        if is_float and not (images.min() >= 0 and images.max() <= 1):  # false for NaN, too
+            raise UsageError(f"The {images_name} are from {images.min()} to {images.max()}; expected floats in [0, 1].")
+    if train_images.dtype != np.uint8:
+        train_images, test_images = (images.astype(np.float32, copy=False) for images in (train_images, test_images))
+    return Dataset(train_images, train_labels.astype(np.int32), test_images, test_labels.astype(np.int32), class_names)
+
+
+def _check_labels(labels: np.ndarray, name: str, *, num_images: int, class_names: Sequence[str]) -> None:
+    if num_images == 0 or labels.shape[:1] != (num_images,) or labels.ndim > 2 or labels.shape[1:] in ((0,), (1,)):
+        raise UsageError(
+            f"The {name} are {labels.shape} for {num_images} images; expected one for each, or [images k] with k > 1."
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise UsageError(f"The {name} are {labels.dtype}; expected integers.")
+    if labels.min() < 0 or labels.max() >= len(class_names):
+        raise UsageError(f"The {name} are {labels.min()} to {labels.max()}; expected 0 to {len(class_names) - 1}.")
+    if labels.ndim == 2:
+        ordered = np.sort(labels, axis=1)
+        images, places = np.nonzero(ordered[:, 1:] == ordered[:, :-1])
+        if len(images):
+            twice = class_names[ordered[images[0], places[0]]]
+            raise UsageError(f"The {name} give image {images[0]} the class {twice!r} twice; expected different ones.")
+
+
+def central_crop(
+    images: Shaped[np.ndarray, "images height width channels"], side: int
+) -> Shaped[np.ndarray, "images side side channels"]:
+    """The central side x side pixels; where the margins cannot be equal, the upper and left ones are smaller.
+
+    Raises:
+        UsageError: the images are smaller, or side is not positive.
+    """
+    height, width = images.shape[1:3]
+    if not 1 <= side <= min(height, width):
+        raise UsageError(f"The crop is {side} x {side}; expected 1 to {min(height, width)}, of {height} x {width}.")
+    top, left = (height - side) // 2, (width - side) // 2
+    return images[:, top : top + side, left : left + side]
+
+
+def to_unit_range(images: Shaped[Array, "b height width channels"]) -> Float[Array, "b height width channels"]:
+    """Images of a data set as floats in [0, 1]."""
+    return images / jnp.float32(255) if images.dtype == jnp.uint8 else images

@@ -1,0 +1,74 @@
+"""Your own images: four arrays in an .npz file."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from capsnet_jax.data.dataset import Dataset, make_dataset
+from capsnet_jax.errors import UsageError
+
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+def load_npz(path: Path) -> Dataset:
+    """The images `x_train` and `x_test` of a file that `numpy.savez` wrote, and their labels `y_train` and `y_test`.
+
+    Images are `[images height width]` or `[images height width channels]`, in uint8 or as floats in [0, 1]; labels are
+    integers or strings `[images]`, or `[images k]` where each image shows k classes. The classes are the labels that
+    occur in either split, sorted.
+
+    Raises:
+        UsageError: the file is damaged, has pickled objects in it or lacks an array, or an array is not as above; the
+            message names file and array.
+    """
+    if path.suffix != ".npz":
+        raise UsageError(f"{path} is neither a folder of images nor an .npz file.")
+    x_train, y_train, x_test, y_test = _read_arrays(path)
+    y_train, y_test = (labels[:, 0] if labels.shape[1:] == (1,) else labels for labels in (y_train, y_test))
+    for name, labels in (("y_train", y_train), ("y_test", y_test)):
+        if labels.dtype.kind not in "iuU" or (labels.dtype.kind == "U") != (y_train.dtype.kind == "U"):
+            raise UsageError(
+                f"The labels {name} in {path} are {labels.dtype}; expected integers or strings, all alike."
+            )
+    if y_train.dtype.kind != "U":
+        y_train, y_test = y_train.astype(np.int64), y_test.astype(np.int64)
+    classes = np.unique(np.concatenate([y_train.ravel(), y_test.ravel()]))
+    if len(classes) < 2:
+        raise UsageError(
+            f"The labels y_train and y_test in {path} are all {classes.tolist()}; expected two classes or more."
+        )
+    return make_dataset(
+        _with_channels(x_train),
+        np.asarray(np.searchsorted(classes, y_train)),
+        _with_channels(x_test),
+        np.asarray(np.searchsorted(classes, y_test)),
+        num_classes=len(classes),
+        class_names=[str(label) for label in classes],
+        described=[f"{'images' if name[0] == 'x' else 'labels'} {name} in {path}" for name in ARRAYS],
+    )
+
+
+def _read_arrays(path: Path) -> list[np.ndarray]:
+    arrays: list[np.ndarray] = []
+    name = "the list of arrays"
+    try:
+        with path.open("rb") as stream:
+            if not zipfile.is_zipfile(stream):
+                raise UsageError(f"{path} is truncated, or not an .npz file; write it again with numpy.savez.")
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as file:
+                for name in ARRAYS:
+                    if name not in file:
+                        found = ", ".join(file) or "nothing"
+                        raise UsageError(f"{path} lacks the array {name}; expected {', '.join(ARRAYS)}, found {found}.")
+                    arrays.append(file[name])
+    except UsageError:
+        raise
+    except Exception as error:  # readers of zip, deflate and npy meet damage with errors of many kinds
+        raise UsageError(f"{path} cannot be read, at {name} ({error}); write it again with numpy.savez.") from error
+    return arrays
+
+
+def _with_channels(images: np.ndarray) -> np.ndarray:
+    return images[..., None] if images.ndim == 3 else images

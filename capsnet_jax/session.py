@@ -1,0 +1,114 @@
+"""A training that survives: metrics, checkpoints and weights of runs, from wherever their folders stand."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+
+from capsnet_jax.checkpoint import Checkpoints
+from capsnet_jax.errors import UsageError
+from capsnet_jax.metrics import MetricsLog
+from capsnet_jax.runs import BEST, Run
+from capsnet_jax.sharding import any_process
+from capsnet_jax.signals import StoppedBySignalError, StopSignals
+from capsnet_jax.trainer import Progress, Trainer
+
+
+class Session:
+    """Training of runs that differ in their seed only, recorded in their folders.
+
+    Args:
+        trainer: of the seeds of these runs.
+        runs: one for each seed; their folders exist.
+        checkpoints: folder of the checkpoints of all of them.
+        tensorboard: whether TensorBoard events are written.
+        warn: is told of checkpoints that cannot be used.
+
+    Attributes:
+        start: number of the training step that it goes on from; 0 at the beginning.
+
+    Raises:
+        UsageError: a folder cannot be used, or its checkpoints are of another config.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        runs: Sequence[Run],
+        checkpoints: Path,
+        *,
+        tensorboard: bool = False,
+        warn: Callable[[str], None] = print,
+    ):
+        config = trainer.config
+        self.trainer, self.runs = trainer, runs
+        self._checkpoints = Checkpoints(
+            checkpoints,
+            keep=config.keep_checkpoints,
+            depends_on=runs[0].depends_on() | {"seeds": list(trainer.seeds)},
+            warn=warn,
+        )
+        found = self._checkpoints.restore(trainer.snapshot)
+        if found is not None:
+            trainer.snapshot = trainer.on_devices(found)
+        self.start = trainer.step
+        self._logs = [
+            MetricsLog(run.folder, step=self.start, tensorboard=tensorboard) for run in runs if jax.process_index() == 0
+        ]
+
+    def train(self) -> Iterator[Progress]:
+        """Trains to the last epoch, and tells how far it is after every chunk of steps.
+
+        Raises:
+            StoppedBySignalError: SIGTERM or SIGINT asked for it; a checkpoint of then is written.
+            NonFiniteLossError: names the first step whose loss is not finite.
+            UsageError: a checkpoint cannot be written.
+        """
+        config, saved = self.trainer.config, time.monotonic()
+        try:
+            with StopSignals() as signals:
+                for progress in self.trainer.run():
+                    due = time.monotonic() - saved >= 60 * config.save_minutes
+                    flags = self._record(progress), signals.received is not None, due
+                    is_best, stop, due = any_process(*flags)
+                    if is_best or stop or due or progress.step == self.trainer.last_step:
+                        self._save(progress)
+                        saved = time.monotonic()
+                    yield progress
+                    if stop:
+                        self._checkpoints.wait()
+                        raise StoppedBySignalError(signals.received or signal.SIGTERM, progress.step)
+            if self.start == self.trainer.last_step:
+                self._save_weights()  # in case that it was stopped between the last checkpoint and these
+        except OSError as error:
+            folder = self.runs[0].folder
+            raise UsageError(
+                f"The metrics in {folder} cannot be written; make room and go on with --resume: {error}."
+            ) from error
+        finally:
+            self._checkpoints.close()
+            for log in self._logs:
+                log.close()
+
+    def _record(self, progress: Progress) -> bool:
+        """Writes the metrics, and the weights that are best on validation; tells whether any are."""
+        is_best = False
+        for index, log in enumerate(self._logs):
+            if log.write(progress, progress.seeds[index]):
+                self.runs[index].save_weights(self.trainer.model(index), BEST)
+                is_best = True
+        return is_best
+
+    def _save(self, progress: Progress) -> None:
+        for log in self._logs:
+            log.sync()
+        validation = progress.validation
+        self._checkpoints.save(self.trainer.snapshot, validation=None if validation is None else validation.accuracy)
+        self._save_weights()
+
+    def _save_weights(self) -> None:
+        if jax.process_index() == 0:
+            for index, run in enumerate(self.runs):
+                run.save_weights(self.trainer.model(index))

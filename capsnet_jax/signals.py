@@ -1,0 +1,50 @@
+"""Being asked to stop: by Ctrl-C, or by whoever else is in charge of the machine."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+
+class StoppedBySignalError(Exception):
+    """Training was asked to stop and did.
+
+    Attributes:
+        signal: that asked.
+        step: number of training steps done.
+    """
+
+    def __init__(self, number: signal.Signals, step: int):
+        super().__init__(f"Stopped by {number.name} after step {step}.")
+        self.signal, self.step = number, step
+
+
+class StopSignals:
+    """Within its block, SIGTERM and SIGINT are only remembered; a second one has the effect that it has elsewhere.
+
+    Attributes:
+        received: the one that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # others cannot have handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)  # type: ignore[arg-type]

@@ -1,0 +1,160 @@
+"""The command `capsnet train`."""
+
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from capsnet_jax.config import Config
+from capsnet_jax.data import Dataset, configured_dataset, to_unit_range
+from capsnet_jax.data.augmentation import Augmentation
+from capsnet_jax.errors import UsageError
+from capsnet_jax.evaluation import Evaluation, final_line
+from capsnet_jax.figures import reconstructions_figure
+from capsnet_jax.model import CapsNet
+from capsnet_jax.progress import show_progress
+from capsnet_jax.runs import Run
+from capsnet_jax.seeds import SeedFolders, groups_of_seeds
+from capsnet_jax.session import Session
+from capsnet_jax.sharding import connect
+from capsnet_jax.signals import StoppedBySignalError
+from capsnet_jax.trainer import NonFiniteLossError, Trainer
+
+PICTURED = 10  # test images above their reconstructions
+
+
+@dataclass(frozen=True)
+class Train:
+    """Trains a capsule network; the last line printed is its accuracy on all test images.
+
+    Ctrl-C and SIGTERM end it after the steps under way, with a checkpoint to --resume from."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    preset: str | None = None
+    """Values that all other options start from: readable (the reference model), digits (small and quick), or a
+    published network: official, paper, efficient, em. By default digits for the data set of that name, and readable
+    for all others; with --resume, what the run was started with."""
+    run_dir: Path | None = None
+    """Folder for config, metrics, checkpoints, weights and picture. By default runs/DATASET-DATE-TIME."""
+    resume: bool = False
+    """Go on with the run in --run-dir from its last checkpoint, or begin it if there is none."""
+    seeds: int = 1
+    """Number of seeds to train from, --seed and those that follow it: side by side as one program if memory allows,
+    each with a run folder of its own in the run folder."""
+    tensorboard: bool = False
+    """Write TensorBoard events, too (pip install 'capsnet-jax[tensorboard]')."""
+    distributed: bool = False
+    """This is one of several processes of a run, on one or many hosts; all get the same options but --process-id."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0. Under Slurm, this and the next two are found out."""
+    num_processes: int | None = None
+    """Number of processes."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+
+    def run(self) -> None:
+        self._check()
+        if self.distributed:
+            connect(self.coordinator, self.num_processes, self.process_id)
+        config, data = self.config, self.config.data
+        dataset = configured_dataset(data).cropped(Augmentation.parse(data.augment).crop)
+        folder = self.run_dir or Path("runs") / f"{Path(data.dataset).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run = Run.of(folder, config, dataset)
+        seeds = range(config.training.seed, config.training.seed + self.seeds)
+        trainer = Trainer(
+            run.new_model, dataset, config.training, augment=data.augment, stream=data.stream, seeds=seeds[:1]
+        )
+        folders = SeedFolders(run, seeds)
+        folders.open(resume=self.resume)
+        console = Console(highlight=False, quiet=jax.process_index() > 0)
+        console.print(describe(trainer, dataset), f"Run folder: {folder}", sep="\n", soft_wrap=True)
+
+        tests: list[Evaluation] = []
+        try:
+            for group in groups_of_seeds(trainer, seeds, at_once=folders.at_once):
+                folders.keep_together(len(group.seeds))
+                tests += self._train(group, folders, console)
+        except NonFiniteLossError as error:
+            check = f"`capsnet check-routing {config.model.routing}` tells whether the routing may be to blame."
+            error.add_note(f"{check} The run folder keeps what was saved before.")
+            raise
+        except StoppedBySignalError as error:
+            error.add_note(f"To go on: capsnet train --resume --run-dir {shlex.quote(str(folder))}")
+            raise
+        if not console.quiet:
+            print(lines_of_seeds(seeds, tests) if self.seeds > 1 else final_line(*tests[0]))
+
+    def _check(self) -> None:
+        if self.seeds < 1:
+            raise UsageError(f"seeds is {self.seeds}, and must be at least 1.")
+        if self.resume and self.run_dir is None:
+            raise UsageError("--resume needs the folder of the run; expected --run-dir, too.")
+        options = {"coordinator": self.coordinator, "num_processes": self.num_processes, "process_id": self.process_id}
+        given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+        if given and not self.distributed:
+            raise UsageError(f"Got {', '.join(given)} for a run of one process; expected --distributed, too.")
+
+    def _train(self, trainer: Trainer, folders: SeedFolders, console: Console) -> list[Evaluation]:
+        """Trains from a group of seeds; returns how each does in the test."""
+        runs = [folders.run(seed) for seed in trainer.seeds]
+        session = Session(
+            trainer,
+            runs,
+            folders.checkpoints(trainer.seeds),
+            tensorboard=self.tensorboard,
+            warn=lambda message: console.print(f"warning: {message}", soft_wrap=True),
+        )
+        if len(trainer.seeds) < self.seeds:
+            console.print(f"seeds {trainer.seeds[0]} to {trainer.seeds[-1]}")
+        if session.start:
+            console.print(f"Going on after step {session.start} of {trainer.last_step}")
+        epochs = trainer.config.epochs
+        tests: list[Evaluation] = []
+        for progress in show_progress(session.train(), epochs=epochs, start=session.start, console=console):
+            tests = [seed.test for seed in progress.seeds if seed.test is not None]
+        for index, run in enumerate(runs):
+            model = trainer.model(index)
+            if model.decoder is not None and not console.quiet:
+                run.save_picture(picture(model, trainer.dataset))
+        return tests or [trainer.evaluate_test(index) for index in range(len(runs))]
+
+
+def describe(trainer: Trainer, dataset: Dataset) -> str:
+    """The sizes of model and data, in a line."""
+    shape = " x ".join(map(str, dataset.image_shape))
+    held_out = "" if dataset.validation_images is None else f"{len(dataset.validation_images):,} validation and "
+    return (
+        f"CapsNet of {trainer.num_params:,} parameters; {len(dataset.train_images):,} training"
+        f"{', ' if held_out else ' and '}{held_out}{len(dataset.test_images):,} test images of {shape} in "
+        f"{dataset.num_classes} classes"
+    )
+
+
+def lines_of_seeds(seeds: range, tests: list[Evaluation]) -> str:
+    """The result from each seed, then mean and sample deviation."""
+    accuracies = np.array([test.accuracy for test in tests])
+    mean, deviation = accuracies.mean(), accuracies.std(ddof=1)
+    lines = [f"seed {seed}: {final_line(*test)}" for seed, test in zip(seeds, tests, strict=True)]
+    lines.append(
+        f"test accuracy {mean:.4f} +- {deviation:.4f} from {len(seeds)} seeds on {tests[0].num_images} images (error "
+        f"{100 * (1 - mean):.2f} +- {100 * deviation:.2f} %)"
+    )
+    return "\n".join(lines)
+
+
+def picture(model: CapsNet, dataset: Dataset) -> Figure:
+    """The first test images, and what the capsules of their predicted classes make of them."""
+    images = to_unit_range(jnp.asarray(dataset.test_images[:PICTURED]))
+    capsules = model.encode(images)
+    labels = dataset.test_labels[:PICTURED]
+    predictions = capsules.activations.argmax(axis=1)
+    reconstructions = model.decode(capsules.poses, predictions)
+    return reconstructions_figure(*map(np.asarray, (images, reconstructions, labels, predictions)))
