@@ -17,6 +17,7 @@ from capsnet_jax.errors import UsageError
 from capsnet_jax.sharding import wait_for_all
 from capsnet_jax.trainer import Snapshot
 
+LONG = 200  # letters of an error
 UNKNOWN = -1.0  # accuracy on validation of a checkpoint that was not evaluated; below all others
 
 
@@ -167,7 +168,9 @@ def _named_arrays(snapshot: Snapshot) -> dict[str, np.ndarray]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    # The last clause of a long one is what the operating system says.
+    return line if len(line) <= LONG else line.rsplit(": ", 1)[-1]
 
 
 def _validation(metrics: Mapping[str, float]) -> float:

@@ -1,6 +1,7 @@
 """The console command: capsnet train | evaluate | predict | report | compare | check-routing."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     sys.path.insert(0, "")  # a routing of the user's own is looked for where they are, as `python` would
+    # Orbax logs what goes wrong with a stack trace before it raises it, and then it is told here in a sentence.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         return parse(argv).run() or 0
     except UsageError as error:

@@ -41,10 +41,10 @@ class MetricsLog:
         partial = path.with_name(f"{METRICS}.partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(path)
+        self._events = new_event_writer(folder / EVENTS, step) if tensorboard else None
         self._file = path.open("a")
         self._steps, self._seconds = 0, 0.0  # of the epoch; the latter for an image in each
         self._step = step
-        self._events = new_event_writer(folder / EVENTS, step) if tensorboard else None
 
     def write(self, progress: Progress, seed: SeedProgress) -> bool:
         """Adds a line for a chunk and, at the end of an epoch, one for that.
@@ -108,12 +108,21 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
     return lines, bool(rest)
 
 
-def new_event_writer(folder: Path, step: int) -> Any:
-    """A writer of TensorBoard events; those of later steps than this one are hidden."""
+def event_writer_class() -> Any:
+    """The class of TensorBoard's writers.
+
+    Raises:
+        UsageError: it is not installed.
+    """
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise UsageError(
             f"--tensorboard needs tensorboardX: pip install 'capsnet-jax[tensorboard]' ({error})."
         ) from error
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    return SummaryWriter
+
+
+def new_event_writer(folder: Path, step: int) -> Any:
+    """A writer of TensorBoard events; those of later steps than this one, from before a crash, are hidden."""
+    return event_writer_class()(str(folder), purge_step=step + 1)

@@ -11,7 +11,7 @@ import jax
 from capsnet_jax.errors import UsageError
 from capsnet_jax.memory import available_memory
 from capsnet_jax.runs import CHECKPOINTS, CONFIG, Run, read_run
-from capsnet_jax.sharding import wait_for_all
+from capsnet_jax.sharding import any_process, wait_for_all
 from capsnet_jax.trainer import Trainer
 
 SEEDS = "seeds.json"  # in the folder of several runs: their seeds, and how many of them are trained side by side
@@ -29,7 +29,8 @@ def groups_of_seeds(trainer: Trainer, seeds: Sequence[int], *, at_once: int = 0)
     # the other with dynamic routing, 0.90 and 1.21 s with variational; medians on 2 shared cores.
     size = min(at_once or len(seeds), len(seeds))
     trainer = trainer.with_seeds(seeds[:size])
-    while size > 1 and not at_once and trainer.memory() > available_memory():
+    # All processes of a run must find the same, and memory that is free is not the same on all hosts.
+    while size > 1 and not at_once and any_process(trainer.memory() > available_memory())[0]:
         size //= 2
         trainer = trainer.with_seeds(seeds[:size])
     for start in range(0, len(seeds), size):
@@ -73,29 +74,39 @@ class SeedFolders:
             UsageError: they are others, or the folder cannot be used.
         """
         if jax.process_index() == 0:
-            if not resume and self._path.exists():
-                raise UsageError(
-                    f"The run folder {self._run.folder} holds runs already; give a new one, or go on with --resume."
-                )
-            if len(self._seeds) > 1 and (self._run.folder / CONFIG).exists():
-                raise UsageError(f"The run folder {self._run.folder} holds a run from one seed; give a new one.")
+            self._refuse_others(resume=resume)  # before there is anything in the folder that does not belong there
             for run in map(self.run, self._seeds):
                 run.open_folder() if resume else run.create_folder()
+            if len(self._seeds) > 1 and not self._path.exists():
+                self._write()
         wait_for_all("folders")
         before = read_seeds(self._run.folder)
         if before is not None:
-            seeds, self.at_once = before
-            if seeds != self._seeds:
-                raise UsageError(
-                    f"The runs in {self._run.folder} are from seeds {_listed(seeds)}, and not {_listed(self._seeds)}."
-                )
+            self.at_once = before[1]
 
     def keep_together(self, at_once: int) -> None:
         """Remembers how many seeds are trained side by side, if it was not known."""
         if not self.at_once:
             self.at_once = at_once
             if jax.process_index() == 0:
-                self._path.write_text(json.dumps({"seeds": self._seeds, "at_once": at_once}) + "\n")
+                self._write()
+
+    def _refuse_others(self, *, resume: bool) -> None:
+        folder, before = self._run.folder, read_seeds(self._run.folder)
+        if before is None:
+            if len(self._seeds) > 1 and (folder / CONFIG).exists():
+                raise UsageError(f"The run folder {folder} holds a run from one seed; give a new one.")
+        elif not resume:
+            raise UsageError(f"The run folder {folder} holds runs already; give a new one, or go on with --resume.")
+        elif before[0] != self._seeds:
+            raise UsageError(
+                f"The runs in {folder} are from seeds {_listed(before[0])}, and not {_listed(self._seeds)}."
+            )
+
+    def _write(self) -> None:
+        partial = self._path.with_name(f"{SEEDS}.partial")
+        partial.write_text(json.dumps({"seeds": self._seeds, "at_once": self.at_once}) + "\n")
+        partial.replace(self._path)
 
 
 def read_seeds(folder: Path) -> tuple[list[int], int] | None:

@@ -10,15 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from einops import rearrange, repeat
+from jaxtyping import Int
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from capsnet_jax.assessment import most_active
 from capsnet_jax.config import Config
 from capsnet_jax.data import Dataset, configured_dataset, to_unit_range
 from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.errors import UsageError
 from capsnet_jax.evaluation import Evaluation, final_line
 from capsnet_jax.figures import reconstructions_figure
+from capsnet_jax.metrics import event_writer_class
 from capsnet_jax.model import CapsNet
 from capsnet_jax.progress import show_progress
 from capsnet_jax.runs import Run
@@ -101,6 +105,8 @@ class Train:
         given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
         if given and not self.distributed:
             raise UsageError(f"Got {', '.join(given)} for a run of one process; expected --distributed, too.")
+        if self.tensorboard:
+            event_writer_class()  # if it is missing, better now than once there is a run folder
 
     def _train(self, trainer: Trainer, folders: SeedFolders, console: Console) -> list[Evaluation]:
         """Trains from a group of seeds; returns how each does in the test."""
@@ -151,10 +157,24 @@ def lines_of_seeds(seeds: range, tests: list[Evaluation]) -> str:
 
 
 def picture(model: CapsNet, dataset: Dataset) -> Figure:
-    """The first test images, and what the capsules of their predicted classes make of them."""
-    images = to_unit_range(jnp.asarray(dataset.test_images[:PICTURED]))
+    """The first test images, and what the capsules of their predicted classes make of them.
+
+    An image with several labels is shown as often as it has labels, each time with one of the predicted capsules.
+    """
+    labels = rearrange(dataset.test_labels[:PICTURED], "b ... -> b (...)")
+    k = labels.shape[1]
+    labels = labels[: max(PICTURED // k, 1)]
+    images = to_unit_range(jnp.asarray(dataset.test_images[: len(labels)]))
     capsules = model.encode(images)
-    labels = dataset.test_labels[:PICTURED]
-    predictions = capsules.activations.argmax(axis=1)
-    reconstructions = model.decode(capsules.poses, predictions)
-    return reconstructions_figure(*map(np.asarray, (images, reconstructions, labels, predictions)))
+    predictions = most_active(np.asarray(capsules.activations), k)
+    titles = np.array([_opposite(*both) for both in zip(labels, predictions, strict=True)])
+    titles, predictions = titles.ravel(), predictions.ravel()
+    images, poses = (repeat(array, "b ... -> (b k) ...", k=k) for array in (images, capsules.poses))
+    reconstructions = model.decode(poses, jnp.asarray(predictions))
+    return reconstructions_figure(*map(np.asarray, (images, reconstructions, titles, predictions)))
+
+
+def _opposite(labels: Int[np.ndarray, " k"], predictions: Int[np.ndarray, " k"]) -> list[int]:
+    """For each prediction the same class, if it is a label, or else one of the labels that were not predicted."""
+    missed = iter(np.setdiff1d(labels, predictions))
+    return [prediction if prediction in labels else next(missed) for prediction in predictions]

@@ -244,11 +244,15 @@ class Trainer:
             other._train_chunk, other._programs = other._new_train_chunk(), {}
         return other
 
-    def memory(self) -> int:
-        """Bytes that a device needs at most, by XLA's own account: training images, state and what a chunk needs."""
+    def compiled(self) -> jax.stages.Compiled:
+        """The program of a chunk of steps."""
         orders = [np.zeros((self.chunk, self.config.batch_size), np.int32) for _ in self.seeds]
         (batches,) = self._feed.batches([self._stacked(orders)])
-        return program_memory(self._program(self.chunk, batches))
+        return self._program(self.chunk, batches)
+
+    def memory(self) -> int:
+        """Bytes that a device needs at most, by XLA's own account: training images, state and what a chunk needs."""
+        return program_memory(self.compiled())
 
     def run(self) -> Iterator[Progress]:
         """Trains on from the snapshot to the last epoch, and tells how far it is after every chunk of steps.

@@ -151,3 +151,60 @@ def test_the_last_chunk_of_an_epoch_may_be_shorter(small_model, small_dataset):
     ]
     *_, last = train(models[1], small_dataset)
     assert progress[-1].losses["total"] == pytest.approx(last.losses["total"], rel=1e-5)
+
+
+def random_batch(count: int, dtype: str = "float32") -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(5)
+    return jnp.asarray(rng.random((count, *IMAGE_SHAPE)), dtype), jnp.asarray(rng.integers(0, 10, count), jnp.int32)
+
+
+def in_parts(accumulate: int, **options) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """State and metrics after two steps, with momenta of their own, in float64."""
+    with jax.enable_x64(True):
+        model = CapsNet(IMAGE_SHAPE, 10, **SMALL, **options, param_dtype="float64", rngs=nnx.Rngs(0))
+        optimizer = optax.adam(0.01, eps=1e-4)  # so that it does not make much of gradients that are nearly zero
+        graphdef, state = create_state(model, optimizer, average=True)
+        step = jax.jit(
+            make_train_step(graphdef, optimizer, accumulate=accumulate, ema_decay=0.5, reconstruction_weight=10.0)
+        )
+        metrics = []
+        for _ in range(2):
+            state, of_step = step(state, *random_batch(8, "float64"))
+            metrics.append(np.stack(of_step))
+        assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.batch_stats))} == {np.dtype("float64")}
+        leaves = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
+        return leaves, np.stack(metrics)
+
+
+@pytest.fixture(scope="module")
+def in_one():
+    return in_parts(1)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_a_batch_in_parts_is_the_same_batch(accumulate, in_one):
+    state, metrics = in_parts(accumulate)
+    expected_state, expected_metrics = in_one
+    np.testing.assert_allclose(metrics, expected_metrics, rtol=1e-12)
+    assert state.keys() == expected_state.keys()
+    for name, expected in expected_state.items():
+        np.testing.assert_allclose(state[name], expected, rtol=0, atol=1e-12 * np.abs(expected).max(), err_msg=name)
+
+
+def test_batch_normalisation_sees_each_part_by_itself():
+    """The running means follow the parts one after the other, in both steps; and it is no longer the same gradient."""
+    (state, metrics), (_, of_whole) = in_parts(2, batch_norm=True), in_parts(1, batch_norm=True)
+    with jax.enable_x64(True):
+        model = CapsNet(IMAGE_SHAPE, 10, **SMALL, batch_norm=True, param_dtype="float64", rngs=nnx.Rngs(0))
+        convolution = model.encoder.stem.convolutions[0]
+        images = random_batch(8, "float64")[0]
+        features = np.asarray(nnx.relu(convolution(images)))
+        model.train()
+        for part in (images[::2], images[1::2]):
+            model.encode(part)
+        norm = model.encoder.stem.norms[0]
+        mean = norm.mean[...]
+    expected = 0.01 * features[1::2].mean(axis=(0, 1, 2)) + 0.99 * 0.01 * features[::2].mean(axis=(0, 1, 2))
+    np.testing.assert_allclose(mean, expected, rtol=1e-10)
+    assert np.abs(metrics[0] - of_whole[0]).max() > 1e-3
+    assert state

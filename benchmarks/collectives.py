@@ -1,0 +1,64 @@
+"""Tells what devices send each other in a training step: the collectives of the program that XLA compiled.
+
+    python benchmarks/collectives.py --devices 8 --preset readable --batch-size 512
+
+The devices are simulated on the CPU, so that no time is measured; what is sent does not depend on that.
+"""
+
+import argparse
+import math
+import os
+import re
+from collections import Counter
+
+COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+ARRAY = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
+
+
+def count(program: str) -> dict[str, tuple[int, int]]:
+    """Number of collectives of each kind in a program, and the bytes of their results on a device."""
+    numbers: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for results, kind in COLLECTIVE.findall(program):
+        numbers[kind] += 1
+        for _, bits, shape in ARRAY.findall(results):
+            sizes[kind] += math.prod(map(int, filter(None, shape.split(",")))) * int(bits) // 8
+    return {kind: (numbers[kind], sizes[kind]) for kind in numbers}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", type=int, default=8, help="number of devices (default: 8)")
+    parser.add_argument("--preset", default="readable", help="of the model, on images of 28 x 28 (default: readable)")
+    parser.add_argument("--batch-size", type=int, default=512, help="images in a step, of all devices (default: 512)")
+    options = parser.parse_args()
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.devices}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+    import dataclasses
+
+    import numpy as np
+    from flax import nnx
+
+    from capsnet_jax import CapsNet
+    from capsnet_jax.config import PRESETS
+    from capsnet_jax.data import make_dataset
+    from capsnet_jax.trainer import Trainer
+
+    config = PRESETS[options.preset]
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (options.batch_size, 28, 28, 1), dtype=np.uint8)
+    labels = np.arange(options.batch_size) % 10
+    trainer = Trainer(
+        lambda seed: CapsNet((28, 28, 1), 10, **vars(config.model), rngs=nnx.Rngs(seed)),
+        make_dataset(images, labels, images[:10], labels[:10], num_classes=10),
+        dataclasses.replace(config.training, batch_size=options.batch_size),
+        augment=config.data.augment,
+    )
+    print(f"{options.preset}: {trainer.num_params:,} weights, {4 * trainer.num_params:,} bytes in float32")
+    for kind, (number, size) in count(trainer.compiled().as_text() or "").items():
+        print(f"{kind}: {number} in a step, {size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The same training on one device, on eight, and in two processes: equal in float64 to the last digits."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from capsnet_jax import UsageError, sharding
+from capsnet_jax.cli import main
+from tests.test_cli import SMALL
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+def environment(num_devices: int) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={num_devices}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_ENABLE_X64": "true", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def in_processes(commands: list[list[str]], num_devices: int) -> list[str]:
+    """Runs the commands side by side; returns what each printed."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=environment(num_devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for command in commands
+    ]
+    outputs = [process.communicate(timeout=500)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    return outputs
+
+
+def results_of(output: Path, num_devices: int, num_processes: int = 1) -> dict[str, np.ndarray]:
+    script, port = str(ROOT / "tests" / "sharded_run.py"), free_port()
+    joined = [[f"127.0.0.1:{port}", str(num_processes), str(number)] for number in range(num_processes)]
+    commands = [[script, str(output), *(arguments if num_processes > 1 else [])] for arguments in joined]
+    in_processes(commands, num_devices)
+    with np.load(output) as results:
+        return dict(results)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, np.ndarray]:
+    return results_of(tmp_path_factory.mktemp("alone") / "results.npz", num_devices=1)
+
+
+@pytest.mark.parametrize(("num_devices", "num_processes"), [(8, 1), (1, 2)], ids=["8 devices", "2 processes"])
+def test_training_is_the_same_however_many_devices_share_it(num_devices, num_processes, alone, tmp_path):
+    shared = results_of(tmp_path / "results.npz", num_devices, num_processes)
+    assert (alone.pop("devices", 1), shared.pop("devices")) == (1, num_devices * num_processes)
+    assert alone.keys() == shared.keys()
+    for name, expected in alone.items():
+        scale = np.abs(expected).max()
+        tolerance = 1e-12
+        assert np.abs(shared[name] - expected).max() <= tolerance * scale, name
+    first, last = alone["plain: losses"][[0, -1], 0, 0]
+    assert last < 0.9 * first
+
+
+def test_ways_of_going_through_a_batch_are_the_same_as_well(alone):
+    """On one device: streamed or not, in parts or at once, one seed or two."""
+    plain, parts, streamed, normed = (
+        alone[f"{variant}: losses"]
+        for variant in ("plain", "seeds, in parts", "seeds, streamed", "batch norm, streamed")
+    )
+    np.testing.assert_allclose(parts[:, :1], plain, rtol=1e-11)
+    np.testing.assert_allclose(streamed, parts, rtol=1e-11)
+    assert np.abs(normed - plain).max() > 1e-3
+
+
+def test_devices_that_do_not_divide_a_batch_are_an_error(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sharding.jax, "devices", lambda: [jax.local_devices()[0]] * 6)
+    with pytest.raises(UsageError, match="accumulate is 32, and must be a multiple of the 6 devices"):
+        sharding.data_mesh(32)
+    assert main(["train", "--run-dir", str(tmp_path / "run")]) == 2
+    assert "batch_size / accumulate is 32, and must be a multiple of the 6 devices" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_distributed_run_is_one_run(idx_folder, tmp_path):
+    """Two processes by the command, gone on with by two more."""
+
+    def run(epochs: int) -> list[str]:
+        data = ["--dataset", "mnist", "--data-dir", str(idx_folder), "--run-dir", str(tmp_path / "run")]
+        program = "import sys; from capsnet_jax.cli import main; sys.exit(main())"
+        joined = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2"]
+        options = ["train", *data, *SMALL, "--resume", "--epochs", str(epochs), *joined]
+        return in_processes([["-c", program, *options, "--process-id", number] for number in "01"], num_devices=1)
+
+    primary, other = run(1)
+    assert "epoch 1/1  step 6 " in primary
+    assert "epoch" not in other
+    primary, other = run(2)
+    assert "Going on after step 6 of 12" in primary
+    assert "epoch" not in other
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 14
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
