@@ -10,13 +10,15 @@ import optax
 import pytest
 from flax import nnx
 
-from capsnet_jax import UsageError, evaluation, trainer, training
+from capsnet_jax import CapsNet, UsageError, evaluation, trainer, training
 from capsnet_jax.config import TrainingConfig
+from capsnet_jax.data import make_dataset
 from capsnet_jax.evaluation import evaluate, make_count_correct
 from capsnet_jax.feeding import Feed
 from capsnet_jax.trainer import NonFiniteLossError, Trainer, fit
-from capsnet_jax.training import create_state
+from capsnet_jax.training import TrainState, compute_losses, create_state, make_train_step
 from capsnet_jax.weights import to_torch
+from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, learning_rate=0.01)
 
@@ -208,3 +210,178 @@ def test_batch_normalisation_sees_each_part_by_itself():
     np.testing.assert_allclose(mean, expected, rtol=1e-10)
     assert np.abs(metrics[0] - of_whole[0]).max() > 1e-3
     assert state
+
+
+def float64_batch() -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(5)
+    return jnp.asarray(rng.random((8, *IMAGE_SHAPE))), jnp.asarray(rng.integers(0, 10, 8), jnp.int32)
+
+
+def in_parts(accumulate: int, *, steps: int = 2, **options) -> tuple[TrainState, np.ndarray]:
+    """State and metrics after some steps with the same batch, in float64."""
+    with jax.enable_x64(True):
+        model = CapsNet(IMAGE_SHAPE, 10, **SMALL, **options, param_dtype="float64", rngs=nnx.Rngs(0))
+        optimizer = optax.adam(0.01, eps=1e-4)  # so that it does not make much of gradients that are nearly zero
+        graphdef, state = create_state(model, optimizer)
+        train_step = jax.jit(make_train_step(graphdef, optimizer, accumulate=accumulate, reconstruction_weight=10.0))
+        metrics = []
+        for _ in range(steps):
+            state, of_step = train_step(state, *float64_batch())
+            metrics.append(np.stack(of_step))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float64")}
+    return state, np.stack(metrics)
+
+
+@pytest.fixture(scope="module")
+def in_one():
+    return in_parts(1)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_a_batch_in_parts_is_the_same_batch(accumulate, in_one):
+    state, metrics = in_parts(accumulate)
+    expected_state, expected_metrics = in_one
+    np.testing.assert_allclose(metrics, expected_metrics, rtol=1e-12)
+    assert np.all(metrics[0, :3] > metrics[1, :3])
+    for (path, leaf), expected in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(expected_state), strict=True):
+        np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-12 * np.abs(expected).max(), err_msg=str(path))
+
+
+def test_batch_normalisation_sees_each_part_by_itself():
+    """Its running means follow the parts one after the other; the first is every other image."""
+    state, metrics = in_parts(2, steps=1, batch_norm=True)
+    _, of_whole = in_parts(1, steps=1, batch_norm=True)
+    with jax.enable_x64(True):
+        model = CapsNet(IMAGE_SHAPE, 10, **SMALL, param_dtype="float64", rngs=nnx.Rngs(0))
+        features = np.asarray(nnx.relu(model.encoder.stem.convolutions[0](float64_batch()[0])))
+    mean, variance = np.zeros(6), np.ones(6)
+    for part in (features[::2], features[1::2]):
+        mean = 0.99 * mean + 0.01 * part.mean(axis=(0, 1, 2))
+        variance = 0.99 * variance + 0.01 * part.var(axis=(0, 1, 2))
+    norm = state.batch_stats["encoder"]["stem"]["norms"][0]
+    np.testing.assert_allclose(norm["mean"][...], mean, rtol=1e-12)
+    np.testing.assert_allclose(norm["var"][...], variance, rtol=1e-12)
+    assert np.abs(metrics / of_whole - 1).max() > 1e-4
+
+
+class Evaluated:
+    """Evaluates, and notes by what."""
+
+    def __init__(self, monkeypatch):
+        self.states = []
+
+        def noting(count_correct, state, *args, **options):
+            self.states.append(jax.device_get(state))
+            return evaluate(count_correct, state, *args, **options)
+
+        monkeypatch.setattr(trainer, "evaluate", noting)
+
+
+def new_trainer(config: TrainingConfig, dataset=None, **options) -> Trainer:
+    return Trainer(
+        lambda seed: CapsNet(IMAGE_SHAPE, 10, **SMALL, **options, rngs=nnx.Rngs(seed)),
+        make_small_dataset() if dataset is None else dataset,
+        config,
+    )
+
+
+ALL_AT_ONCE = TrainingConfig(epochs=4, batch_size=50, learning_rate=0.02)  # a step is an epoch, in whatever order
+
+
+def test_the_average_of_the_weights_is_evaluated_and_kept(monkeypatch):
+    """In step t the factor is (1 + t) / (10 + t), and then no more than that of the config."""
+    evaluated = Evaluated(monkeypatch)
+    config = dataclasses.replace(ALL_AT_ONCE, ema_decay=0.2)
+    averaging = new_trainer(config, batch_norm=True)
+    average = jax.tree.map(np.float64, jax.device_get(averaging.snapshot.state.params))
+    for decay, _ in zip((1 / 10, 2 / 11, 0.2, 0.2), averaging.run(), strict=True):
+        state = jax.device_get(averaging.snapshot.state)
+        average = jax.tree.map(lambda old, new, decay=decay: decay * old + (1 - decay) * new, average, state.params)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), state.average, average)
+        # These, and the running means, are what is evaluated ...
+        expected = nnx.merge_state(state.average, state.batch_stats)
+        jax.tree.map(np.testing.assert_array_equal, evaluated.states[-1], expected)
+    # ... and what is kept.
+    kept = nnx.state(averaging.model(), (nnx.Param, nnx.BatchStat))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(kept), expected)
+    differences = jax.tree.map(lambda one, other: np.abs(one - other).max(), state.average, state.params)
+    assert min(jax.tree.leaves(differences)) > 1e-4
+    assert len(evaluated.states) == 4
+
+
+def test_the_norm_that_is_told_is_that_of_the_gradient_before_clipping(small_dataset):
+    config = dataclasses.replace(ALL_AT_ONCE, clip_norm=1e-3)
+    clipping = new_trainer(config)
+    graphdef, params = nnx.split(clipping.model())
+    images, labels = small_dataset.train_images / np.float32(255), small_dataset.train_labels
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        capsules = model.encode(jnp.asarray(images))
+        right = np.arange(10) == labels[:, None]
+        margins = jnp.where(
+            right, jax.nn.relu(0.9 - capsules.activations) ** 2, jax.nn.relu(capsules.activations - 0.1) ** 2 / 2
+        )
+        errors = model.decode(capsules.poses, jnp.asarray(labels)) - images
+        return margins.sum() / 50 + 10 * jnp.mean(errors**2)
+
+    gradients = jax.tree.leaves(jax.jit(jax.grad(loss))(params))
+    norm = np.sqrt(sum(np.sum(np.float64(gradient) ** 2) for gradient in gradients))
+    first = next(clipping.run())
+    assert norm > 0.1
+    assert first.seeds[0].chunk["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+    assert first.losses["gradient_norm"] == first.seeds[0].chunk["gradient_norm"]
+
+
+def test_the_rate_that_is_told_is_that_of_the_last_step():
+    """Six steps in chunks of four and two, rising to the sixth by a fifth of the whole."""
+    config = dataclasses.replace(CONFIG, epochs=1, steps_per_chunk=4, warmup_steps=9, learning_rate=0.1)
+    assert [progress.learning_rate for progress in new_trainer(config).run()] == pytest.approx([0.04, 0.06])
+
+
+def test_bfloat16_is_for_training_alone(monkeypatch, small_dataset):
+    """Weights and evaluation are float32; the losses fall, and begin nearly where those of float32 do."""
+    evaluated = Evaluated(monkeypatch)
+    config = dataclasses.replace(ALL_AT_ONCE, epochs=30, precision="bfloat16")
+    rounding = new_trainer(config)
+    images, labels = small_dataset.train_images / np.float32(255), small_dataset.train_labels
+    exact = compute_losses(rounding.model(), jnp.asarray(images), jnp.asarray(labels), reconstruction_weight=10.0)
+    losses = [progress.losses["total"] for progress in rounding.run()]
+    assert losses[0] != exact.total
+    assert losses[0] == pytest.approx(float(exact.total), rel=1e-2)
+    assert losses[-1] < 0.7 * losses[0]
+    state = rounding.snapshot.state
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, evaluated.states))} == {np.dtype("float32")}
+    batch = small_dataset.test_images, small_dataset.test_labels, np.ones(23, bool)
+    assert "bf16" not in str(jax.make_jaxpr(rounding._count_correct)(state.weights, *batch))
+    batch = images[None], labels[None], None, jax.random.key(0)
+    assert "bf16" in str(jax.make_jaxpr(rounding._train_chunk)(state, *batch))
+
+
+def pairs_dataset():
+    """A bright row and a bright column say the two classes of an image; the order of its labels says nothing."""
+    rng = np.random.default_rng(3)
+    splits = []
+    for count in (50, 23):
+        labels = np.stack([rng.integers(0, 5, count), rng.integers(5, 10, count)], axis=1)
+        images = rng.integers(0, 60, (count, *IMAGE_SHAPE), dtype=np.uint8)
+        for image, (row, column) in zip(images, labels, strict=True):
+            image[row] = image[:, column] = 255
+        splits += [images, rng.permuted(labels, axis=1)]
+    return make_dataset(*splits, num_classes=10)
+
+
+def test_an_image_of_two_classes_is_right_if_both_are():
+    dataset = pairs_dataset()
+    learning = new_trainer(dataclasses.replace(CONFIG, epochs=20, reconstruction_weight=0.1), dataset)
+    half_right = 0
+    for progress in learning.run():
+        if progress.ends_epoch:
+            activations = np.asarray(learning.model().encode(jnp.asarray(dataset.test_images) / 255).activations)
+            found = [set(np.argsort(row)[-2:].tolist()) for row in activations]
+            hits = [len(both & set(labels)) for both, labels in zip(found, dataset.test_labels.tolist(), strict=True)]
+            assert progress.test == (hits.count(2), 23)
+            half_right += hits.count(1)
+    assert progress.test.accuracy > 0.8
+    assert progress.losses["accuracy"] > 0.8
+    assert half_right > 23
