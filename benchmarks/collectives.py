@@ -41,8 +41,8 @@ def main() -> None:
     from flax import nnx
 
     from capsnet_jax import CapsNet
-    from capsnet_jax.config import PRESETS
     from capsnet_jax.data import make_dataset
+    from capsnet_jax.presets import PRESETS
     from capsnet_jax.trainer import Trainer
 
     config = PRESETS[options.preset]

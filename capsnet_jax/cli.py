@@ -11,11 +11,12 @@ import tyro
 
 from capsnet_jax.check_routing import CheckRouting
 from capsnet_jax.compare import Compare
-from capsnet_jax.config import PRESETS, DataConfig
+from capsnet_jax.config import DataConfig
 from capsnet_jax.data.augmentation import describe_augmentations
 from capsnet_jax.errors import UsageError
 from capsnet_jax.evaluate import Evaluate
 from capsnet_jax.predict import Predict
+from capsnet_jax.presets import PRESETS
 from capsnet_jax.report import Report
 from capsnet_jax.routing import ROUTINGS
 from capsnet_jax.routing.binding import describe_options

@@ -19,7 +19,7 @@ from capsnet_jax.data import Dataset, configured_dataset
 from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.errors import UsageError
 from capsnet_jax.model import CapsNet
-from capsnet_jax.progress import show_progress
+from capsnet_jax.progress_bar import show_progress
 from capsnet_jax.routing import ROUTINGS
 from capsnet_jax.seeds import groups_of_seeds
 from capsnet_jax.trainer import NonFiniteLossError, Trainer

@@ -7,7 +7,7 @@ from typing import Any
 
 from capsnet_jax.errors import UsageError
 from capsnet_jax.memory import peak_memory
-from capsnet_jax.trainer import Progress, SeedProgress
+from capsnet_jax.progress import Progress, SeedProgress
 
 METRICS, EVENTS = "metrics.jsonl", "tensorboard"
 

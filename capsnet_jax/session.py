@@ -10,10 +10,11 @@ import jax
 from capsnet_jax.checkpoint import Checkpoints
 from capsnet_jax.errors import UsageError
 from capsnet_jax.metrics import MetricsLog
+from capsnet_jax.progress import Progress
 from capsnet_jax.runs import BEST, Run
 from capsnet_jax.sharding import any_process
 from capsnet_jax.signals import StoppedBySignalError, StopSignals
-from capsnet_jax.trainer import Progress, Trainer
+from capsnet_jax.trainer import Trainer
 
 
 class Session:

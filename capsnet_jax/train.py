@@ -24,7 +24,7 @@ from capsnet_jax.evaluation import Evaluation, final_line
 from capsnet_jax.figures import reconstructions_figure
 from capsnet_jax.metrics import event_writer_class
 from capsnet_jax.model import CapsNet
-from capsnet_jax.progress import show_progress
+from capsnet_jax.progress_bar import show_progress
 from capsnet_jax.runs import Run
 from capsnet_jax.seeds import SeedFolders, groups_of_seeds
 from capsnet_jax.session import Session
@@ -167,14 +167,14 @@ def picture(model: CapsNet, dataset: Dataset) -> Figure:
     images = to_unit_range(jnp.asarray(dataset.test_images[: len(labels)]))
     capsules = model.encode(images)
     predictions = most_active(np.asarray(capsules.activations), k)
-    titles = np.array([_opposite(*both) for both in zip(labels, predictions, strict=True)])
-    titles, predictions = titles.ravel(), predictions.ravel()
+    titles = np.concatenate([_opposite(*both) for both in zip(labels, predictions, strict=True)])
+    predictions = predictions.ravel()
     images, poses = (repeat(array, "b ... -> (b k) ...", k=k) for array in (images, capsules.poses))
     reconstructions = model.decode(poses, jnp.asarray(predictions))
     return reconstructions_figure(*map(np.asarray, (images, reconstructions, titles, predictions)))
 
 
-def _opposite(labels: Int[np.ndarray, " k"], predictions: Int[np.ndarray, " k"]) -> list[int]:
+def _opposite(labels: Int[np.ndarray, " k"], predictions: Int[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:
     """For each prediction the same class, if it is a label, or else one of the labels that were not predicted."""
     missed = iter(np.setdiff1d(labels, predictions))
-    return [prediction if prediction in labels else next(missed) for prediction in predictions]
+    return np.array([prediction if prediction in labels else next(missed) for prediction in predictions])

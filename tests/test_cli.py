@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 
 from capsnet_jax.cli import default_options, main
-from capsnet_jax.config import PRESETS, Config
+from capsnet_jax.config import Config
 from capsnet_jax.evaluation import evaluate, make_count_correct
+from capsnet_jax.presets import PRESETS
 from capsnet_jax.runs import load_run
 from capsnet_jax.weights import to_torch
 from tests.conftest import write_idx

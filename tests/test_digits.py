@@ -6,8 +6,9 @@ import pytest
 from flax import nnx
 
 from capsnet_jax import CapsNet
-from capsnet_jax.config import PRESETS, ModelConfig
+from capsnet_jax.config import ModelConfig
 from capsnet_jax.data import load_digits
+from capsnet_jax.presets import PRESETS
 from capsnet_jax.routing import ROUTINGS
 from capsnet_jax.trainer import fit
 

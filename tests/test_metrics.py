@@ -13,7 +13,7 @@ from capsnet_jax import UsageError, metrics
 from capsnet_jax.cli import main
 from capsnet_jax.evaluation import Evaluation
 from capsnet_jax.metrics import EVENTS, METRICS, MetricsLog
-from capsnet_jax.trainer import Progress, SeedProgress
+from capsnet_jax.progress import Progress, SeedProgress
 
 STEPS_PER_EPOCH = 5
 OF_STEPS = {"loss", "margin", "reconstruction", "accuracy", "gradient_norm"}

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from capsnet_jax import CapsNet, Capsules
-from capsnet_jax.config import PRESETS
 from capsnet_jax.losses import margin_loss, reconstruction_loss
 from capsnet_jax.precision import at_least_float32, for_products
+from capsnet_jax.presets import PRESETS
 from capsnet_jax.routing.dynamic import dynamic
 from capsnet_jax.weights import weight_table
 

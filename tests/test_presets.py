@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from capsnet_jax import CapsNet
-from capsnet_jax.config import PRESETS
 from capsnet_jax.optimizer import create_optimizer, learning_rate
+from capsnet_jax.presets import PRESETS
 from capsnet_jax.training import create_state, make_train_step
 
 # On MNIST, in all and without the decoder.
