@@ -42,8 +42,10 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             best_fn=_validation, preservation_policy=policy, cleanup_tmp_directories=True, create=True
         )
+        self._unusable: dict[int, str] = {}  # reasons, by step
         for step in _steps_of_unreadable_metrics(self.folder):  # which Orbax would not begin with
-            self._set_aside(step, "its metrics cannot be read")
+            self._unusable[step] = "its metrics cannot be read"
+            self._set_aside(step)
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
@@ -89,13 +91,13 @@ class Checkpoints:
         self._saved, self._saving = self._saving or self._saved, None
 
     def restore(self, like: Snapshot) -> Snapshot | None:
-        """The last checkpoint that is whole, or None. Those after it are renamed, told of and no longer counted.
+        """The last checkpoint that is whole, or None if there are none. Those after it are renamed, and told of.
 
         Args:
             like: any snapshot of the same training.
 
         Raises:
-            UsageError: a checkpoint is of another config.
+            UsageError: a checkpoint is of another config, or there are some and none can be used; all stay then.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -103,11 +105,19 @@ class Checkpoints:
             except UsageError:
                 raise
             except Exception as error:  # Orbax raises anything, from KeyError to what tensorstore calls ValueError
-                self._set_aside(step, _first_line(error))
-                self._manager.reload()
+                self._unusable[step] = _first_line(error)
             else:
+                # They would be in the way of those that will be written at their steps again.
+                for later in self._unusable.keys() & set(self._manager.all_steps()):
+                    self._set_aside(later)
+                self._manager.reload()
                 self._saved = step
                 return snapshot
+        if self._unusable:
+            reasons = "; ".join(f"{step}: {reason}" for step, reason in self._unusable.items())
+            raise UsageError(
+                f"None of the checkpoints in {self.folder} can be used; mend the folder, or move it away: {reasons}."
+            )
         return None
 
     def close(self) -> None:
@@ -136,8 +146,8 @@ class Checkpoints:
         structure = jax.tree.structure(like.state)
         return Snapshot(jax.tree.unflatten(structure, [arrays[name] for name in template]), np.array(record["sums"]))
 
-    def _set_aside(self, step: int, reason: str) -> None:
-        """Renames what would be in the way of the checkpoint that will be written at that step again."""
+    def _set_aside(self, step: int) -> None:
+        """Renames a checkpoint that cannot be used."""
         place = self.folder / str(step)
         aside = next(
             path for number in range(1000) if not (path := self.folder / f"unreadable-{step}-{number}").exists()
@@ -145,7 +155,7 @@ class Checkpoints:
         wait_for_all(f"unreadable-{step}")
         if jax.process_index() == 0:
             place.rename(aside)
-            self._warn(f"The checkpoint {place} cannot be used and is now {aside.name}: {reason}")
+            self._warn(f"The checkpoint {place} cannot be used and is now {aside.name}: {self._unusable[step]}")
         wait_for_all(f"aside-{step}")
 
     @contextmanager
@@ -156,8 +166,8 @@ class Checkpoints:
         except Exception as error:  # as in reading
             saved = "there is none before it" if self._saved is None else f"that of step {self._saved} is whole"
             raise UsageError(
-                f"The checkpoint {self.folder / str(self._saving)} cannot be written, and {saved}; make room and go on "
-                f"with --resume: {_first_line(error)}"
+                f"The checkpoint {self.folder / str(self._saving)} cannot be written, and {saved}; "
+                f"--resume when that is mended: {_first_line(error)}"
             ) from error
 
 
@@ -180,6 +190,8 @@ def _validation(metrics: Mapping[str, float]) -> float:
 def _steps_of_unreadable_metrics(folder: Path) -> list[int]:
     steps = []
     for path in folder.glob("[0-9]*/metrics/metrics"):
+        if not path.parents[1].name.isdigit():  # one that is not whole
+            continue
         try:
             float(json.loads(path.read_text())["validation"])
         except (ValueError, KeyError, TypeError):  # among the first are wrong JSON and wrong Unicode

@@ -1,6 +1,7 @@
 """The console command: capsnet train | evaluate | predict | report | compare | check-routing."""
 
 import argparse
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -64,9 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StoppedBySignalError as error:
         print(" ".join([f"capsnet: {error}", *error.__notes__]), file=sys.stderr)
         return 128 + error.signal
-    except KeyboardInterrupt:
-        print("capsnet: interrupted; folders keep what was saved before.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        advice = getattr(error, "__notes__", ())
+        print(" ".join(["capsnet: interrupted; folders keep what was saved before.", *advice]), file=sys.stderr)
         return 130
+    except OSError as error:
+        return _fail(2, error)
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -80,7 +84,7 @@ def parse(argv: Sequence[str]) -> Command:
             default=command(**default_options(argv[1:])),
             args=argv[1:],
             prog=f"capsnet {argv[0]}",
-            description=f"{command.__doc__}\n\n{describe_routings()}\n\n{describe_changes()}",
+            description=f"{inspect.cleandoc(command.__doc__ or '')}\n\n{describe_routings()}\n\n{describe_changes()}",
             config=(tyro.conf.OmitArgPrefixes,),
         )
     # By itself, as tyro tells an error of a dataclass under another name when there are several.
@@ -95,12 +99,15 @@ def default_options(argv: Sequence[str]) -> dict[str, Any]:
     Raises:
         UsageError: there is no such preset, or the run to go on with cannot be read.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset")
     parser.add_argument("--dataset", default=DataConfig.dataset)
     parser.add_argument("--run-dir", type=Path)
     parser.add_argument("--resume", action="store_true")
-    options, _ = parser.parse_known_args(argv)
+    try:
+        options, _ = parser.parse_known_args([_with_hyphens(argument) for argument in argv])
+    except argparse.ArgumentError:  # an option without its value, which the real parser tells of
+        options = parser.parse_args([])
     if options.resume and options.run_dir is not None and options.preset is None:
         saved = saved_options(options.run_dir)
         if saved is not None:
@@ -121,6 +128,12 @@ def describe_changes() -> str:
     """The random changes of training images, for help."""
     lines = describe_augmentations().splitlines()
     return "\n\n".join(["Changes of training images, as in --augment shift=0.1 rotation=15:", *lines])
+
+
+def _with_hyphens(argument: str) -> str:
+    """The name of an option as it is declared; with underscores it is taken, too."""
+    name, equals, value = argument.partition("=")
+    return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
 
 
 def _fail(status: int, error: Exception, advice: Sequence[str] = ()) -> int:

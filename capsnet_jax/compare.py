@@ -53,7 +53,7 @@ class Compare:
         routings = expand(self.routings)
         dataset = configured_dataset(data).cropped(Augmentation.parse(data.augment).crop)
         trainings = {routing: self.prepare(routing, dataset) for routing in routings}
-        folder = self.output or Path("runs") / f"compare-{data.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = self.output or Path("runs") / f"compare-{Path(data.dataset).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         results = open_folder(folder, self.depends_on())
         console = Console(highlight=False)
         console.print(

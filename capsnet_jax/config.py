@@ -156,7 +156,7 @@ class TrainingConfig:
     """Whether that error is the mean over the pixels, or their sum."""
     steps_per_chunk: int = 0
     """Training steps run as one program between two looks at the losses; the last chunk of an epoch may have fewer.
-    0 is one step on CPU and an epoch elsewhere."""
+    0 is one step on CPU, and an epoch elsewhere, but no more than 1,000 steps or, if streamed, 64 MB of images."""
     save_minutes: float = 1.0
     """Minutes between checkpoints, which --resume goes on from; 0 for one after every chunk. There is always one at the
     end, at a signal to stop, and for the best weights on validation."""
@@ -173,6 +173,11 @@ class TrainingConfig:
             raise UsageError(f"learning_rate is {self.learning_rate}, and must be more than 0.")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise UsageError(f"clip_norm is {self.clip_norm}, and must be more than 0.")
+        if self.learning_rate_floor > self.learning_rate:
+            raise UsageError(
+                f"learning_rate_floor is {self.learning_rate_floor}, and must be at most the learning_rate, "
+                f"{self.learning_rate}."
+            )
         if not 0 < self.learning_rate_decay < 1:
             raise UsageError(
                 f"learning_rate_decay is {self.learning_rate_decay}, and must be more than 0 and less than 1."

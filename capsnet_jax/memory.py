@@ -1,8 +1,9 @@
 """Bytes: of the device, of a program, of this process."""
 
 import math
-import os
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,9 +14,22 @@ def available_memory() -> int | float:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
-    if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return math.inf
+    return min(_available_on_host(), _available_in_group())
+
+
+def _available_on_host() -> int | float:
+    """What Linux says could be had without swapping, caches included."""
+    path = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: +(\d+) kB", path.read_text()) if path.exists() else None
+    return 1024 * int(found[1]) if found else math.inf
+
+
+def _available_in_group() -> int | float:
+    """What is left to the container or job, if it has a limit (Linux control groups, version 2)."""
+    limit, current = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if not (limit.exists() and current.exists()) or limit.read_text().strip() == "max":
+        return math.inf
+    return int(limit.read_text()) - int(current.read_text())
 
 
 def peak_memory() -> int | None:

@@ -62,7 +62,7 @@ class MetricsLog:
         self._add("epoch", progress, self._steps / self._seconds, seed.epoch, accuracies)
         self._steps, self._seconds = 0, 0.0
         reached = accuracies.get("validation_accuracy")
-        if reached is None or (self.best is not None and reached <= self.best):
+        if reached is None or (self.best is not None and reached < self.best):
             return False
         self.best = reached
         return True

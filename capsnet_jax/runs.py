@@ -8,6 +8,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 
+from capsnet_jax.comparison import replace
 from capsnet_jax.config import Config, differences
 from capsnet_jax.data import Dataset
 from capsnet_jax.errors import UsageError
@@ -16,8 +17,8 @@ from capsnet_jax.weights import load_weights, save_weights
 
 CONFIG, WEIGHTS, BEST = "config.json", "model.safetensors", "best.safetensors"
 CHECKPOINTS, PICTURE = "checkpoints", "reconstructions.png"
-# What may be another when a run is gone on with: nothing that training depends on but the number of epochs.
-MAY_CHANGE = {"data": ("data_dir", "stream"), "training": ("save_minutes", "keep_checkpoints")}
+# What may be another when a run is resumed: training does not depend on it. Images are known by their checksum.
+MAY_CHANGE = {"data": ("dataset", "data_dir", "stream"), "training": ("save_minutes", "keep_checkpoints")}
 
 
 class Run(NamedTuple):
@@ -29,6 +30,7 @@ class Run(NamedTuple):
         image_shape: height, width and number of channels of the images.
         class_names: of the classes, in order.
         labels_per_image: number of classes that an image shows.
+        data_checksum: of the images and labels, all of them.
     """
 
     folder: Path
@@ -36,12 +38,13 @@ class Run(NamedTuple):
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     labels_per_image: int = 1
+    data_checksum: int = 0
 
     @classmethod
     def of(cls, folder: Path, config: Config, dataset: Dataset) -> "Run":
         """A run of this data set."""
         labels_per_image = dataset.train_labels.shape[1] if dataset.train_labels.ndim == 2 else 1
-        return cls(folder, config, dataset.image_shape, dataset.class_names, labels_per_image)
+        return cls(folder, config, dataset.image_shape, dataset.class_names, labels_per_image, dataset.checksum())
 
     @property
     def num_classes(self) -> int:
@@ -59,10 +62,11 @@ class Run(NamedTuple):
     def fields(self) -> dict[str, Any]:
         """What `config.json` holds."""
         data = {"image_shape": list(self.image_shape), "class_names": list(self.class_names)}
-        return self.config.to_json() | data | {"labels_per_image": self.labels_per_image}
+        data |= {"labels_per_image": self.labels_per_image, "data_checksum": self.data_checksum}
+        return self.config.to_json() | data
 
     def depends_on(self) -> dict[str, Any]:
-        """The part of these fields that must stay the same for a run to be gone on with."""
+        """The part of these fields that must stay the same for a run to be resumed."""
         fields = self.fields()
         for section, names in MAY_CHANGE.items():
             for name in names:
@@ -71,32 +75,32 @@ class Run(NamedTuple):
             del fields["training"]["epochs"]
         return fields
 
-    def open_folder(self) -> None:
-        """Makes sure that a run in the folder is this one, or begins it there.
+    def check_folder(self, *, resume: bool) -> None:
+        """Makes sure that the folder is free for this run or, if it may be resumed, holds this very one.
 
         Raises:
-            UsageError: the folder holds a run of another config, or cannot be read or written.
+            UsageError: the folder holds another run, cannot be read, or is a file.
         """
-        if not (self.folder / CONFIG).exists():
-            return self.create_folder()
-        changes = differences(read_run(self.folder).depends_on(), self.depends_on())
-        if changes:
-            raise UsageError(f"The run in {self.folder} cannot be gone on with, as {'; '.join(changes)}.")
-        self._write_config("w")  # the number of epochs may be another
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"The run folder {self.folder} is a file; give another name.")
+        if (self.folder / CONFIG).exists():
+            if not resume:
+                raise UsageError(f"The run folder {self.folder} holds a run already; give a new one, or --resume, too.")
+            changes = differences(read_run(self.folder).depends_on(), self.depends_on())
+            if changes:
+                raise UsageError(f"The run in {self.folder} cannot be resumed, as {'; '.join(changes)}.")
 
-    def create_folder(self) -> None:
-        """Makes the folder and writes the config.
+    def write_config(self) -> None:
+        """Makes the folder and writes the config, in place of one before; a crash leaves one or the other.
 
         Raises:
-            UsageError: the folder holds a run already, or cannot be written.
+            UsageError: the folder cannot be written.
         """
+        path = self.folder / CONFIG
+        text = json.dumps(self.fields(), indent=2) + "\n"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write_config("x")
-        except FileExistsError as error:
-            raise UsageError(
-                f"The run folder {self.folder} holds a run already, or is a file; give a new one, or --resume, too."
-            ) from error
+            replace(path, text)
         except OSError as error:
             raise UsageError(f"The run folder {self.folder} cannot be written: {error.strerror}.") from error
 
@@ -107,11 +111,8 @@ class Run(NamedTuple):
             save_weights(partial, model)
             partial.replace(self.folder / name)
         except (OSError, SafetensorError) as error:
-            raise UsageError(f"{partial} cannot be written; make room and go on with --resume: {error}.") from error
-
-    def _write_config(self, mode: str) -> None:
-        with (self.folder / CONFIG).open(mode) as file:
-            file.write(json.dumps(self.fields(), indent=2) + "\n")
+            partial.unlink(missing_ok=True)
+            raise UsageError(f"{partial} cannot be written; --resume when that is mended: {error}.") from error
 
     def save_picture(self, figure: Figure) -> Path:
         """Writes the picture of reconstructions."""
@@ -129,15 +130,17 @@ def read_run(folder: Path) -> Run:
     try:
         fields = json.loads((folder / CONFIG).read_text())
     except FileNotFoundError as error:
-        raise UsageError(f"{folder} is not the folder of a run: it has no {CONFIG}.") from error
+        parts = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+        hint = f"; its folder {parts[0]} does" if parts else ""
+        raise UsageError(f"{folder} is not the folder of a run: it has no {CONFIG}{hint}.") from error
     except (OSError, json.JSONDecodeError) as error:
         raise UsageError(f"{folder / CONFIG} cannot be read: {error}.") from error
     try:
         image_shape, class_names = tuple(fields.pop("image_shape")), tuple(fields.pop("class_names"))
-        labels_per_image = fields.pop("labels_per_image")
+        known = fields.pop("labels_per_image"), fields.pop("data_checksum")
     except (AttributeError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder / CONFIG} lacks {error}.") from error
-    return Run(folder, Config.from_json(fields), image_shape, class_names, labels_per_image)
+        raise UsageError(f"{folder / CONFIG} is not the config of a run: {error!r}.") from error
+    return Run(folder, Config.from_json(fields), image_shape, class_names, *known)
 
 
 def load_run(folder: Path, *, best: bool = False) -> tuple[Run, CapsNet]:
@@ -154,7 +157,8 @@ def load_run(folder: Path, *, best: bool = False) -> tuple[Run, CapsNet]:
     model = run.new_model()
     path = folder / (BEST if best else WEIGHTS)
     if not path.exists():
-        why = "there was no --validation" if best else "none were saved yet"
+        no_validation = best and run.config.data.validation == 0
+        why = "there was no --validation" if no_validation else "none were saved yet"
         raise UsageError(f"{folder} has no {path.name}: {why}.")
     load_weights(path, model)
     return run, model

@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from capsnet_jax.comparison import replace as replace_file
 from capsnet_jax.errors import UsageError
 from capsnet_jax.memory import available_memory
 from capsnet_jax.runs import CHECKPOINTS, CONFIG, Run, read_run
-from capsnet_jax.sharding import any_process, wait_for_all
+from capsnet_jax.sharding import any_process
 from capsnet_jax.trainer import Trainer
 
 SEEDS = "seeds.json"  # in the folder of several runs: their seeds, and how many of them are trained side by side
@@ -51,7 +50,6 @@ class SeedFolders:
 
     def __init__(self, run: Run, seeds: Sequence[int]):
         self._run, self._seeds = run, list(seeds)
-        self._path = run.folder / SEEDS
         self.at_once = 1 if len(self._seeds) == 1 else 0
 
     def run(self, seed: int) -> Run:
@@ -60,53 +58,69 @@ class SeedFolders:
             return self._run
         training = replace(self._run.config.training, seed=seed)
         config = replace(self._run.config, training=training)
-        return self._run._replace(folder=self._run.folder / f"seed-{seed}", config=config)
+        return self._run._replace(folder=self._run.folder / folder_of_seed(seed), config=config)
 
     def checkpoints(self, seeds: Sequence[int]) -> Path:
         """The folder of the checkpoints of seeds that are trained side by side."""
         folder = self._run.folder / CHECKPOINTS
         return folder if len(self._seeds) == 1 else folder / f"seeds-{seeds[0]}-{seeds[-1]}"
 
-    def open(self, *, resume: bool) -> None:
-        """Makes the folders; or makes sure, if runs may be gone on with, that those in there are these.
+    def check(self, *, resume: bool) -> None:
+        """Makes sure that the folder is free for these runs or, if they may be resumed, holds these very ones.
 
         Raises:
-            UsageError: they are others, or the folder cannot be used.
+            UsageError: it holds others, or cannot be read.
         """
-        if jax.process_index() == 0:
-            self._refuse_others(resume=resume)  # before there is anything in the folder that does not belong there
-            for run in map(self.run, self._seeds):
-                run.open_folder() if resume else run.create_folder()
-            if len(self._seeds) > 1 and not self._path.exists():
-                self._write()
-        wait_for_all("folders")
-        before = read_seeds(self._run.folder)
-        if before is not None:
-            self.at_once = before[1]
-
-    def keep_together(self, at_once: int) -> None:
-        """Remembers how many seeds are trained side by side, if it was not known."""
-        if not self.at_once:
-            self.at_once = at_once
-            if jax.process_index() == 0:
-                self._write()
-
-    def _refuse_others(self, *, resume: bool) -> None:
-        folder, before = self._run.folder, read_seeds(self._run.folder)
+        folder = self._run.folder
+        parent = read_seeds(folder.parent)
+        if parent is not None and folder.name in map(folder_of_seed, parent[0]):
+            raise UsageError(f"{folder} is one of the runs in {folder.parent}; expected that as --run-dir.")
+        before = read_seeds(folder)
         if before is None:
             if len(self._seeds) > 1 and (folder / CONFIG).exists():
                 raise UsageError(f"The run folder {folder} holds a run from one seed; give a new one.")
         elif not resume:
-            raise UsageError(f"The run folder {folder} holds runs already; give a new one, or go on with --resume.")
-        elif before[0] != self._seeds:
-            raise UsageError(
-                f"The runs in {folder} are from seeds {_listed(before[0])}, and not {_listed(self._seeds)}."
-            )
+            raise UsageError(f"The run folder {folder} holds runs already; give a new one, or --resume, too.")
+        else:
+            seeds, self.at_once = before
+            if seeds != self._seeds:
+                raise UsageError(
+                    f"The runs in {folder} are from seeds {_listed(seeds)}, and not {_listed(self._seeds)}."
+                )
+        for run in map(self.run, self._seeds):
+            run.check_folder(resume=resume)
 
-    def _write(self) -> None:
-        partial = self._path.with_name(f"{SEEDS}.partial")
-        partial.write_text(json.dumps({"seeds": self._seeds, "at_once": self.at_once}) + "\n")
-        partial.replace(self._path)
+    def create(self) -> None:
+        """Makes the folders and writes their configs, where there are none.
+
+        Raises:
+            UsageError: they cannot be written.
+        """
+        if len(self._seeds) > 1 and not self.at_once:
+            self.keep_together(0)
+        for run in map(self.run, self._seeds):
+            if not (run.folder / CONFIG).exists():
+                run.write_config()
+
+    def keep_together(self, at_once: int) -> None:
+        """Remembers how many seeds are trained side by side; 0 if that is not known yet.
+
+        Raises:
+            UsageError: the folder cannot be written.
+        """
+        self.at_once = at_once
+        if len(self._seeds) > 1:
+            path = self._run.folder / SEEDS
+            try:
+                self._run.folder.mkdir(parents=True, exist_ok=True)
+                replace_file(path, json.dumps({"seeds": self._seeds, "at_once": at_once}) + "\n")
+            except OSError as error:
+                raise UsageError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def folder_of_seed(seed: int) -> str:
+    """The name of its folder in that of several runs."""
+    return f"seed-{seed}"
 
 
 def read_seeds(folder: Path) -> tuple[list[int], int] | None:
@@ -134,7 +148,7 @@ def saved_options(folder: Path) -> dict[str, Any] | None:
     before = read_seeds(folder)
     if before is not None:
         seeds, _ = before
-        return {"config": read_run(folder / f"seed-{seeds[0]}").config, "seeds": len(seeds)}
+        return {"config": read_run(folder / folder_of_seed(seeds[0])).config, "seeds": len(seeds)}
     return {"config": read_run(folder).config} if (folder / CONFIG).exists() else None
 
 

@@ -12,7 +12,7 @@ from capsnet_jax.errors import UsageError
 from capsnet_jax.metrics import MetricsLog
 from capsnet_jax.progress import Progress
 from capsnet_jax.runs import BEST, Run
-from capsnet_jax.sharding import any_process
+from capsnet_jax.sharding import any_process, failing_together, same_everywhere
 from capsnet_jax.signals import StoppedBySignalError, StopSignals
 from capsnet_jax.trainer import Trainer
 
@@ -28,10 +28,10 @@ class Session:
         warn: is told of checkpoints that cannot be used.
 
     Attributes:
-        start: number of the training step that it goes on from; 0 at the beginning.
+        start: number of training steps done before; 0 if there was no checkpoint.
 
     Raises:
-        UsageError: a folder cannot be used, or its checkpoints are of another config.
+        UsageError: a folder cannot be used, its checkpoints are of another config, or of later steps than the last one.
     """
 
     def __init__(
@@ -51,29 +51,42 @@ class Session:
             depends_on=runs[0].depends_on() | {"seeds": list(trainer.seeds)},
             warn=warn,
         )
-        found = self._checkpoints.restore(trainer.snapshot)
+        with failing_together():
+            found = self._checkpoints.restore(trainer.snapshot)
         if found is not None:
             trainer.snapshot = trainer.on_devices(found)
         self.start = trainer.step
-        self._logs = [
-            MetricsLog(run.folder, step=self.start, tensorboard=tensorboard) for run in runs if jax.process_index() == 0
-        ]
+        if not same_everywhere(self.start):
+            raise UsageError(
+                f"The processes see different checkpoints in {checkpoints}; expected a folder of all hosts."
+            )
+        if self.start > trainer.last_step:
+            raise UsageError(f"epochs is {config.epochs}, {trainer.last_step} steps, with {self.start} steps done.")
+        self._is_primary = jax.process_index() == 0
+        with failing_together():
+            for run in runs if self._is_primary else ():
+                run.write_config()  # the number of epochs may be another
+            self._logs = [
+                MetricsLog(run.folder, step=self.start, tensorboard=tensorboard)
+                for run in (runs if self._is_primary else ())
+            ]
 
     def train(self) -> Iterator[Progress]:
         """Trains to the last epoch, and tells how far it is after every chunk of steps.
 
         Raises:
             StoppedBySignalError: SIGTERM or SIGINT asked for it; a checkpoint of then is written.
-            NonFiniteLossError: names the first step whose loss is not finite.
-            UsageError: a checkpoint cannot be written.
+            NonFiniteLossError: names the first step whose loss or gradient is not finite.
+            UsageError: a file cannot be written.
         """
-        config, saved = self.trainer.config, time.monotonic()
+        saved = time.monotonic()
         try:
             with StopSignals() as signals:
                 for progress in self.trainer.run():
-                    due = time.monotonic() - saved >= 60 * config.save_minutes
-                    flags = self._record(progress), signals.received is not None, due
-                    is_best, stop, due = any_process(*flags)
+                    with failing_together():
+                        is_best = self._record(progress)
+                    due = time.monotonic() - saved >= 60 * self.trainer.config.save_minutes
+                    is_best, stop, due = any_process(is_best, signals.received is not None, due)
                     if is_best or stop or due or progress.step == self.trainer.last_step:
                         self._save(progress)
                         saved = time.monotonic()
@@ -86,7 +99,7 @@ class Session:
         except OSError as error:
             folder = self.runs[0].folder
             raise UsageError(
-                f"The metrics in {folder} cannot be written; make room and go on with --resume: {error}."
+                f"The metrics in {folder} cannot be written; --resume when that is mended: {error}."
             ) from error
         finally:
             self._checkpoints.close()
@@ -98,18 +111,22 @@ class Session:
         is_best = False
         for index, log in enumerate(self._logs):
             if log.write(progress, progress.seeds[index]):
-                self.runs[index].save_weights(self.trainer.model(index), BEST)
+                self.runs[index].save_weights(self.trainer.models()[index], BEST)
                 is_best = True
         return is_best
 
     def _save(self, progress: Progress) -> None:
-        for log in self._logs:
-            log.sync()
+        with failing_together():
+            for log in self._logs:
+                log.sync()
         validation = progress.validation
-        self._checkpoints.save(self.trainer.snapshot, validation=None if validation is None else validation.accuracy)
-        self._save_weights()
+        with failing_together():
+            self._checkpoints.save(
+                self.trainer.snapshot, validation=None if validation is None else validation.accuracy
+            )
+            self._save_weights()
 
     def _save_weights(self) -> None:
-        if jax.process_index() == 0:
-            for index, run in enumerate(self.runs):
-                run.save_weights(self.trainer.model(index))
+        if self._is_primary:
+            for run, model in zip(self.runs, self.trainer.models(), strict=True):
+                run.save_weights(model)

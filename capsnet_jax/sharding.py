@@ -1,5 +1,7 @@
 """Data parallelism: each device has all weights and its share of every batch; JAX's own runtime joins the hosts."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -76,6 +78,23 @@ def any_process(*flags: bool) -> tuple[bool, ...]:
     if jax.process_count() == 1:
         return flags
     return tuple(multihost_utils.process_allgather(np.array(flags)).any(axis=0).tolist())
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Within its block, which all processes have to enter, a mistake or a file that one of them meets ends all."""
+    failure = None
+    try:
+        yield
+    except (OSError, UsageError) as error:
+        failure = error
+    if any_process(failure is not None)[0]:
+        raise failure or UsageError("Another process of this run failed, and tells why.")
+
+
+def same_everywhere(number: int) -> bool:
+    """Whether all processes have this number; all of them have to ask."""
+    return jax.process_count() == 1 or len(set(multihost_utils.process_allgather(np.array(number)).tolist())) == 1
 
 
 def wait_for_all(name: str) -> None:

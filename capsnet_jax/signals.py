@@ -19,7 +19,7 @@ class StoppedBySignalError(Exception):
 
 
 class StopSignals:
-    """Within its block, SIGTERM and SIGINT are only remembered; a second one has the effect that it has elsewhere.
+    """Within its block, SIGTERM and SIGINT are only remembered; a second one is a KeyboardInterrupt.
 
     Attributes:
         received: the one that came, or None.
@@ -38,13 +38,11 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._restore()
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
         while self._before:
             number, handler = self._before.popitem()
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)

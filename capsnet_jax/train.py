@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from capsnet_jax.assessment import most_active
 from capsnet_jax.config import Config
-from capsnet_jax.data import Dataset, configured_dataset, to_unit_range
+from capsnet_jax.data import Dataset, configured_dataset, to_unit_range, with_absolute_paths
 from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.errors import UsageError
 from capsnet_jax.evaluation import Evaluation, final_line
@@ -28,7 +28,7 @@ from capsnet_jax.progress_bar import show_progress
 from capsnet_jax.runs import Run
 from capsnet_jax.seeds import SeedFolders, groups_of_seeds
 from capsnet_jax.session import Session
-from capsnet_jax.sharding import connect
+from capsnet_jax.sharding import connect, failing_together
 from capsnet_jax.signals import StoppedBySignalError
 from capsnet_jax.trainer import NonFiniteLossError, Trainer
 
@@ -68,7 +68,8 @@ class Train:
         self._check()
         if self.distributed:
             connect(self.coordinator, self.num_processes, self.process_id)
-        config, data = self.config, self.config.data
+        data = with_absolute_paths(self.config.data)
+        config = replace(self.config, data=data)
         dataset = configured_dataset(data).cropped(Augmentation.parse(data.augment).crop)
         folder = self.run_dir or Path("runs") / f"{Path(data.dataset).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         run = Run.of(folder, config, dataset)
@@ -77,20 +78,27 @@ class Train:
             run.new_model, dataset, config.training, augment=data.augment, stream=data.stream, seeds=seeds[:1]
         )
         folders = SeedFolders(run, seeds)
-        folders.open(resume=self.resume)
+        with failing_together():
+            folders.check(resume=self.resume)
+            trainer.trace()
+        with failing_together():
+            if jax.process_index() == 0:
+                folders.create()
         console = Console(highlight=False, quiet=jax.process_index() > 0)
         console.print(describe(trainer, dataset), f"Run folder: {folder}", sep="\n", soft_wrap=True)
 
         tests: list[Evaluation] = []
         try:
             for group in groups_of_seeds(trainer, seeds, at_once=folders.at_once):
-                folders.keep_together(len(group.seeds))
+                with failing_together():
+                    if not folders.at_once and jax.process_index() == 0:
+                        folders.keep_together(len(group.seeds))
                 tests += self._train(group, folders, console)
         except NonFiniteLossError as error:
             check = f"`capsnet check-routing {config.model.routing}` tells whether the routing may be to blame."
             error.add_note(f"{check} The run folder keeps what was saved before.")
             raise
-        except StoppedBySignalError as error:
+        except (StoppedBySignalError, KeyboardInterrupt) as error:
             error.add_note(f"To go on: capsnet train --resume --run-dir {shlex.quote(str(folder))}")
             raise
         if not console.quiet:
@@ -122,12 +130,13 @@ class Train:
             console.print(f"seeds {trainer.seeds[0]} to {trainer.seeds[-1]}")
         if session.start:
             console.print(f"Going on after step {session.start} of {trainer.last_step}")
+        elif self.resume:
+            console.print("There is no checkpoint to resume from; training begins.")
         epochs = trainer.config.epochs
         tests: list[Evaluation] = []
         for progress in show_progress(session.train(), epochs=epochs, start=session.start, console=console):
             tests = [seed.test for seed in progress.seeds if seed.test is not None]
-        for index, run in enumerate(runs):
-            model = trainer.model(index)
+        for run, model in zip(runs, trainer.models(), strict=True):
             if model.decoder is not None and not console.quiet:
                 run.save_picture(picture(model, trainer.dataset))
         return tests or [trainer.evaluate_test(index) for index in range(len(runs))]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Float, Int
 
@@ -25,17 +26,19 @@ from capsnet_jax.progress import Progress, SeedProgress
 from capsnet_jax.sharding import along, data_mesh, on_all, place_tree
 from capsnet_jax.training import StepMetrics, TrainState, create_state, make_train_chunk, make_train_step
 
+MOST_STEPS = 1000  # in a program that nobody can stop or watch; the full-size model takes a second or two for them
+
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss is not a number, or infinite.
+    """The loss or its gradient is not a number, or infinite.
 
     Attributes:
         seed: of the run.
         step: number of the first such step, from 1.
     """
 
-    def __init__(self, seed: int, step: int, loss: float):
-        super().__init__(f"The loss of step {step} is {loss}, from seed {seed}; training stopped.")
+    def __init__(self, what: str, seed: int, step: int, value: float):
+        super().__init__(f"The {what} of step {step} is {value}, from seed {seed}; training stopped.")
         self.seed, self.step = seed, step
 
 
@@ -66,8 +69,8 @@ class Trainer:
         num_params: number of weights of a model.
         steps_per_epoch: number of training steps in an epoch.
         graphdef: of a model in training mode, for `nnx.merge`.
-        chunk: number of them that run as one program; the last chunk of an epoch may have fewer.
-        snapshot: where training stands; set it to go on from there.
+        chunk: number of training steps that run as one program; the last chunk of an epoch may have fewer.
+        snapshot: where training stands; set it to resume from there.
 
     Raises:
         UsageError: the model cannot be built, there are fewer training images than a batch, an augmentation is unknown,
@@ -165,14 +168,16 @@ class Trainer:
         weights = self.snapshot.state.weights
         return jax.tree.map(lambda leaf: leaf[index], weights) if len(self.seeds) > 1 else weights
 
-    def model(self, index: int = 0) -> CapsNet:
-        """A model with these weights, in evaluation mode."""
-        # By way of the host, as only one of several processes may want it, which must not compute on all devices.
+    def models(self) -> list[CapsNet]:
+        """For each seed a model with these weights, in evaluation mode."""
+        # By way of the host, as only one of several processes may want them, which must not compute on all devices.
         weights = jax.device_get(self.snapshot.state.weights)
-        one = jax.tree.map(lambda leaf: jnp.array(leaf[index] if len(self.seeds) > 1 else leaf), weights)
-        model = nnx.merge(self.graphdef, one)
-        model.eval()
-        return model
+        models = []
+        for index in range(len(self.seeds)):
+            own = jax.tree.map(lambda leaf: jnp.array(leaf[index] if len(self.seeds) > 1 else leaf), weights)  # noqa: B023
+            models.append(nnx.merge(self.graphdef, own))
+            models[-1].eval()
+        return models
 
     def evaluate_test(self, index: int = 0) -> Evaluation:
         """Right answers on all test images, from one of the seeds."""
@@ -188,11 +193,38 @@ class Trainer:
             other._train_chunk, other._programs = other._new_train_chunk(), {}
         return other
 
-    def compiled(self) -> jax.stages.Compiled:
-        """The program of a chunk of steps."""
-        orders = [np.zeros((self.chunk, self.config.batch_size), np.int32) for _ in self.seeds]
-        (batches,) = self._feed.batches([self._stacked(orders)])
-        return self._program(self.chunk, batches)
+    def trace(self) -> None:
+        """Goes through a training step without numbers, for what is wrong with it to show; a second, not a compilation.
+
+        Raises:
+            UsageError: an augmentation does not fit the images, or the loss does not fit the labels.
+        """
+        jax.eval_shape(self._train_chunk, *self._arguments(self.chunk))
+
+    def compiled(self, length: int | None = None) -> jax.stages.Compiled:
+        """The program of a chunk of so many steps; by default of a whole chunk."""
+        length = length or self.chunk
+        if length not in self._programs:
+            self._programs[length] = self._train_chunk.lower(*self._arguments(length)).compile()
+        return self._programs[length]
+
+    def _arguments(self, length: int) -> tuple[Any, ...]:
+        """Shapes, dtypes and places of what a chunk of so many steps takes."""
+        many = (len(self.seeds),) if len(self.seeds) > 1 else ()
+        everywhere, shared = on_all(self.mesh), along(self.mesh, len(many) + 1)
+
+        def shaped(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(many + leaf.shape, leaf.dtype, sharding=everywhere)
+
+        state = jax.tree.map(shaped, jax.eval_shape(lambda: self._new_state(self.seeds[0])))
+        key = shaped(jax.eval_shape(lambda: jax.random.key(0)))
+        indices = (*many, length, self.config.batch_size)
+        data = self.dataset.train_images, self.dataset.train_labels
+        if self.stream:
+            batches = [jax.ShapeDtypeStruct(indices + array.shape[1:], array.dtype, sharding=shared) for array in data]
+            return state, *batches, None, key
+        whole = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=everywhere) for array in data]
+        return state, *whole, jax.ShapeDtypeStruct(indices, jnp.int32, sharding=shared), key
 
     def memory(self) -> int:
         """Bytes that a device needs at most, by XLA's own account: training images, state and what a chunk needs."""
@@ -202,7 +234,7 @@ class Trainer:
         """Trains on from the snapshot to the last epoch, and tells how far it is after every chunk of steps.
 
         Raises:
-            NonFiniteLossError: names the first step whose loss is not finite.
+            NonFiniteLossError: names the first step whose loss or gradient is not finite.
         """
         while self.step < self.last_step:
             yield from self._run_epoch()
@@ -216,15 +248,14 @@ class Trainer:
         for batches in self._feed.batches(chunks):
             start = time.perf_counter()
             length = (batches.labels if batches.indices is None else batches.indices).shape[len(self.seeds) > 1]
-            program = self._program(length, batches)
-            state, metrics = program(self.snapshot.state, *batches, step_keys)
+            state, metrics = self.compiled(length)(self.snapshot.state, *batches, step_keys)
             values = np.asarray(jax.device_get(metrics), np.float64)  # waits for the chunk
-            values = values.reshape(len(StepMetrics._fields), len(self.seeds), length)
+            values = rearrange(values, "metrics ... steps -> metrics (...) steps")
             seconds = time.perf_counter() - start
             self.snapshot = Snapshot(state, self.snapshot.sums + values.sum(axis=2).T)
             done += length
             step = epoch * self.steps_per_epoch + done
-            self._check_finite(values[0], first_step=step - length + 1)
+            self._check_finite(values, first_step=step - length + 1)
             seeds = tuple(
                 self._seed_progress(index, values[:, index].mean(axis=1), done) for index in range(len(self.seeds))
             )
@@ -253,7 +284,8 @@ class Trainer:
     def _order(self, key: Any, epoch: int) -> Int[np.ndarray, "steps b"]:
         """The images of each step of an epoch, which depend on the key and the epoch alone."""
         order = jax.random.permutation(jax.random.fold_in(key, epoch), len(self.dataset.train_images))
-        return np.asarray(order)[: self.steps_per_epoch * self.config.batch_size].reshape(self.steps_per_epoch, -1)
+        whole_batches = np.asarray(order, np.int32)[: self.steps_per_epoch * self.config.batch_size]
+        return rearrange(whole_batches, "(steps b) -> steps b", b=self.config.batch_size)
 
     def _stacked(self, orders: Sequence[np.ndarray]) -> Int[np.ndarray, "*seeds steps b"]:
         return np.stack(orders) if len(orders) > 1 else orders[0]
@@ -265,22 +297,18 @@ class Trainer:
         if jax.default_backend() == "cpu":  # where a loop gains nothing, and the losses are seen the sooner
             return 1
         if not self.stream:
-            return self.steps_per_epoch
+            return MOST_STEPS
         image = self.dataset.train_images[0]
         return max(STREAMED_BYTES // (image.nbytes * self.config.batch_size * len(self.seeds)), 1)
 
-    def _program(self, length: int, batches: Any) -> Any:
-        """The compiled program of a chunk of so many steps."""
-        if length not in self._programs:
-            arguments = (self.snapshot.state, *batches, self._keys[1])
-            self._programs[length] = self._train_chunk.lower(*arguments).compile()
-        return self._programs[length]
-
-    def _check_finite(self, losses: Float[np.ndarray, "seeds steps"], *, first_step: int) -> None:
-        steps, places = np.nonzero(~np.isfinite(losses.T))
-        if steps.size:
-            place, step = places[0], steps[0]
-            raise NonFiniteLossError(self.seeds[place], first_step + int(step), float(losses[place, step]))
+    def _check_finite(self, values: Float[np.ndarray, "metrics seeds steps"], *, first_step: int) -> None:
+        for name in ("total", "gradient_norm"):
+            numbers = values[StepMetrics._fields.index(name)]
+            steps, places = np.nonzero(~np.isfinite(numbers.T))
+            if steps.size:
+                place, step = places[0], steps[0]
+                what = "loss" if name == "total" else "gradient"
+                raise NonFiniteLossError(what, self.seeds[place], first_step + int(step), float(numbers[place, step]))
 
 
 def fit(
@@ -305,14 +333,14 @@ def fit(
 
     Raises:
         UsageError: at once, as `Trainer`.
-        NonFiniteLossError: names the first step whose loss is not finite.
+        NonFiniteLossError: names the first step whose loss or gradient is not finite.
     """
     trainer = Trainer(lambda seed: model, dataset, config, augment=augment, stream=stream)
 
     def run() -> Iterator[Progress]:
         for progress in trainer.run():
             if progress.ends_epoch:
-                nnx.update(model, nnx.state(trainer.model(), (nnx.Param, nnx.BatchStat)))
+                nnx.update(model, nnx.state(trainer.models()[0], (nnx.Param, nnx.BatchStat)))
             yield progress
 
     return run()

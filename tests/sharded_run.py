@@ -44,7 +44,7 @@ def train(variant: str) -> dict[str, np.ndarray]:
         "right": np.array([step.test for step in progress if step.test is not None]),
     }
     for index in range(len(trainer.seeds)):
-        results |= {f"{index} {name}": array for name, array in to_torch(trainer.model(index)).items()}
+        results |= {f"{index} {name}": array for name, array in to_torch(trainer.models()[index]).items()}
     return results
 
 

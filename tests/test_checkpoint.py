@@ -1,5 +1,6 @@
 """Checkpoints: exact, or not used; what is damaged is told of, and the one before it serves."""
 
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -13,8 +14,9 @@ from capsnet_jax import CapsNet, UsageError
 from capsnet_jax.checkpoint import Checkpoints
 from capsnet_jax.cli import main
 from capsnet_jax.config import TrainingConfig
+from capsnet_jax.runs import read_run
 from capsnet_jax.trainer import Snapshot, Trainer
-from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset
+from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset, write_idx_folder
 from tests.test_cli import SMALL as SMALL_OPTIONS
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, ema_decay=0.9, clip_norm=0.5)
@@ -120,6 +122,15 @@ def test_flipped_bytes_of_weights_are_noticed_by_their_checksum(saved, folder):
     assert "the checksum of " in warnings[0]
 
 
+def test_if_none_can_be_used_none_is_touched(saved, folder):
+    """As if it was not the files that are at fault, but the disk that they are read from."""
+    for step in "12":
+        shutil.rmtree(folder / step / "state")
+    with pytest.raises(UsageError, match=r"None of the checkpoints in .* can be used; .*: 2: .*; 1: "):
+        checkpoints(folder).restore(saved[1].snapshot)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
 def test_an_empty_checkpoint_is_skipped(saved, folder):
     (folder / "7").mkdir()
     warnings: list[str] = []
@@ -185,7 +196,7 @@ def test_a_full_disk_is_one_sentence_and_earlier_checkpoints_stay(saved, folder)
             store.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert f"{folder / '3'} cannot be written, and that of step 2 is whole; make room and go on" in str(error.value)
+    assert f"{folder / '3'} cannot be written, and that of step 2 is whole; --resume when" in str(error.value)
     assert str(error.value).count("\n") == 0
     assert_same(checkpoints(folder).restore(trainer.snapshot), saved[2][1])
 
@@ -198,13 +209,30 @@ def train(idx_folder: Path, run_dir: Path, *more: str) -> int:
 def test_a_run_is_not_gone_on_with_by_other_options(idx_folder, tmp_path, capsys):
     assert train(idx_folder, tmp_path / "run", "--epochs", "1") == 0
     assert train(idx_folder, tmp_path / "run", "--learning-rate", "0.02", "--num-iterations", "2") == 2
-    message = "cannot be gone on with, as learning_rate was 0.01 and is 0.02; num_iterations was 3 and is 2."
+    message = "cannot be resumed, as learning_rate was 0.01 and is 0.02; num_iterations was 3 and is 2."
     assert message in capsys.readouterr().err
     # More epochs are no other run.
     assert train(idx_folder, tmp_path / "run", "--epochs", "3") == 0
     assert "Going on after step 6 of 18" in capsys.readouterr().out
     assert main(["train", "--run-dir", str(tmp_path / "run"), "--resume"]) == 0
     assert "Going on after step 18 of 18" in capsys.readouterr().out
+    assert train(idx_folder, tmp_path / "run", "--epochs", "2") == 2
+    assert "epochs is 2, 12 steps, with 18 steps done" in capsys.readouterr().err
+    assert read_run(tmp_path / "run").config.training.epochs == 3
+
+
+def test_a_run_is_not_gone_on_with_by_other_images(idx_folder, tmp_path, capsys):
+    """Wherever they are; and the folder may have moved."""
+    assert train(idx_folder, tmp_path / "run", "--epochs", "1") == 0
+    moved = idx_folder.rename(tmp_path / "moved")
+    assert train(moved, tmp_path / "run", "--epochs", "2") == 0
+    dataset = make_small_dataset()
+    labels = dataset.train_labels.copy()
+    labels[3] = (labels[3] + 1) % 10
+    other = write_idx_folder(tmp_path / "other", dataset._replace(train_labels=labels))
+    capsys.readouterr()
+    assert train(other, tmp_path / "run", "--epochs", "3") == 2
+    assert re.search(r"cannot be resumed, as data_checksum was \d+ and is \d+\.", capsys.readouterr().err)
 
 
 def test_checkpoints_of_another_preset_are_refused(idx_folder, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Data sets, as arrays."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def load_dataset(name: str, data_dir: Path | None = None, *, image_size: tuple[i
             those of a folder are to be resized.
     """
     if data_dir is not None and not data_dir.is_dir():
-        raise UsageError(f"The data folder {data_dir} does not exist.")
+        raise UsageError(f"The data folder {data_dir} {'is a file' if data_dir.exists() else 'does not exist'}.")
     path = _path_of(name)
     if path is not None and path.is_dir():
         from capsnet_jax.data.folder import load_image_folder  # Pillow is needed for this only
@@ -74,6 +75,17 @@ def load_dataset(name: str, data_dir: Path | None = None, *, image_size: tuple[i
     from capsnet_jax.data.tfds import load_tfds  # slow to import, and an extra
 
     return load_tfds(name, data_dir)
+
+
+def with_absolute_paths(data: DataConfig) -> DataConfig:
+    """The same configuration, for whoever reads it from another folder.
+
+    Raises:
+        UsageError: the data set is a path that does not exist.
+    """
+    path = _path_of(data.dataset)
+    name = data.dataset if path is None else str(path.absolute())
+    return replace(data, dataset=name, data_dir=None if data.data_dir is None else data.data_dir.absolute())
 
 
 def _path_of(name: str) -> Path | None:

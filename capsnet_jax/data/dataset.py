@@ -1,5 +1,6 @@
 """A data set as arrays: its parts, its splits and what every source is checked for."""
 
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,6 +39,14 @@ class Dataset(NamedTuple):
         """Height, width and number of channels of the images that a model sees, those of the test split."""
         height, width, channels = self.test_images.shape[1:]
         return height, width, channels
+
+    def checksum(self) -> int:
+        """A number that is another if any image or label of any split is, or their order."""
+        checksum = 0
+        for array in self[:4] + self[5:]:
+            if array is not None:
+                checksum = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, checksum)
+        return checksum
 
     def limited(self, train_limit: int | None) -> "Dataset":
         """The same with only the first so many training images; None for all.

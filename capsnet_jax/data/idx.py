@@ -59,6 +59,8 @@ def read_idx(path: Path, *, ndim: int) -> UInt8[np.ndarray, "..."]:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UsageError(f"{path} is truncated or not a gzip file: {error}.") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
     magic = bytes((0, 0, 8, ndim))
     if content[:4] != magic:
         raise UsageError(
