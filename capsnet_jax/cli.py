@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import tyro
 
 from capsnet_jax.check_routing import CheckRouting
@@ -49,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0 if all went well, 1 if training met a loss that is not finite or a check failed, 2 if the user has to mend
-        something, and 128 plus the number of the signal if stopped by one: 130 by Ctrl-C, 143 by SIGTERM.
+        0 if all went well, 1 if training met a loss that is not finite, memory was not enough or a check failed, 2 if
+        the user has to mend something, and 128 plus the number of the signal if stopped by one: 130 by Ctrl-C, 143 by
+        SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     sys.path.insert(0, "")  # a routing of the user's own is looked for where they are, as `python` would
@@ -61,16 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _fail(2, error)
     except NonFiniteLossError as error:
-        return _fail(1, error, error.__notes__)
+        return _fail(1, error, _notes(error))
     except StoppedBySignalError as error:
-        print(" ".join([f"capsnet: {error}", *error.__notes__]), file=sys.stderr)
+        print(" ".join([f"capsnet: {error}", *_notes(error)]), file=sys.stderr)
         return 128 + error.signal
     except KeyboardInterrupt as error:
-        advice = getattr(error, "__notes__", ())
-        print(" ".join(["capsnet: interrupted; folders keep what was saved before.", *advice]), file=sys.stderr)
+        print(" ".join(["capsnet: interrupted; folders keep what was saved before.", *_notes(error)]), file=sys.stderr)
         return 130
     except OSError as error:
         return _fail(2, error)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        advice = "A smaller --batch-size needs less, and so do --accumulate, --recompute-routing and --stream True."
+        return _fail(1, UsageError(f"The device has not enough memory: {str(error).splitlines()[0]}"), [advice])
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -134,6 +140,11 @@ def _with_hyphens(argument: str) -> str:
     """The name of an option as it is declared; with underscores it is taken, too."""
     name, equals, value = argument.partition("=")
     return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
+
+
+def _notes(error: BaseException) -> Sequence[str]:
+    """What the command added for the user to do. Others have notes of JAX, on its own stack traces."""
+    return getattr(error, "__notes__", ())
 
 
 def _fail(status: int, error: Exception, advice: Sequence[str] = ()) -> int:

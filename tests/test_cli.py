@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import matplotlib.image
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from capsnet_jax.config import Config
 from capsnet_jax.evaluation import evaluate, make_count_correct
 from capsnet_jax.presets import PRESETS
 from capsnet_jax.runs import load_run
+from capsnet_jax.trainer import Trainer
 from capsnet_jax.weights import to_torch
 from tests.conftest import write_idx
 
@@ -99,6 +101,17 @@ def test_a_loss_that_is_not_finite_keeps_what_was_saved(idx_folder, tmp_path, ca
     assert train(idx_folder, tmp_path / "run", "--learning-rate", "1e30") == 1
     assert re.search(r"The loss of step \d+ is (nan|inf)", capsys.readouterr().err)
     assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_too_little_memory_is_a_sentence_that_says_what_needs_less(idx_folder, tmp_path, monkeypatch, capsys):
+    def exhausted(self):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nDetails")
+
+    monkeypatch.setattr(Trainer, "run", exhausted)
+    assert train(idx_folder, tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert "not enough memory: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes. A smaller" in error
+    assert error.count("\n") == 1
 
 
 def test_evaluation_on_images_of_another_shape_is_an_error(run_dir, idx_folder, capsys):

@@ -29,8 +29,8 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def in_processes(commands: list[list[str]], num_devices: int) -> list[str]:
-    """Runs the commands side by side; returns what each printed."""
+def in_processes(commands: list[list[str]], num_devices: int, *, status: int = 0) -> list[str]:
+    """Runs the commands side by side, to end with this status; returns what each printed."""
     processes = [
         subprocess.Popen(
             [sys.executable, *command],
@@ -43,7 +43,7 @@ def in_processes(commands: list[list[str]], num_devices: int) -> list[str]:
     ]
     outputs = [process.communicate(timeout=500)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+        assert process.returncode == status, output
     return outputs
 
 
@@ -97,19 +97,22 @@ def test_devices_that_do_not_divide_a_batch_are_an_error(monkeypatch, tmp_path, 
 def test_a_distributed_run_is_one_run(idx_folder, tmp_path):
     """Two processes by the command, gone on with by two more."""
 
-    def run(epochs: int) -> list[str]:
+    def run(epochs: int, *more: str, status: int = 0) -> list[str]:
         data = ["--dataset", "mnist", "--data-dir", str(idx_folder), "--run-dir", str(tmp_path / "run")]
         program = "import sys; from capsnet_jax.cli import main; sys.exit(main())"
         joined = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2"]
-        options = ["train", *data, *SMALL, "--resume", "--epochs", str(epochs), *joined]
-        return in_processes([["-c", program, *options, "--process-id", number] for number in "01"], num_devices=1)
+        options = ["train", *data, *SMALL, "--epochs", str(epochs), *joined, *more]
+        commands = [["-c", program, *options, "--process-id", number] for number in "01"]
+        return in_processes(commands, num_devices=1, status=status)
 
     primary, other = run(1)
     assert "epoch 1/1  step 6 " in primary
     assert "epoch" not in other
-    primary, other = run(2)
+    primary, other = run(2, "--resume")
     assert "Going on after step 6 of 12" in primary
     assert "epoch" not in other
+    for output in run(3, status=2):  # none of them waits for another
+        assert "holds a run already; give a new one, or --resume, too" in output
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 14
     assert main(["evaluate", str(tmp_path / "run")]) == 0
