@@ -131,8 +131,8 @@ class TrainingConfig:
     learning_rate: float = 1e-3
     """Step size of Adam."""
     schedule: Literal["constant", "exponential", "cosine"] = "constant"
-    """How the step size falls: not at all, by a factor every so many steps, or as a cosine down to the floor at the
-    last step."""
+    """How the step size falls: not at all, by a factor every so many steps, or as a cosine that would reach the
+    floor after the last step."""
     learning_rate_decay: float = 0.96
     """That factor."""
     learning_rate_decay_steps: int = 2000
@@ -140,7 +140,7 @@ class TrainingConfig:
     learning_rate_floor: float = 0.0
     """The step size falls no further than this."""
     warmup_steps: int = 0
-    """Training steps over which the step size first rises from zero."""
+    """Training steps over which the step size first rises, in equal parts, of which the first step has one."""
     clip_norm: float | None = None
     """Gradients whose norm over all weights is larger are scaled down to it."""
     ema_decay: float = 0.0

@@ -26,7 +26,7 @@ class MetricsLog:
         tensorboard: whether TensorBoard events are written as well.
 
     Attributes:
-        best: the best accuracy on validation so far, or None.
+        best: the best accuracy on validation so far, or None. Of equal ones the last counts.
 
     Raises:
         UsageError: TensorBoard's writer is not installed.
