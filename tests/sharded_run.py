@@ -19,10 +19,8 @@ from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset
 
 CONFIG = TrainingConfig(epochs=2, batch_size=16, learning_rate=0.01, steps_per_chunk=2)
 VARIANTS = {
-    "plain": {},
-    "batch norm, streamed": {"batch_norm": True, "stream": True},
-    "seeds, in parts": {"seeds": (0, 1), "accumulate": 2},
-    "seeds, streamed": {"seeds": (0, 1), "stream": True},
+    "batch norm": {"batch_norm": True},
+    "seeds, in parts, streamed": {"seeds": (0, 1), "accumulate": 2, "stream": True},
 }
 
 

@@ -24,7 +24,7 @@ def run_dir(idx_folder, tmp_path, small_dataset, small_model):
     """A run whose best weights are not its last."""
     config = Config(ModelConfig(**SMALL), DataConfig("mnist", idx_folder, train_limit=10, validation=0.3))
     run = Run.of(tmp_path / "run", config, small_dataset)
-    run.create_folder()
+    run.write_config()
     save_weights(run.folder / WEIGHTS, small_model)
     save_weights(run.folder / BEST, CapsNet(IMAGE_SHAPE, 10, **SMALL, rngs=nnx.Rngs(1)))
     return run.folder

@@ -28,7 +28,7 @@ def new_run(folder, image_shape=IMAGE_SHAPE, labels_per_image=1, **data) -> Run:
 def run_dir(tmp_path, small_model):
     """A run of models whose capsules are long enough to tell apart by two decimals."""
     run = new_run(tmp_path / "run")
-    run.create_folder()
+    run.write_config()
     for name, seed in ((WEIGHTS, 0), (BEST, 1)):
         save_weights(run.folder / name, new_model(seed))
     return run.folder
@@ -79,7 +79,7 @@ def test_as_many_classes_are_told_as_images_have():
 
 def test_the_run_knows_how_many_classes_to_tell(tmp_path, files, capsys):
     run = new_run(tmp_path / "pairs", labels_per_image=2)
-    run.create_folder()
+    run.write_config()
     save_weights(run.folder / WEIGHTS, new_model(0))
     Predict(run.folder, (files[0],)).run()
     first, _, second = capsys.readouterr().out.removeprefix(f"{files[0]}: ").split()[:3]
