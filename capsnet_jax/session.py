@@ -102,9 +102,9 @@ class Session:
                 f"The metrics in {folder} cannot be written; --resume when that is mended: {error}."
             ) from error
         finally:
-            self._checkpoints.close()
             for log in self._logs:
                 log.close()
+            self._checkpoints.close()
 
     def _record(self, progress: Progress) -> bool:
         """Writes the metrics, and the weights that are best on validation; tells whether any are."""
