@@ -15,7 +15,8 @@ from capsnet_jax.cli import main
 from tests.test_cli import SMALL
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.slow
+# In one process, as all are compared with the same run on one device.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sharding")]
 
 
 def environment(num_devices: int) -> dict[str, str]:
