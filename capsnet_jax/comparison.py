@@ -14,6 +14,7 @@ import numpy as np
 from capsnet_jax.config import differences
 from capsnet_jax.errors import UsageError
 from capsnet_jax.figures import comparison_figure
+from capsnet_jax.files import replace_file
 
 CONFIG, RESULTS = "config.json", "results.jsonl"
 TABLE, SHEET, FIGURE = "comparison.md", "comparison.csv", "comparison.png"
@@ -85,7 +86,7 @@ def open_folder(folder: Path, depends_on: Mapping[str, Any]) -> dict[str, Result
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            replace(path, json.dumps(depends_on, indent=2) + "\n")
+            replace_file(path, json.dumps(depends_on, indent=2) + "\n")
             return {}
         before = json.loads(path.read_text())
         results = read_results(folder)
@@ -111,26 +112,19 @@ def read_results(folder: Path) -> dict[str, Result]:
 
 def write_results(folder: Path, results: Iterable[Result]) -> None:
     """Writes the results, a line for each routing."""
-    replace(folder / RESULTS, "".join(json.dumps(asdict(result)) + "\n" for result in results))
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a file in place of the one before; a crash leaves one or the other."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    replace_file(folder / RESULTS, "".join(json.dumps(asdict(result)) + "\n" for result in results))
 
 
 def write_report(folder: Path, results: Iterable[Result]) -> None:
     """Writes the table, as Markdown and CSV, and the figure."""
     results = list(results)
-    replace(folder / TABLE, f"{table(results)}\n\n{NOTES}\n")
+    replace_file(folder / TABLE, f"{table(results)}\n\n{NOTES}\n")
     rows = [result.summary() for result in results]
     sheet = io.StringIO()
     writer = csv.DictWriter(sheet, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    replace(folder / SHEET, sheet.getvalue())
+    replace_file(folder / SHEET, sheet.getvalue())
     errors = {result.routing: result.test_errors for result in results if result.status == "ok"}
     failures = {result.routing: result.status for result in results if result.status != "ok"}
     comparison_figure(errors, failures).savefig(folder / FIGURE)

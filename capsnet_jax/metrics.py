@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from capsnet_jax.errors import UsageError
+from capsnet_jax.files import replace_file
 from capsnet_jax.memory import peak_memory
 from capsnet_jax.progress import Progress, SeedProgress
 
@@ -38,9 +39,7 @@ class MetricsLog:
         kept = [line for line in lines if line["step"] <= step]
         validations = [line["validation_accuracy"] for line in kept if "validation_accuracy" in line]
         self.best: float | None = max(validations, default=None)
-        partial = path.with_name(f"{METRICS}.partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(path)
+        replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._events = new_event_writer(folder / EVENTS, step) if tensorboard else None
         self._file = path.open("a")
         self._steps, self._seconds = 0, 0.0  # of the epoch; the latter for an image in each

@@ -8,10 +8,10 @@ from flax import nnx
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 
-from capsnet_jax.comparison import replace
 from capsnet_jax.config import Config, differences
 from capsnet_jax.data import Dataset
 from capsnet_jax.errors import UsageError
+from capsnet_jax.files import replace_file
 from capsnet_jax.model import CapsNet
 from capsnet_jax.weights import load_weights, save_weights
 
@@ -100,7 +100,7 @@ class Run(NamedTuple):
         text = json.dumps(self.fields(), indent=2) + "\n"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            replace(path, text)
+            replace_file(path, text)
         except OSError as error:
             raise UsageError(f"The run folder {self.folder} cannot be written: {error.strerror}.") from error
 

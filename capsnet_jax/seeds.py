@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from capsnet_jax.comparison import replace as replace_file
 from capsnet_jax.errors import UsageError
+from capsnet_jax.files import replace_file
 from capsnet_jax.memory import available_memory
 from capsnet_jax.runs import CHECKPOINTS, CONFIG, Run, read_run
 from capsnet_jax.sharding import any_process

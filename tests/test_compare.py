@@ -23,7 +23,7 @@ from capsnet_jax.figures import comparison_figure
 from capsnet_jax.ops import capsule_norm
 from capsnet_jax.routing import ROUTINGS, uniform
 from capsnet_jax.trainer import Trainer
-from tests.conftest import IMAGE_SHAPE, make_small_dataset, write_idx
+from tests.conftest import IMAGE_SHAPE, make_small_dataset, write_idx_folder
 from tests.conftest import SMALL as SMALL_MODEL
 from tests.test_cli import SMALL
 
@@ -64,15 +64,7 @@ HARD, ALSO_UNIFORM, DIVERGING = (f"tests.test_compare:{name}" for name in ("hard
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("idx")
-    dataset = make_small_dataset()
-    for prefix, images, labels in (
-        ("train", dataset.train_images, dataset.train_labels),
-        ("t10k", dataset.test_images, dataset.test_labels),
-    ):
-        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images[..., 0])
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels.astype(np.uint8))
-    return folder
+    return write_idx_folder(tmp_path_factory.mktemp("data") / "idx", make_small_dataset())
 
 
 def run(data_dir: Path, output: Path, *more: str) -> int:
