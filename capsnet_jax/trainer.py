@@ -18,15 +18,14 @@ from capsnet_jax.data import Dataset
 from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.errors import UsageError
 from capsnet_jax.evaluation import Evaluation, evaluate, make_count_correct
-from capsnet_jax.feeding import STREAMED_BYTES, Feed, should_stream
+from capsnet_jax.feeding import Feed, should_stream
 from capsnet_jax.memory import program_memory
 from capsnet_jax.model import CapsNet
 from capsnet_jax.optimizer import create_optimizer, learning_rate
+from capsnet_jax.programs import ChunkPrograms, steps_per_chunk
 from capsnet_jax.progress import Progress, SeedProgress
 from capsnet_jax.sharding import along, data_mesh, on_all, place_tree
-from capsnet_jax.training import StepMetrics, TrainState, create_state, make_train_chunk, make_train_step
-
-MOST_STEPS = 1000  # in a program that nobody can stop or watch; the full-size model takes a second or two for them
+from capsnet_jax.training import StepMetrics, TrainState, create_state
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -103,32 +102,26 @@ class Trainer:
             )
         self.mesh = data_mesh(config.batch_size // config.accumulate)
         self.stream = should_stream(images) if stream is None else stream
-        self.chunk = min(config.steps_per_chunk or self._default_chunk(), self.steps_per_epoch)
+        self.chunk = min(steps_per_chunk(dataset, config, len(self.seeds), stream=self.stream), self.steps_per_epoch)
         self._learning_rate = jax.jit(learning_rate(config, self.steps_per_epoch))
         self._optimizer = create_optimizer(config, self.steps_per_epoch)
         model.train()
         self.graphdef = nnx.graphdef(model)
-        self._train_chunk = self._new_train_chunk()
-        self._programs: dict[int, Any] = {}
+        self._programs = self._new_programs()
         self._count_correct = make_count_correct(self.graphdef, along(self.mesh, 0))
 
-    def _new_train_chunk(self) -> Any:
-        config = self.config
-        train_step = make_train_step(
+    def _new_programs(self) -> ChunkPrograms:
+        return ChunkPrograms(
             self.graphdef,
             self._optimizer,
-            accumulate=config.accumulate,
-            ema_decay=config.ema_decay,
-            precision=config.precision,
-            loss=config.loss,
-            reconstruction_weight=config.reconstruction_weight,
-            reconstruction_error=config.reconstruction_error,
+            jax.eval_shape(lambda: self._new_state(self.seeds[0])),
+            self.dataset,
+            self.config,
+            augmentation=self._augmentation,
+            mesh=self.mesh,
+            num_seeds=len(self.seeds),
+            stream=self.stream,
         )
-        train_chunk = make_train_chunk(train_step, augmentation=self._augmentation, sharding=along(self.mesh, 0))
-        if len(self.seeds) > 1:
-            data = 0 if self.stream else None
-            train_chunk = jax.vmap(train_chunk, in_axes=(0, data, data, 0, 0))
-        return jax.jit(train_chunk, donate_argnums=0)
 
     @cached_property
     def _feed(self) -> Feed:
@@ -190,7 +183,7 @@ class Trainer:
         for name in ("snapshot", "_keys"):
             vars(other).pop(name, None)
         if len(other.seeds) != len(self.seeds):
-            other._train_chunk, other._programs = other._new_train_chunk(), {}
+            other._programs = other._new_programs()
         return other
 
     def trace(self) -> None:
@@ -199,32 +192,11 @@ class Trainer:
         Raises:
             UsageError: an augmentation does not fit the images, or the loss does not fit the labels.
         """
-        jax.eval_shape(self._train_chunk, *self._arguments(self.chunk))
+        self._programs.trace(self.chunk)
 
     def compiled(self, length: int | None = None) -> jax.stages.Compiled:
         """The program of a chunk of so many steps; by default of a whole chunk."""
-        length = length or self.chunk
-        if length not in self._programs:
-            self._programs[length] = self._train_chunk.lower(*self._arguments(length)).compile()
-        return self._programs[length]
-
-    def _arguments(self, length: int) -> tuple[Any, ...]:
-        """Shapes, dtypes and places of what a chunk of so many steps takes."""
-        many = (len(self.seeds),) if len(self.seeds) > 1 else ()
-        everywhere, shared = on_all(self.mesh), along(self.mesh, len(many) + 1)
-
-        def shaped(leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(many + leaf.shape, leaf.dtype, sharding=everywhere)
-
-        state = jax.tree.map(shaped, jax.eval_shape(lambda: self._new_state(self.seeds[0])))
-        key = shaped(jax.eval_shape(lambda: jax.random.key(0)))
-        indices = (*many, length, self.config.batch_size)
-        data = self.dataset.train_images, self.dataset.train_labels
-        if self.stream:
-            batches = [jax.ShapeDtypeStruct(indices + array.shape[1:], array.dtype, sharding=shared) for array in data]
-            return state, *batches, None, key
-        whole = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=everywhere) for array in data]
-        return state, *whole, jax.ShapeDtypeStruct(indices, jnp.int32, sharding=shared), key
+        return self._programs.compiled(length or self.chunk)
 
     def memory(self) -> int:
         """Bytes that a device needs at most, by XLA's own account: training images, state and what a chunk needs."""
@@ -243,8 +215,9 @@ class Trainer:
         epoch, done = divmod(self.step, self.steps_per_epoch)
         order_keys, step_keys = self._keys
         batch_size = self.config.batch_size
-        orders = self._stacked([self._order(key, epoch) for key in order_keys])
-        chunks = [orders[..., start : start + self.chunk, :] for start in range(done, self.steps_per_epoch, self.chunk)]
+        orders = [self._order(key, epoch) for key in order_keys]
+        order = np.stack(orders) if len(orders) > 1 else orders[0]
+        chunks = [order[..., start : start + self.chunk, :] for start in range(done, self.steps_per_epoch, self.chunk)]
         for batches in self._feed.batches(chunks):
             start = time.perf_counter()
             length = (batches.labels if batches.indices is None else batches.indices).shape[len(self.seeds) > 1]
@@ -287,19 +260,8 @@ class Trainer:
         whole_batches = np.asarray(order, np.int32)[: self.steps_per_epoch * self.config.batch_size]
         return rearrange(whole_batches, "(steps b) -> steps b", b=self.config.batch_size)
 
-    def _stacked(self, orders: Sequence[np.ndarray]) -> Int[np.ndarray, "*seeds steps b"]:
-        return np.stack(orders) if len(orders) > 1 else orders[0]
-
     def _new_state(self, seed: int) -> TrainState:
         return create_state(self._new_model(seed), self._optimizer, average=self.config.ema_decay > 0)[1]
-
-    def _default_chunk(self) -> int:
-        if jax.default_backend() == "cpu":  # where a loop gains nothing, and the losses are seen the sooner
-            return 1
-        if not self.stream:
-            return MOST_STEPS
-        image = self.dataset.train_images[0]
-        return max(STREAMED_BYTES // (image.nbytes * self.config.batch_size * len(self.seeds)), 1)
 
     def _check_finite(self, values: Float[np.ndarray, "metrics seeds steps"], *, first_step: int) -> None:
         for name in ("total", "gradient_norm"):
@@ -309,38 +271,3 @@ class Trainer:
                 place, step = places[0], steps[0]
                 what = "loss" if name == "total" else "gradient"
                 raise NonFiniteLossError(what, self.seeds[place], first_step + int(step), float(numbers[place, step]))
-
-
-def fit(
-    model: CapsNet,
-    dataset: Dataset,
-    config: TrainingConfig,
-    *,
-    augment: Sequence[str] = (),
-    stream: bool | None = None,
-) -> Iterator[Progress]:
-    """Trains a model, and tells how far it is after every chunk of steps.
-
-    Args:
-        model: the initial weights; at the end of every epoch it is given the weights of then.
-        dataset: training and test images; only the former are changed.
-        config: epochs, batch size, learning rate and so on.
-        augment: names of the random changes; see `Augmentation`.
-        stream: as for `Trainer`.
-
-    Returns:
-        An iterator; what it does is done while it is gone through.
-
-    Raises:
-        UsageError: at once, as `Trainer`.
-        NonFiniteLossError: names the first step whose loss or gradient is not finite.
-    """
-    trainer = Trainer(lambda seed: model, dataset, config, augment=augment, stream=stream)
-
-    def run() -> Iterator[Progress]:
-        for progress in trainer.run():
-            if progress.ends_epoch:
-                nnx.update(model, nnx.state(trainer.models()[0], (nnx.Param, nnx.BatchStat)))
-            yield progress
-
-    return run()

@@ -10,7 +10,7 @@ from flax import nnx
 from capsnet_jax import CapsNet
 from capsnet_jax.config import TrainingConfig
 from capsnet_jax.evaluation import evaluate, make_count_correct
-from capsnet_jax.trainer import fit
+from capsnet_jax.fit import fit
 from capsnet_jax.weights import from_torch, to_torch
 from tests.conftest import IMAGE_SHAPE, SMALL
 

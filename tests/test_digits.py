@@ -8,9 +8,9 @@ from flax import nnx
 from capsnet_jax import CapsNet
 from capsnet_jax.config import ModelConfig
 from capsnet_jax.data import load_digits
+from capsnet_jax.fit import fit
 from capsnet_jax.presets import PRESETS
 from capsnet_jax.routing import ROUTINGS
-from capsnet_jax.trainer import fit
 
 DIGITS = PRESETS["digits"]
 pytestmark = pytest.mark.slow

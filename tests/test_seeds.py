@@ -8,8 +8,9 @@ from flax import nnx
 
 from capsnet_jax import CapsNet, seeds
 from capsnet_jax.config import TrainingConfig
+from capsnet_jax.fit import fit
 from capsnet_jax.seeds import groups_of_seeds
-from capsnet_jax.trainer import Trainer, fit
+from capsnet_jax.trainer import Trainer
 from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, learning_rate=0.003)

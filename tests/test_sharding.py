@@ -67,10 +67,12 @@ def test_training_is_the_same_however_many_devices_share_it(num_devices, num_pro
     shared = results_of(tmp_path / "results.npz", num_devices, num_processes)
     assert (alone.pop("devices", 1), shared.pop("devices")) == (1, num_devices * num_processes)
     assert alone.keys() == shared.keys()
-    for name, expected in alone.items():
-        scale = np.abs(expected).max()
-        tolerance = 1e-12
-        assert np.abs(shared[name] - expected).max() <= tolerance * scale, name
+    errors = {name: np.abs(shared[name] - expected).max() / np.abs(expected).max() for name, expected in alone.items()}
+    losses, weights = (
+        max(errors[name] for name in errors if name.endswith("losses") == is_loss) for is_loss in (True, False)
+    )
+    print(f"\nlosses are off by at most {losses:.1e}, weights by {weights:.1e}")  # as docs/scaling.md has it
+    assert {name: error for name, error in errors.items() if not error <= 1e-12} == {}
     first, last = alone["batch norm: losses"][[0, -1], 0, 0]
     assert last < 0.97 * first
 

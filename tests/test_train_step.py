@@ -153,7 +153,7 @@ def test_bfloat16_is_for_training_alone(monkeypatch, small_dataset):
     batch = small_dataset.test_images, small_dataset.test_labels, np.ones(23, bool)
     assert "bf16" not in str(jax.make_jaxpr(rounding._count_correct)(state.weights, *batch))
     batch = images[None], labels[None], None, jax.random.key(0)
-    assert "bf16" in str(jax.make_jaxpr(rounding._train_chunk)(state, *batch))
+    assert "bf16" in str(jax.make_jaxpr(rounding._programs.train_chunk)(state, *batch))
 
 
 def pairs_dataset():

@@ -14,7 +14,8 @@ from capsnet_jax import UsageError, evaluation, trainer, training
 from capsnet_jax.config import TrainingConfig
 from capsnet_jax.evaluation import evaluate, make_count_correct
 from capsnet_jax.feeding import Feed
-from capsnet_jax.trainer import NonFiniteLossError, Trainer, fit
+from capsnet_jax.fit import fit
+from capsnet_jax.trainer import NonFiniteLossError, Trainer
 from capsnet_jax.training import StepMetrics, create_state
 from capsnet_jax.weights import to_torch
 
