@@ -75,6 +75,8 @@ class ModelConfig:
     """Number of routing iterations."""
     standardize_images: bool = False
     """Each image by itself is given mean 0 and deviation 1 before the first layer; reconstructions stay in [0, 1]."""
+    routing_implementation: Literal["auto", "votes", "fused"] = "auto"
+    """How dynamic routing is computed: from votes, without them in little memory, or as is best on this machine."""
     recompute_routing: bool = False
     """Votes and routing are computed again in the backward pass: less memory for more time."""
 

@@ -4,17 +4,24 @@ XLA's own convolution is what a GPU wants. On CPU, its gradient with respect to 
 two orders of magnitude slower than the same sums written as one matrix product.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from capsnet_jax.fourier import Tiling, fourier, num_products, possible_tilings
+
 Images = Float[Array, "b height width channels"]
 Kernel = Float[Array, "kernel_height kernel_width channels features"]
 Features = Float[Array, "b out_height out_width features"]
+
+COST_OF_SPECTRA = 1.3
+COST_OF_TRANSFORMS = 3.0
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -30,7 +37,7 @@ def convolve(images: Images, kernel: Kernel, stride: int) -> Features:
         The features where the kernel fits: out_height = (height - kernel_height) // stride + 1.
     """
     return jax.lax.platform_dependent(
-        images, kernel, cpu=partial(matrix_product, stride=stride), default=partial(native, stride=stride)
+        images, kernel, cpu=cheapest_on_cpu(images, kernel, stride), default=partial(native, stride=stride)
     )
 
 
@@ -68,6 +75,36 @@ def matrix_product(images: Images, kernel: Kernel, stride: int) -> Features:
     return patches @ rearrange(kernel, "height width channels features -> (height width channels) features")
 
 
+def cheapest_on_cpu(images: Images, kernel: Kernel, stride: int) -> Callable[[Images, Kernel], Features]:
+    """The formulation that a CPU should be fastest with, for arrays of these shapes."""
+    batch_size, height, width, channels = images.shape
+    kernel_height, kernel_width, _, num_features = kernel.shape
+    outputs = positions_after((height, width), (kernel_height, kernel_width), stride)
+
+    def of_spectra(tilings: tuple[Tiling, Tiling]) -> float:
+        rows, columns = tilings
+        tiles, inputs = rows.tiles * columns.tiles * batch_size, stride**2 * channels
+        transforms = (
+            tiles * inputs * rows.pixels * columns.pixels
+            + inputs * num_features * rows.taps * columns.taps
+            + tiles * num_features * rows.outputs * columns.outputs
+        )
+        return num_products(*tilings) * (
+            COST_OF_SPECTRA * tiles * inputs * num_features + COST_OF_TRANSFORMS * transforms
+        )
+
+    direct = batch_size * math.prod(outputs) * math.prod(kernel.shape)
+    tilings = product(
+        possible_tilings(outputs[0], kernel_height, stride), possible_tilings(outputs[1], kernel_width, stride)
+    )
+    best = min(tilings, key=of_spectra, default=None)
+    exact = jnp.finfo(images.dtype).bits >= 32  # in bfloat16 the transforms would lose too much
+    # Across devices the gradient of each spectrum would be summed by itself, not that of the kernel.
+    if best is None or not exact or jax.device_count() > 1 or of_spectra(best) >= direct:
+        return partial(matrix_product, stride=stride)
+    return partial(fourier, stride=stride, tilings=best)
+
+
 def _taps(
     images: Images, kernel: Float[Array, "kernel_height kernel_width ..."], stride: int
 ) -> list[Float[Array, "b out_height out_width channels"]]:
@@ -92,11 +129,14 @@ def _backward(stride: int, operands: tuple[Images, Kernel], cotangent: Features)
     # The patches, 32 times the images for the reference model, are cheaper to cut again than to keep.
     def pullback(formulation: Callable[..., Features]) -> Callable[..., tuple[Images, Kernel]]:
         def pull(images: Images, kernel: Kernel, cotangent: Features) -> tuple[Images, Kernel]:
-            return jax.vjp(partial(formulation, stride=stride), images, kernel)[1](cotangent)
+            return jax.vjp(formulation, images, kernel)[1](cotangent)
 
         return pull
 
-    return jax.lax.platform_dependent(*operands, cotangent, cpu=pullback(matrix_product), default=pullback(native))
+    on_cpu = cheapest_on_cpu(*operands, stride)
+    return jax.lax.platform_dependent(
+        *operands, cotangent, cpu=pullback(on_cpu), default=pullback(partial(native, stride=stride))
+    )
 
 
 convolve.defvjp(_forward, _backward)

@@ -46,6 +46,7 @@ def new_capsule_layers(
     *,
     matrix_poses: bool,
     shared_class_transform: bool,
+    implementation: str,
     **options: Any,
 ) -> list[CapsuleLayer | ConvCapsules]:
     """The layers above the primary capsules, each made for the grid, groups and pose size of the one below."""
@@ -72,7 +73,9 @@ def new_capsule_layers(
                 )
             )
         else:
-            layers.append(CapsuleLayer(math.prod(grid) * groups, dim, out_capsules, out_dim, **options))
+            in_capsules = math.prod(grid) * groups
+            dense = CapsuleLayer(in_capsules, dim, out_capsules, out_dim, implementation=implementation, **options)
+            layers.append(dense)
         grid, groups, dim = (1, 1), out_capsules, out_dim
     return layers
 

@@ -14,10 +14,11 @@ from capsnet_jax.errors import UsageError
 from capsnet_jax.initializers import TORCH, Initializer, Scheme, new_param, unit_variance_uniform
 from capsnet_jax.ops import capsule_norm, exponential_squash, squash
 from capsnet_jax.precision import at_least_float32
-from capsnet_jax.routing import Routing, get_routing
+from capsnet_jax.routing import FUSED, Routing, get_routing
 from capsnet_jax.stem import Convolution, Features
 
 SQUASHES = {"squash": squash, "exponential": exponential_squash}
+IMPLEMENTATIONS = ("auto", "votes", "fused")
 
 
 class PrimaryCapsules(nnx.Module):
@@ -115,13 +116,16 @@ class CapsuleLayer(nnx.Module):
         out_dim: pose size of the output capsules.
         routing: a name in `ROUTINGS`, `package.module:function`, or the function itself; see `get_routing`.
         num_iterations: number of routing iterations, for routings that iterate.
-        recompute: votes and routing are computed again in the backward pass, in place of being kept for it.
+        implementation: "votes", which any routing works on; "fused", without votes, for routings in `FUSED`; or "auto",
+            the latter where it can be had. Both compute the same.
+        recompute: votes and routing are computed again in the backward pass, in place of being kept for it; "fused"
+            always does that.
         initializer: distribution of the weight, given the number of inputs of an output.
         param_dtype: dtype of the weights.
         rngs: source of the initial weights.
 
     Raises:
-        UsageError: the routing is unknown or refuses its arguments.
+        UsageError: the routing is unknown or refuses its arguments, or there is no such implementation of it.
     """
 
     def __init__(
@@ -133,12 +137,15 @@ class CapsuleLayer(nnx.Module):
         *,
         routing: str | Callable[..., Routed] = "dynamic",
         num_iterations: int = 3,
+        implementation: str = "auto",
         recompute: bool = False,
         initializer: Callable[[int], Initializer] = unit_variance_uniform,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.routing = get_routing(routing, num_iterations=num_iterations)
+        fused_function(self.routing, implementation)  # may refuse
+        self.implementation = implementation
         self.recompute = recompute
         shape = (in_capsules, in_dim, out_capsules, out_dim)
         self.weight = new_param(initializer(in_dim), shape, param_dtype, rngs)
@@ -150,6 +157,9 @@ class CapsuleLayer(nnx.Module):
 
     def route(self, capsules: Capsules) -> Routed:
         """The output capsules together with the couplings of every vote."""
+        fused = fused_function(self.routing, self.implementation)
+        if fused is not None:
+            return fused(capsules.poses, self.weight[...], **self._routing_weights())
         return (jax.checkpoint(self._route) if self.recompute else self._route)(capsules)
 
     def votes(self, poses: Float[Array, "b i d"]) -> Float[Array, "b i o h"]:
@@ -158,12 +168,31 @@ class CapsuleLayer(nnx.Module):
         return at_least_float32(jnp.einsum("bid,idoh->bioh", poses.astype(weight.dtype), weight))
 
     def _route(self, capsules: Capsules) -> Routed:
-        weights = {name: weight[...] for name, weight in self.routing_weights.items()}
+        weights = self._routing_weights()
 
         def route(votes: Float[Array, "i o h"], activations: Float[Array, " i"], poses: Float[Array, "i d"]) -> Routed:
             return self.routing(votes, activations, poses=poses, **weights)
 
         return jax.vmap(route)(self.votes(capsules.poses), capsules.activations, capsules.poses)
+
+    def _routing_weights(self) -> dict[str, Array]:
+        return {name: weight[...] for name, weight in self.routing_weights.items()}
+
+
+def fused_function(routing: Routing, implementation: str) -> Callable[..., Routed] | None:
+    """The routing without votes, if that is what this implementation means; None if it is of votes.
+
+    Raises:
+        UsageError: there is no such implementation, or none of this routing.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise UsageError(f"routing_implementation is {implementation!r}; expected {', '.join(IMPLEMENTATIONS)}.")
+    if implementation == "fused" and routing.fused is None:
+        known = ", ".join(function.__name__ for function in FUSED)
+        raise UsageError(f"Routing {routing.name} has no implementation without votes; expected {known}.")
+    # Across devices the gradient of each chunk of the weight would be summed by itself, not all gradients at once.
+    alone = jax.device_count() == 1
+    return routing.fused if implementation == "fused" or (implementation == "auto" and alone) else None
 
 
 def new_routing_weights(

@@ -52,6 +52,7 @@ class CapsNet(nnx.Module):
         routing: a name in `ROUTINGS`, `package.module:function`, or the function itself; for all capsule layers. See
             `get_routing`.
         num_iterations: number of routing iterations.
+        routing_implementation: "votes", "fused" or "auto"; see `CapsuleLayer`.
         standardize_images: whether each image by itself is given mean 0 and deviation 1 before the first layer; see
             `ops.standardize_images`. Reconstructions are of the images as they are.
         recompute_routing: whether votes and routing are computed again in the backward pass, in place of being kept
@@ -96,6 +97,7 @@ class CapsNet(nnx.Module):
         initial_weights: str = "torch",
         routing: str | Callable[..., Routed] = "dynamic",
         num_iterations: int = 3,
+        routing_implementation: str = "auto",
         standardize_images: bool = False,
         recompute_routing: bool = False,
         param_dtype: DTypeLike = jnp.float32,
@@ -141,6 +143,7 @@ class CapsNet(nnx.Module):
             [*hidden_capsules, (num_classes, class_dim)],
             matrix_poses=matrix_poses,
             shared_class_transform=shared_class_transform,
+            implementation=routing_implementation,
             routing=get_routing(routing, num_iterations=num_iterations),
             recompute=recompute_routing,
             initializer=scheme.einsum,
