@@ -6,9 +6,9 @@ size wraps around is none of the features of the tile. The Fourier transform mak
 features for each frequency.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,12 +70,11 @@ def fourier(images: Images, kernel: Kernel, stride: int, tilings: tuple[Tiling, 
     pixels, taps = _phases_of_images(images, stride, *tilings), _phases_of_kernel(kernel, stride, *tilings)
     rows, columns = tilings
 
-    def add_part(features: Array, part: Transforms) -> tuple[Array, None]:
+    def features_of(part: Transforms) -> Float[Array, "outputs b f"]:
         products = jnp.einsum("pbc,pcf->pbf", *_spectra(part, pixels, taps))
-        return features + jnp.einsum("po,pbf->obf", part.features, products), None
+        return jnp.einsum("po,pbf->obf", part.features, products)
 
-    zeros = jnp.zeros((rows.outputs * columns.outputs, pixels.shape[1], taps.shape[2]), images.dtype)
-    features, _ = jax.lax.scan(add_part, zeros, _parts(tilings, pixels, taps))
+    features = _sum_over_parts(features_of, _parts(tilings, pixels, taps))
     features = rearrange(features, "(i j) (m n b) f -> b (m i) (n j) f", i=rows.outputs, m=rows.tiles, n=columns.tiles)
     height, width = ((images.shape[axis + 1] - kernel.shape[axis]) // stride + 1 for axis in (0, 1))
     return features[:, :height, :width]
@@ -101,17 +100,14 @@ def _backward(
         n=columns.tiles,
     )
 
-    def add_part(gradients: tuple[Array, Array], part: Transforms) -> tuple[tuple[Array, Array], None]:
+    def gradients_of(part: Transforms) -> tuple[Float[Array, "pixels b c"], Float[Array, "taps c f"]]:
         spectra_of_pixels, spectra_of_taps = _spectra(part, pixels, taps)
         products = jnp.einsum("po,obf->pbf", part.features, cotangent)
         of_pixels = jnp.einsum("pbf,pcf->pbc", products, spectra_of_taps)
         of_taps = jnp.einsum("pbc,pbf->pcf", spectra_of_pixels, products)
-        of_pixels = jnp.einsum("pn,pbc->nbc", part.images, of_pixels)
-        of_taps = jnp.einsum("pt,pcf->tcf", part.kernel, of_taps)
-        return (gradients[0] + of_pixels, gradients[1] + of_taps), None
+        return jnp.einsum("pn,pbc->nbc", part.images, of_pixels), jnp.einsum("pt,pcf->tcf", part.kernel, of_taps)
 
-    zeros = jnp.zeros_like(pixels), jnp.zeros_like(taps)
-    (of_pixels, of_taps), _ = jax.lax.scan(add_part, zeros, _parts(tilings, pixels, taps))
+    of_pixels, of_taps = _sum_over_parts(gradients_of, _parts(tilings, pixels, taps))
     return *pull_pixels(of_pixels), *pull_taps(of_taps)
 
 
@@ -179,13 +175,26 @@ def _parts(
     return Transforms(*(cut(matrix) for matrix in matrices))
 
 
+def _sum_over_parts(function: Callable[[Transforms], Any], parts: Transforms) -> Any:
+    """The first part is by itself: to write zeros and add to them takes longer than to write a result."""
+    first, others = (jax.tree.map(lambda matrices, at=at: matrices[at], parts) for at in (0, slice(1, None)))
+
+    def add(total: Any, part: Transforms) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    total, _ = jax.lax.scan(add, function(first), others)
+    return total
+
+
 def _spectra(
     part: Transforms, pixels: Float[Array, "pixels b c"], taps: Float[Array, "taps c f"]
 ) -> tuple[Float[Array, "p b c"], Float[Array, "p c f"]]:
     return jnp.einsum("pn,nbc->pbc", part.images, pixels), jnp.einsum("pt,tcf->pcf", part.kernel, taps)
 
 
-def _phases_of_images(images: Images, stride: int, rows: Tiling, columns: Tiling) -> Float[Array, "pixels b phases_c"]:
+def _phases_of_images(
+    images: Images, stride: int, rows: Tiling, columns: Tiling
+) -> Float[Array, "pixels tiles_b phases_c"]:
     """Tiles along the batch axis, the pixels of a tile as one axis, and the phases as channels."""
     height, width = (axis.outputs * axis.tiles + axis.taps - 1 for axis in (rows, columns))
     phases = rearrange(

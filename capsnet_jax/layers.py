@@ -117,7 +117,8 @@ class CapsuleLayer(nnx.Module):
         routing: a name in `ROUTINGS`, `package.module:function`, or the function itself; see `get_routing`.
         num_iterations: number of routing iterations, for routings that iterate.
         implementation: "votes", which any routing works on; "fused", without votes, for routings in `FUSED`; or "auto",
-            the latter where it can be had. Both compute the same.
+            the latter where it can be had and there is one device. Both compute the same; "fused" has no derivative in
+            forward mode (`jax.jvp`).
         recompute: votes and routing are computed again in the backward pass, in place of being kept for it; "fused"
             always does that.
         initializer: distribution of the weight, given the number of inputs of an output.

@@ -12,6 +12,7 @@ from capsnet_jax.config import TrainingConfig
 from capsnet_jax.data import Dataset
 from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.feeding import STREAMED_BYTES
+from capsnet_jax.memory import compile_lean
 from capsnet_jax.sharding import along, on_all
 from capsnet_jax.training import TrainState, make_train_chunk, make_train_step
 
@@ -87,7 +88,7 @@ class ChunkPrograms:
     def compiled(self, length: int) -> jax.stages.Compiled:
         """The program of a chunk of so many steps."""
         if length not in self._compiled:
-            self._compiled[length] = self.train_chunk.lower(*self._arguments(length)).compile()
+            self._compiled[length] = compile_lean(self.train_chunk, *self._arguments(length))
         return self._compiled[length]
 
     def _arguments(self, length: int) -> tuple[Any, ...]:

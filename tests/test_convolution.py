@@ -1,11 +1,13 @@
 """Every formulation of the convolution is the one of XLA, forward and gradients."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from capsnet_jax.convolution import convolve, matrix_product, native
+from capsnet_jax.convolution import convolve, matrix_product, native, positions_after
 
 # height, width, channels; kernel height, kernel width; stride; features
 CASES = [
@@ -26,13 +28,12 @@ def test_values_and_gradients_are_those_of_xla(case, dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
         images = jnp.asarray(rng.normal(size=(3, height, width, channels)), dtype)
         kernel = jnp.asarray(rng.normal(size=(kernel_height, kernel_width, channels, features)), dtype)
-        expected, expected_pull = jax.vjp(lambda *args: native(*args, stride=stride), images, kernel)
-        actual, pull = jax.vjp(lambda *args: convolve(*args, stride), images, kernel)
-        cotangent = jnp.asarray(rng.normal(size=expected.shape), dtype)
-        results = (actual, *pull(cotangent))
-        for name, ours, theirs in zip(
-            ("value", "images", "kernel"), results, (expected, *expected_pull(cotangent)), strict=True
-        ):
+        outputs = positions_after((height, width), (kernel_height, kernel_width), stride)
+        cotangent = jnp.asarray(rng.normal(size=(3, *outputs, features)), dtype)
+        actual, expected = (
+            value_and_pull(formulation, stride, images, kernel, cotangent) for formulation in (convolve, native)
+        )
+        for name, ours, theirs in zip(("value", "images", "kernel"), actual, expected, strict=True):
             assert ours.shape == theirs.shape, name
             assert ours.dtype == theirs.dtype == dtype, name
             assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max(), name
@@ -44,11 +45,9 @@ def test_in_bfloat16_it_is_nearly_the_same_and_cotangents_are_in_bfloat16(formul
     images, kernel, cotangent = (
         jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((3, 10, 11, 4), (3, 4, 4, 5), (3, 4, 4, 5))
     )
-    exact = [array.astype(jnp.float32) for array in (images, kernel)]
-    expected, expected_pull = jax.vjp(lambda *args: native(*args, 2), *exact)
-    actual, pull = jax.vjp(lambda *args: formulation(*args, 2), images, kernel)
-    expected = (expected, *expected_pull(cotangent.astype(jnp.float32)))
-    for ours, theirs in zip((actual, *pull(cotangent)), expected, strict=True):
+    exact = [array.astype(jnp.float32) for array in (images, kernel, cotangent)]
+    expected = value_and_pull(native, 2, *exact)
+    for ours, theirs in zip(value_and_pull(formulation, 2, images, kernel, cotangent), expected, strict=True):
         assert ours.dtype == jnp.bfloat16
         assert np.abs(ours.astype(jnp.float32) - theirs).max() <= 1e-2 * np.abs(theirs).max()
 
@@ -61,9 +60,26 @@ def test_under_jit_and_vmap_it_is_the_same():
         np.testing.assert_allclose(one, native(image, kernel, 2), rtol=1e-5, atol=1e-5)
 
 
-def test_on_cpu_it_is_a_matrix_product_and_elsewhere_the_native_convolution():
-    args = jnp.zeros((1, 9, 9, 2)), jnp.zeros((3, 3, 2, 4))
-    traced = jax.jit(lambda *args: convolve(*args, 2)).trace(*args)
+# Images and kernel, with stride 2; the second is the reference model's, which a CPU does by spectra if it is alone.
+@pytest.mark.parametrize("shapes", [((1, 9, 9, 8), (3, 3, 8, 4)), ((64, 20, 20, 256), (9, 9, 256, 256))], ids=str)
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_on_cpu_it_is_matrix_products_and_elsewhere_the_native_convolution(shapes, num_devices, monkeypatch):
+    monkeypatch.setattr("jax.device_count", lambda: num_devices)
+    arguments = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    traced = jax.jit(jax.grad(lambda *args: convolve(*args, 2).sum(), argnums=(0, 1))).trace(*arguments)
     on_cpu, on_gpu = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda"))
-    assert "stablehlo.convolution" not in on_cpu
     assert "stablehlo.convolution" in on_gpu
+    assert "stablehlo.convolution" not in on_cpu
+    assert "stablehlo.dot_general" in on_cpu
+    by_patches = f"x{math.prod(shapes[1][:3])}xf32>" in on_cpu  # rows of all that is under the kernel
+    assert by_patches == (num_devices == 2 or shapes[1] == (3, 3, 8, 4))
+
+
+def value_and_pull(formulation, stride, images, kernel, cotangent):
+    """Features and both gradients."""
+
+    def pulled(images, kernel, cotangent):
+        value, pull = jax.vjp(lambda *args: formulation(*args, stride), images, kernel)
+        return value, *pull(cotangent)
+
+    return jax.jit(pulled, compiler_options={"xla_backend_optimization_level": 0})(images, kernel, cotangent)

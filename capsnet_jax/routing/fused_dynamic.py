@@ -63,8 +63,12 @@ def fused_dynamic(
         if they are, they take memory for each example, input and output capsule, as elsewhere.
 
     Raises:
-        UsageError: `num_iterations` is less than 1.
+        UsageError: `num_iterations` is less than 1, or poses and weight are not of the same input capsules.
     """
+    if poses.shape[1:] != weight.shape[:2]:
+        raise UsageError(
+            f"Routing dynamic: poses are {poses.shape}, weight is {weight.shape}; expected [b i d] and [i d o h]."
+        )
     if num_iterations < 1:
         raise UsageError(f"Routing dynamic: num_iterations is {num_iterations}, and must be at least 1.")
     inputs, _, outputs, size = weight.shape
@@ -212,8 +216,9 @@ def _over_chunks(step: Callable[[Any, Any, int], Any], initial: Any, operands: O
     bytes_of_capsule = 4 * dim * outputs * (batch_size + size)  # of its share of the projections and of the weight
 
     def run(chunk_bytes: int, initial: Any) -> Any:
-        number = -(-inputs // max(chunk_bytes // bytes_of_capsule, 1))
-        length = -(-inputs // number)
+        most = min(max(chunk_bytes // bytes_of_capsule, 1), inputs)
+        # Chunks of one length, if there is a fair one, need no second program for what is left over.
+        length = next((length for length in range(most, most // 2, -1) if inputs % length == 0), most)
         whole = inputs // length
         carry = jax.lax.fori_loop(0, whole, lambda chunk, carry: step(carry, chunk * length, length), initial)
         return step(carry, whole * length, inputs % length) if inputs % length else carry
