@@ -1,4 +1,4 @@
-"""The console command: capsnet train | evaluate | predict | report | compare | check-routing."""
+"""The console command: capsnet train | evaluate | predict | report | compare | check-routing | benchmark."""
 
 import argparse
 import inspect
@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import tyro
 
+from capsnet_jax.benchmark.command import Benchmark
 from capsnet_jax.check_routing import CheckRouting
 from capsnet_jax.compare import Compare
 from capsnet_jax.config import DataConfig
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "report": Report,
     "compare": Compare,
     "check-routing": CheckRouting,
+    "benchmark": Benchmark,
 }
 
 

@@ -90,9 +90,9 @@ def divergences(pair: Pair) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     assert set(ours) == set(theirs)
     assert set(grads) == set(torch_grads)
     for name in theirs:  # under jit, JAX sorts the keys of a dict
-        yield name, np.asarray(ours[name]), theirs[name].detach().numpy()
+        yield name, np.asarray(ours[name]), theirs[name].numpy(force=True)
     for name in reversed(grads):  # from the output back to the input
-        yield f"gradient {name}", grads[name], torch_grads[name].numpy()
+        yield f"gradient {name}", grads[name], torch_grads[name].numpy(force=True)
 
 
 def to_channels_first(images: Any) -> torch.Tensor:

@@ -124,7 +124,8 @@ def in_torch(case: Case, dtype: str) -> dict[str, np.ndarray]:
     coefficients = make_coefficients(case, dtype)
     total = sum(torch.sum(torch.tensor(coefficients[name]) * routed[name]) for name in coefficients)
     gradients = torch.autograd.grad(total, tuple(inputs.values()), materialize_grads=True)
-    return _named({name: array.detach() for name, array in routed.items()}, dict(zip(inputs, gradients, strict=True)))
+    routed = {name: array.numpy(force=True) for name, array in routed.items()}  # from a GPU, too
+    return _named(routed, {name: array.numpy(force=True) for name, array in zip(inputs, gradients, strict=True)})
 
 
 def _named(routed: dict[str, Any], gradients: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -134,13 +135,15 @@ def _named(routed: dict[str, Any], gradients: dict[str, Any]) -> dict[str, np.nd
     return {name: np.asarray(array) for name, array in named.items()}
 
 
-def compare(case: Case, name: str, actual: np.ndarray, expected: np.ndarray) -> float:
+def compare(
+    case: Case, name: str, actual: np.ndarray, expected: np.ndarray, *, tolerance: float | None = None
+) -> float:
     """Asserts that they are close, or both zero if they have to be; returns the scale-relative error."""
     if name == "gradient of activations" and case.name in IGNORE_ACTIVATIONS:
         np.testing.assert_array_equal(actual, np.zeros_like(expected), err_msg=name)
         np.testing.assert_array_equal(expected, np.zeros_like(expected), err_msg=name)
         return 0.0
-    return assert_close(name, actual, expected, tolerance=TOLERANCE[str(expected.dtype)])
+    return assert_close(name, actual, expected, tolerance=tolerance or TOLERANCE[str(expected.dtype)])
 
 
 @pytest.mark.parametrize("case", every_case(), ids=str)

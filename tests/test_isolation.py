@@ -6,11 +6,13 @@ import sys
 import pytest
 
 MODULES = {
-    "capsnet_jax": """assessment check_routing checkpoint cli compare conv_capsules convolution data.augmentation
-        data.folder data.npz data.synthetic data.tfds decoder encoder evaluate evaluation feeding files figures fit
-        layers losses memory metrics model ops optimizer precision predict presets programs progress progress_bar
-        report routing runs seeds session sharding signals stem train trainer training weights""",
-    "capsnet_torch": "conv_capsules layers losses model ops routing routing.binding training",
+    "capsnet_jax": """
+        assessment benchmark.command benchmark.jax_work benchmark.worker check_routing checkpoint cli compare
+        conv_capsules convolution data.augmentation data.folder data.npz data.synthetic data.tfds decoder
+        encoder evaluate evaluation feeding files figures fit layers losses memory metrics model ops optimizer
+        precision predict presets programs progress progress_bar report routing runs seeds session sharding
+        signals stem train trainer training weights""",
+    "capsnet_torch": "augmentation benchmark conv_capsules layers losses model ops routing routing.binding training",
 }
 FORBIDDEN = {"capsnet_jax": ["torch", "capsnet_torch"], "capsnet_torch": ["jax", "flax", "optax", "capsnet_jax"]}
 

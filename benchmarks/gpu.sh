@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Every measurement and check that needs a GPU, in less than ten minutes and without a network:
+#
+#     benchmarks/gpu.sh [FOLDER [PART ...]]
+#
+# FOLDER is where JSON, CSV, figure and log go (benchmarks/results). A PART is epoch, float32, bfloat16, parts, votes,
+# parity or scaling; all of them are done if none is named. PYTHON names the interpreter (python); PATIENCE=2 doubles the
+# time limits, of parts that need it; SMALL=1 does the same on CPU in tiny sizes, to see that all of it works.
+#
+# If a part fails, the others are done all the same, and the exit status is 1.
+set -uo pipefail
+folder=$(realpath -m "${1:-$(dirname "$0")/results}")
+chosen=" ${*:2} "
+python=${PYTHON:-python}
+mkdir -p "$folder" || exit
+cd "$(dirname "$0")/.." || exit
+
+if [[ ${SMALL:-} ]]; then
+    export JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES=
+    device=cpu-small rows=(jax torch-eager) patience=5
+    model=(--preset digits --image-shape 8 8 1 --batch-size 8 --rounds 2)
+    parts=(inference dispatch epoch)
+    epoch=(--small --batch-size 8 --epochs 2) parity=(--num-iterations 0) scaling=(--small --rounds 2)
+else
+    export XLA_PYTHON_CLIENT_PREALLOCATE=false # PyTorch has its share of the same card
+    device=gpu rows=(jax torch-eager torch-compile) patience=${PATIENCE:-1}
+    model=(--batch-size 256 --rounds 9)
+    parts=(inference stem primary votes routing decoder optimizer augmentation dispatch epoch)
+    epoch=() parity=(--device gpu --num-iterations 3) scaling=(--seconds $((70 * patience)))
+fi
+exec > >(tee -a "$folder/$device.log") 2>&1
+
+summary=() failed=0
+
+# Does a part, if it is wanted, in so many seconds at most: part NAME SECONDS ARGUMENTS-OF-PYTHON...
+part() {
+    local name=$1 limit=$((patience * $2)) start=$SECONDS status told
+    [[ $chosen == "  " || $chosen == *" $name "* ]] || return 0
+    echo "=== $name"
+    timeout --kill-after=5 "$limit" "$python" "${@:3}"
+    status=$?
+    ((status == 0)) || failed=1
+    case $status in
+        0) told=ok ;;
+        124 | 137) told="not done in $limit s" ;;
+        *) told="failed with status $status" ;;
+    esac
+    summary+=("$(printf '%-10s %4d s  %s' "$name" $((SECONDS - start)) "$told")")
+}
+
+# The same of `capsnet benchmark`: bench NAME SECONDS OPTIONS...
+bench() {
+    part "$1" "$2" -c 'import sys; from capsnet_jax.cli import main; sys.exit(main(["benchmark", *sys.argv[1:]]))' \
+        "${model[@]}" --json "$folder/$device-$1.json" "${@:3}"
+}
+
+# 9 minutes and 20 seconds at most, and 35 seconds more if every part has to be killed.
+part epoch 45 benchmarks/whole_epoch.py "${epoch[@]}" --json "$folder/$device-epoch.json"
+bench float32 105 --precision float32 --rows "${rows[@]}" --measure step gemm
+bench bfloat16 105 --precision bfloat16 --rows "${rows[@]}" --measure step gemm
+bench parts 85 --precision bfloat16 --rows jax torch-eager --measure "${parts[@]}"
+bench votes 40 --precision float32 --rows jax --measure step routing --routing-implementation votes
+part parity 95 -m parity_tests.table "${parity[@]}"
+part scaling 85 benchmarks/scaling_curves.py "${scaling[@]}" --output "$folder/$device-scaling"
+
+echo "=== $folder"
+printf '%s\n' "${summary[@]}"
+exit "$failed"
