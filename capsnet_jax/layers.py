@@ -19,6 +19,7 @@ from capsnet_jax.stem import Convolution, Features
 
 SQUASHES = {"squash": squash, "exponential": exponential_squash}
 IMPLEMENTATIONS = ("auto", "votes", "fused")
+FEWEST_EXAMPLES = 16  # with fewer, votes are faster on CPU; with more, they are slower; see docs/performance.md
 
 
 class PrimaryCapsules(nnx.Module):
@@ -117,8 +118,8 @@ class CapsuleLayer(nnx.Module):
         routing: a name in `ROUTINGS`, `package.module:function`, or the function itself; see `get_routing`.
         num_iterations: number of routing iterations, for routings that iterate.
         implementation: "votes", which any routing works on; "fused", without votes, for routings in `FUSED`; or "auto",
-            the latter where it can be had and there is one device. Both compute the same; "fused" has no derivative in
-            forward mode (`jax.jvp`).
+            the latter where it can be had, for 16 examples or more on one device. Both compute the same; "fused" has no
+            derivative in forward mode (`jax.jvp`).
         recompute: votes and routing are computed again in the backward pass, in place of being kept for it; "fused"
             always does that.
         initializer: distribution of the weight, given the number of inputs of an output.
@@ -145,7 +146,7 @@ class CapsuleLayer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.routing = get_routing(routing, num_iterations=num_iterations)
-        fused_function(self.routing, implementation)  # may refuse
+        fused_function(self.routing, implementation, FEWEST_EXAMPLES)  # may refuse
         self.implementation = implementation
         self.recompute = recompute
         shape = (in_capsules, in_dim, out_capsules, out_dim)
@@ -158,7 +159,7 @@ class CapsuleLayer(nnx.Module):
 
     def route(self, capsules: Capsules) -> Routed:
         """The output capsules together with the couplings of every vote."""
-        fused = fused_function(self.routing, self.implementation)
+        fused = fused_function(self.routing, self.implementation, len(capsules.poses))
         if fused is not None:
             return fused(capsules.poses, self.weight[...], **self._routing_weights())
         return (jax.checkpoint(self._route) if self.recompute else self._route)(capsules)
@@ -180,7 +181,7 @@ class CapsuleLayer(nnx.Module):
         return {name: weight[...] for name, weight in self.routing_weights.items()}
 
 
-def fused_function(routing: Routing, implementation: str) -> Callable[..., Routed] | None:
+def fused_function(routing: Routing, implementation: str, num_examples: int) -> Callable[..., Routed] | None:
     """The routing without votes, if that is what this implementation means; None if it is of votes.
 
     Raises:
@@ -192,8 +193,8 @@ def fused_function(routing: Routing, implementation: str) -> Callable[..., Route
         known = ", ".join(function.__name__ for function in FUSED)
         raise UsageError(f"Routing {routing.name} has no implementation without votes; expected {known}.")
     # Across devices the gradient of each chunk of the weight would be summed by itself, not all gradients at once.
-    alone = jax.device_count() == 1
-    return routing.fused if implementation == "fused" or (implementation == "auto" and alone) else None
+    better = jax.device_count() == 1 and num_examples >= FEWEST_EXAMPLES
+    return routing.fused if implementation == "fused" or (implementation == "auto" and better) else None
 
 
 def new_routing_weights(

@@ -139,7 +139,7 @@ def test_memory_is_of_outputs_and_a_copy_of_the_poses():
 
 @pytest.mark.parametrize("routing", ["dynamic", "dynamic,leaky=true,prior_logits=0.5,capsule_bias=0.1"])
 def test_a_layer_computes_the_same_with_either(routing):
-    """Couplings, too, which `route` returns; "auto" is without votes."""
+    """Couplings, too, which `route` returns; "auto" is of votes for so few examples."""
     layers = {
         implementation: CapsuleLayer(
             INPUTS, DIM, OUTPUTS, SIZE, routing=routing, implementation=implementation, rngs=nnx.Rngs(0)
@@ -150,7 +150,7 @@ def test_a_layer_computes_the_same_with_either(routing):
     capsules = Capsules(poses, jnp.ones(poses.shape[:2]))
     traced = {name: jax.jit(layer.route).trace(capsules) for name, layer in layers.items()}
     has_votes = {name: f"[{BATCH},{INPUTS},{OUTPUTS},{SIZE}]" in str(each.jaxpr) for name, each in traced.items()}
-    assert has_votes == {"votes": True, "fused": False, "auto": False}
+    assert has_votes == {"votes": True, "fused": False, "auto": True}
     fused, votes = (traced[name].lower().compile(QUICKLY_COMPILED)(capsules)._asdict() for name in ("fused", "votes"))
     for name, expected in votes.items():
         np.testing.assert_allclose(fused[name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
@@ -167,18 +167,20 @@ def test_it_has_the_options_of_dynamic(set_chunk):
         partial(dynamic, leaky=True),
         "capsnet_jax.routing.dynamic:dynamic,leaky=true",
     ):
-        fused = fused_function(get_routing(routing, num_iterations=2), "fused")
+        fused = fused_function(get_routing(routing, num_iterations=2), "fused", 3)
         np.testing.assert_allclose(jax.jit(fused)(**arguments).couplings, expected.couplings, rtol=1e-4)
 
 
 def test_what_is_taken_where_the_user_does_not_say(monkeypatch):
-    assert fused_function(get_routing("dynamic"), "auto") is not None
-    assert fused_function(get_routing("dynamic"), "votes") is None
-    assert fused_function(get_routing("em"), "auto") is None
-    assert fused_function(get_routing("em"), "votes") is None
+    assert fused_function(get_routing("dynamic"), "auto", 16) is not None
+    assert fused_function(get_routing("dynamic"), "auto", 15) is None
+    assert fused_function(get_routing("dynamic"), "fused", 1) is not None
+    assert fused_function(get_routing("dynamic"), "votes", 16) is None
+    assert fused_function(get_routing("em"), "auto", 16) is None
+    assert fused_function(get_routing("em"), "votes", 16) is None
     monkeypatch.setattr("jax.device_count", lambda: 2)
-    assert fused_function(get_routing("dynamic"), "auto") is None
-    assert fused_function(get_routing("dynamic"), "fused") is not None
+    assert fused_function(get_routing("dynamic"), "auto", 16) is None
+    assert fused_function(get_routing("dynamic"), "fused", 16) is not None
 
 
 @pytest.mark.parametrize("num_iterations", [0, -2])
