@@ -153,7 +153,7 @@ def test_a_stopwatch_waits_for_results_but_for_the_time_of_the_host(monkeypatch)
 def test_rows_take_turns_and_memory_is_read_after_steps_alone(fake_worker, tmp_path):
     log = tmp_path / "log"
     workers = [fake_worker(row, log=str(log)) for row in ("jax", "torch-eager")]
-    samples = measure(workers, ["step", "routing"], rounds=3)
+    *_, samples = measure(workers, ["step", "routing"], rounds=3)
     calls = log.read_text().splitlines()
     warm_up = [f"{row} step" for row in ("jax", "torch-eager") for _ in range(1 + WARM_UP)]
     memory = ["jax memory", "torch-eager memory"]
@@ -167,7 +167,7 @@ def test_rows_take_turns_and_memory_is_read_after_steps_alone(fake_worker, tmp_p
 
 
 def test_a_sample_counts_each_call_as_often_as_it_is_to_be(fake_worker):
-    samples = measure([fake_worker("jax")], ["epoch"], rounds=2)
+    *_, samples = measure([fake_worker("jax")], ["epoch"], rounds=2)
     assert all(20 * 0.06 < seconds < 20 * 0.1 for seconds in samples.seconds["jax"]["epoch"])
     assert samples.first_seconds["jax"]["epoch"] < 1
 
@@ -189,13 +189,13 @@ def test_memory_without_a_gpu_is_that_of_the_process_itself(fake_worker):
 )
 def test_what_goes_wrong_in_a_process_is_told_in_a_sentence(trouble, message, fake_worker):
     with pytest.raises(WorkerError) as error:
-        measure([fake_worker("jax", trouble={"step": trouble})], ["step"], rounds=1)
+        list(measure([fake_worker("jax", trouble={"step": trouble})], ["step"], rounds=1))
     assert str(error.value) == message
 
 
 def test_a_row_that_may_fail_is_left_out_and_named(fake_worker, capsys):
     workers = [fake_worker("jax"), fake_worker("torch-compile", trouble={"routing": "error"})]
-    samples = measure(workers, ["step", "routing", "votes"], rounds=1, may_fail=["torch-compile"])
+    *_, samples = measure(workers, ["step", "routing", "votes"], rounds=1, may_fail=["torch-compile"])
     reason = "torch-compile failed at measuring routing: RuntimeError: No working compiler."
     assert samples.left_out == {"torch-compile": reason}
     assert {row: list(seconds) for row, seconds in samples.seconds.items()} == {
@@ -289,6 +289,19 @@ def test_the_command_prints_tables_and_sentences_and_writes_them(fake_rows, tmp_
     assert "The machine was busy before it began, with a load of 1.2; times and ratios mean little.\n" in printed.out
     assert results["load_before"] == 1.25
     assert [line.split()[0] for line in printed.err.splitlines()] == ["step", "gemm"]
+
+
+def test_what_was_measured_before_an_interruption_is_in_the_file(fake_rows, tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        yield next(measure(*args, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "measure", interrupted)
+    path = tmp_path / "result.json"
+    assert main(["benchmark", "--rounds", "2", "--measure", "step", "gemm", "--json", str(path)]) == 130
+    samples = json.loads(path.read_text())["samples_seconds"]
+    assert {row: list(of) for row, of in samples.items()} == {row: ["step"] for row in command.ROWS}
+    assert all(len(of["step"]) == 2 for of in samples.values())
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, UsageError("no")])

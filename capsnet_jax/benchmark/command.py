@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ class Benchmark:
     """File that all samples are written to, with medians, ratios and where they come from."""
 
     def run(self) -> None:
-        """Measures, prints and writes the results.
+        """Measures, and prints the results; the file is written anew after each measurement.
 
         Raises:
             UsageError: an option is wrong, PyTorch is not installed, the file cannot be written, or a process failed.
@@ -66,13 +66,14 @@ class Benchmark:
         config = self.validated_config()
         flops = training_flops(config.model, self.image_shape, self.num_classes)
         load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-        samples, platform, device = self.take_samples(config)
-        results = summarize(samples, batch_size=self.batch_size, flops_per_image=flops, platform=platform)
         options = {name: value for name, value in vars(self).items() if name not in ("json", "measure")}
-        results |= options | {"load_before": load_before} | origin(self.rows, device)
+        results: dict[str, Any] = {}
+        for samples, platform, device in self.take_samples(config):
+            results = summarize(samples, batch_size=self.batch_size, flops_per_image=flops, platform=platform)
+            results |= options | {"load_before": load_before} | origin(self.rows, device)
+            if self.json is not None:
+                replace_file(self.json, json.dumps(results, indent=2) + "\n")
         print(describe(results))
-        if self.json is not None:
-            replace_file(self.json, json.dumps(results, indent=2) + "\n")
 
     def validated_config(self) -> Config:
         """What is measured; refuses what cannot be, before any process is started.
@@ -103,8 +104,8 @@ class Benchmark:
         training = dataclasses.replace(config.training, batch_size=self.batch_size, precision=self.precision)
         return dataclasses.replace(config, model=model, training=training)
 
-    def take_samples(self, config: Config) -> tuple[Samples, str, str]:
-        """The samples, the platform ("cpu" or "gpu") and the name of the device."""
+    def take_samples(self, config: Config) -> Iterator[tuple[Samples, str, str]]:
+        """After each measurement the samples so far, the platform ("cpu" or "gpu") and the name of the device."""
         has_decoder = config.model.decoder_hidden is not None
         names = [name for name in MEASUREMENTS if name in self.measure and (has_decoder or name != "decoder")]
         arguments = {
@@ -128,7 +129,8 @@ class Benchmark:
                 workers.append(Worker(row, WORK[row], arguments | compile_modes[row]))
                 stack.callback(workers[-1].stop)
             platform, device = same_device({worker.row: worker.introduction() for worker in workers})
-            return measure(workers, names, rounds=self.rounds, may_fail=("torch-compile",)), platform, device
+            for samples in measure(workers, names, rounds=self.rounds, may_fail=("torch-compile",)):
+                yield samples, platform, device
 
 
 def same_device(introductions: dict[str, dict[str, str]]) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """What is measured, and how rows take turns."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from capsnet_jax.benchmark.processes import Worker, WorkerError
@@ -43,7 +43,9 @@ class Samples:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def measure(workers: Sequence[Worker], names: Sequence[str], *, rounds: int, may_fail: Sequence[str] = ()) -> Samples:
+def measure(
+    workers: Sequence[Worker], names: Sequence[str], *, rounds: int, may_fail: Sequence[str] = ()
+) -> Iterator[Samples]:
     """Takes the samples of all measurements, in each of them one row after the other, round by round.
 
     Args:
@@ -51,6 +53,9 @@ def measure(workers: Sequence[Worker], names: Sequence[str], *, rounds: int, may
         names: of the measurements.
         rounds: number of samples of each row.
         may_fail: rows that are left out from where they fail.
+
+    Returns:
+        What there is after each measurement; always the same object.
 
     Raises:
         WorkerError: any other row failed.
@@ -76,4 +81,4 @@ def measure(workers: Sequence[Worker], names: Sequence[str], *, rounds: int, may
             samples.seconds[worker.row][name] = taken[worker.row]
             if name == "step":
                 samples.peak_memory[worker.row] = worker.peak_memory()
-    return samples
+        yield samples
