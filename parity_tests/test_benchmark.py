@@ -44,6 +44,7 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
     assert f"An epoch of JAX takes {results['ratios']['epoch_vs_eager']:.2f} of the time of torch-eager." in printed
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_compiled_twin(tmp_path):
     options = ["--rows", "torch-compile", "--measure", "step", "inference", "routing", "--precision", "bfloat16"]
