@@ -86,5 +86,5 @@ def _number(value: int | float | None, unit: float = 1.0) -> str:
 def _quartiles(seconds: list[float] | None) -> str:
     if not seconds:
         return "-"
-    low, _, high = statistics.quantiles(seconds, n=4)
+    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return f"{_number(low, 1e3)} to {_number(high, 1e3)}"
