@@ -122,7 +122,7 @@ def test_gradients_are_finite_at_any_scale():
         assert all(np.isfinite(gradient).all() for gradient in gradients(scale, *arguments.values())), scale
 
 
-def test_memory_is_of_outputs_and_a_copy_of_the_poses():
+def test_memory_is_of_outputs_and_copies_of_the_poses():
     """Beyond arguments and gradients; votes of the same batch would take 84 and 671 MB, without their gradient."""
     batch, dim, outputs, size = 16, 8, 10, 16
 
@@ -134,7 +134,8 @@ def test_memory_is_of_outputs_and_a_copy_of_the_poses():
 
     of_few, of_many = needed(8_192), needed(65_536)
     assert 0 < of_many <= 4 * batch * 65_536 * outputs * size / 8
-    assert of_many - of_few <= 4 * batch * (65_536 - 8_192) * dim + 1_024
+    # Poses and their gradient are transposed as a whole; JAX 0.10 puts the latter where the result goes, 0.12 does not.
+    assert of_many - of_few <= 2 * 4 * batch * (65_536 - 8_192) * dim + 1_024
 
 
 @pytest.mark.parametrize("routing", ["dynamic", "dynamic,leaky=true,prior_logits=0.5,capsule_bias=0.1"])

@@ -6,8 +6,8 @@ $$u_{io} \cdot v_o = x_i \cdot (W_{io} v_o), \quad \sum_i c_{io} u_{io} = \sum_i
 
 take two matrix products for each output capsule. Nor are logits kept from one iteration to the next: they are the
 prior plus $u_{io} \cdot a_o$, with $a_o$ the sum of all output poses so far. What lies between is made of a chunk of
-the input capsules at a time, and made again in the backward pass: beyond arguments, gradients and a transposed copy of
-the poses, the memory needed does not depend on the number of input capsules.
+the input capsules at a time, and made again in the backward pass: beyond arguments, gradients and transposed copies of
+the poses and of theirs, the memory needed does not depend on the number of input capsules.
 """
 
 from collections.abc import Callable
