@@ -24,6 +24,8 @@ from capsnet_jax.cli import main
 from capsnet_jax.config import Config, ModelConfig, TrainingConfig
 from capsnet_jax.errors import UsageError
 
+pytestmark = pytest.mark.slow  # many start processes, and none depends on the version of Python
+
 FAKE_WORK = '''
 """Work that writes down when it is called, and can go wrong."""
 

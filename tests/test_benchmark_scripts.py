@@ -327,6 +327,7 @@ def test_a_long_run_tells_whether_there_is_more_to_do(line, limit, status, fake_
     assert call.endswith(f"train.py --preset official --dataset mnist --run-dir {tmp_path / 'run'} --resume --seeds 2")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_long_run_goes_on_where_it_was_stopped(tmp_path):
     options = [*SMALL, "--epochs", "200", "--batch-size", "32", "--seeds", "2"]
