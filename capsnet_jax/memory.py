@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from capsnet_jax.benchmark.worker import peak_memory_of_process  # there, as it has to do without JAX
+
 
 def available_memory() -> int | float:
     """Bytes that the device has for programs and their data, or on CPU what is free now; infinite if it cannot tell."""
@@ -38,12 +40,7 @@ def peak_memory() -> int | None:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
-    if sys.platform == "win32":
-        return None
-    import resource  # not there on Windows
-
-    # The kernel counts in units of 1024 bytes, but for macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_memory_of_process()
 
 
 def program_memory(compiled: Any) -> int:
