@@ -7,8 +7,9 @@ import pytest
 
 MODULES = {
     "capsnet_jax": """
-        assessment benchmark.command benchmark.jax_work benchmark.worker check_routing checkpoint cli compare
-        conv_capsules convolution data.augmentation data.folder data.npz data.synthetic data.tfds decoder
+        assessment benchmark.command benchmark.jax_epoch benchmark.jax_work benchmark.worker
+        check_routing checkpoint cli compare conv_capsules convolution
+        data.augmentation data.folder data.npz data.synthetic data.tfds decoder
         encoder evaluate evaluation feeding files figures fit layers losses memory metrics model ops optimizer
         precision predict presets programs progress progress_bar report routing runs seeds session sharding
         signals stem train trainer training weights""",

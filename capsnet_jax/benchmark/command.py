@@ -67,10 +67,12 @@ class Benchmark:
         flops = training_flops(config.model, self.image_shape, self.num_classes)
         load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         options = {name: value for name, value in vars(self).items() if name not in ("json", "measure")}
+        came_from: dict[str, Any] = {}
         results: dict[str, Any] = {}
         for samples, platform, device in self.take_samples(config):
+            came_from = came_from or origin(self.rows, device)  # once, as the file may be one of the checkout
             results = summarize(samples, batch_size=self.batch_size, flops_per_image=flops, platform=platform)
-            results |= options | {"load_before": load_before} | origin(self.rows, device)
+            results |= options | {"load_before": load_before} | came_from
             if self.json is not None:
                 replace_file(self.json, json.dumps(results, indent=2) + "\n")
         print(describe(results))

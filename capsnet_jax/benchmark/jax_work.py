@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from einops import rearrange
 from flax import nnx
 
+from capsnet_jax.benchmark.jax_epoch import Calls, dispatch, parts_of_epoch, whole_epoch
 from capsnet_jax.benchmark.jax_gradient import forward_and_backward, random_like
 from capsnet_jax.capsules import Capsules
 from capsnet_jax.config import Config
@@ -23,11 +23,8 @@ from capsnet_jax.model import CapsNet
 from capsnet_jax.ops import mask_by_label
 from capsnet_jax.optimizer import create_optimizer
 from capsnet_jax.precision import for_products
-from capsnet_jax.sharding import on_all, place_tree
 from capsnet_jax.trainer import Trainer
 from capsnet_jax.training import TrainState, create_state, make_train_step
-
-Calls = list[tuple[Callable[[], Any], int | float]]
 
 
 class Work:
@@ -178,32 +175,12 @@ class Work:
         return [(lambda: augmented(key, self._pixels), 1)]
 
     def dispatch(self) -> Calls:
-        trainer = self._new_trainer()
-        program, state = trainer.compiled(), trainer.snapshot.state
-        order = np.arange(trainer.chunk * self._training.batch_size, dtype=np.int32)
-        indices = rearrange(order, "(steps b) -> steps b", b=self._training.batch_size)
-        data = place_tree((trainer.dataset.train_images, trainer.dataset.train_labels, indices), on_all(trainer.mesh))
-        key = jax.device_put(jax.random.key(0), on_all(trainer.mesh))
-
-        def call() -> Any:
-            nonlocal state
-            state, metrics = program(state, *data, key)
-            return metrics
-
-        return [(call, 1 / trainer.chunk)]
+        return dispatch(self._new_trainer())
 
     def epoch(self) -> Calls:
-        trainer = self._new_trainer()
-        chunks = trainer.run()
         if self.platform == "cpu":
-            steps, batches = self._steps / trainer.chunk, self._test_images / self._evaluation_batch
-            return [(lambda: next(chunks), steps), (trainer.evaluate_test, batches)]
-
-        def train_and_evaluate() -> None:
-            while not next(chunks).ends_epoch:
-                pass
-
-        return [(train_and_evaluate, 1)]
+            return parts_of_epoch(self._new_trainer(), self._test_images / self._evaluation_batch)
+        return whole_epoch(self._new_trainer())
 
     def gemm(self) -> Calls:
         dtype = jnp.dtype(self._training.precision)
