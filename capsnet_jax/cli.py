@@ -16,7 +16,7 @@ from capsnet_jax.check_routing import CheckRouting
 from capsnet_jax.compare import Compare
 from capsnet_jax.config import DataConfig
 from capsnet_jax.data.augmentation import describe_augmentations
-from capsnet_jax.errors import UsageError
+from capsnet_jax.errors import NonFiniteLossError, UsageError
 from capsnet_jax.evaluate import Evaluate
 from capsnet_jax.predict import Predict
 from capsnet_jax.presets import PRESETS
@@ -26,7 +26,6 @@ from capsnet_jax.routing.binding import describe_options
 from capsnet_jax.seeds import saved_options
 from capsnet_jax.signals import StoppedBySignalError
 from capsnet_jax.train import Train
-from capsnet_jax.trainer import NonFiniteLossError
 
 
 @runtime_checkable

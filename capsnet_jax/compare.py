@@ -17,12 +17,12 @@ from capsnet_jax.config import Config
 from capsnet_jax.couplings import make_coupling_entropy
 from capsnet_jax.data import Dataset, configured_dataset
 from capsnet_jax.data.augmentation import Augmentation
-from capsnet_jax.errors import UsageError
+from capsnet_jax.errors import NonFiniteLossError, UsageError
 from capsnet_jax.model import CapsNet
 from capsnet_jax.progress_bar import show_progress
 from capsnet_jax.routing import ROUTINGS
 from capsnet_jax.seeds import groups_of_seeds
-from capsnet_jax.trainer import NonFiniteLossError, Trainer
+from capsnet_jax.trainer import Trainer
 
 COUPLED_IMAGES = 1000  # test images over which the entropy of the couplings is averaged
 

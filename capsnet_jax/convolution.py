@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from capsnet_jax.fourier import Tiling, fourier, num_products, possible_tilings
+from capsnet_jax.fourier import Tiling, fourier, multiplications, possible_tilings
 
 Images = Float[Array, "b height width channels"]
 Kernel = Float[Array, "kernel_height kernel_width channels features"]
@@ -92,16 +92,8 @@ def cheapest_on_cpu(images: Images, kernel: Kernel, stride: int) -> Callable[[Im
     outputs = positions_after((height, width), (kernel_height, kernel_width), stride)
 
     def of_spectra(tilings: tuple[Tiling, Tiling]) -> float:
-        rows, columns = tilings
-        tiles, inputs = rows.tiles * columns.tiles * batch_size, stride**2 * channels
-        transforms = (
-            tiles * inputs * rows.pixels * columns.pixels
-            + inputs * num_features * rows.taps * columns.taps
-            + tiles * num_features * rows.outputs * columns.outputs
-        )
-        return num_products(*tilings) * (
-            COST_OF_SPECTRA * tiles * inputs * num_features + COST_OF_TRANSFORMS * transforms
-        )
+        of_products, of_transforms = multiplications(batch_size, channels, num_features, stride, tilings)
+        return COST_OF_SPECTRA * of_products + COST_OF_TRANSFORMS * of_transforms
 
     direct = batch_size * math.prod(outputs) * math.prod(kernel.shape)
     tilings = product(

@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can make and mend."""
+"""The exceptions that a command tells in a sentence, without a traceback."""
 
 
 class UsageError(ValueError):
@@ -6,3 +6,16 @@ class UsageError(ValueError):
 
     The console command prints the message without a traceback and exits with status 2.
     """
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss or its gradient is not a number, or infinite.
+
+    Attributes:
+        seed: of the run.
+        step: number of the first such step, from 1.
+    """
+
+    def __init__(self, what: str, seed: int, step: int, value: float):
+        super().__init__(f"The {what} of step {step} is {value}, from seed {seed}; training stopped.")
+        self.seed, self.step = seed, step

@@ -130,6 +130,20 @@ def num_products(rows: Tiling, columns: Tiling) -> int:
     return unpaired + 3 * (height * width - unpaired) // 2
 
 
+def multiplications(
+    batch_size: int, channels: int, num_features: int, stride: int, tilings: tuple[Tiling, Tiling]
+) -> tuple[int, int]:
+    """How many `fourier` does, in products of spectra and in transforms."""
+    rows, columns = tilings
+    tiles, inputs = rows.tiles * columns.tiles * batch_size, stride**2 * channels
+    transforms = (
+        tiles * inputs * rows.pixels * columns.pixels
+        + inputs * num_features * rows.taps * columns.taps
+        + tiles * num_features * rows.outputs * columns.outputs
+    )
+    return num_products(*tilings) * tiles * inputs * num_features, num_products(*tilings) * transforms
+
+
 @cache
 def make_transforms(rows: Tiling, columns: Tiling) -> Transforms:
     """The discrete Fourier transforms of real images, of a real kernel, and back, as real matrices."""
@@ -176,7 +190,7 @@ def _parts(
 
 
 def _sum_over_parts(function: Callable[[Transforms], Any], parts: Transforms) -> Any:
-    """The first part is by itself: to write zeros and add to them takes longer than to write a result."""
+    """The sum of what a function gives for each part; the first by itself, as adding to zeros takes longer."""
     first, others = (jax.tree.map(lambda matrices, at=at: matrices[at], parts) for at in (0, slice(1, None)))
 
     def add(total: Any, part: Transforms) -> tuple[Any, None]:

@@ -1,6 +1,7 @@
 """Layers of capsules: the first ones, and those that route to each other."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -189,12 +190,14 @@ def fused_function(routing: Routing, implementation: str, num_examples: int) -> 
     """
     if implementation not in IMPLEMENTATIONS:
         raise UsageError(f"routing_implementation is {implementation!r}; expected {', '.join(IMPLEMENTATIONS)}.")
-    if implementation == "fused" and routing.fused is None:
+    function = FUSED.get(routing.function)
+    if implementation == "fused" and function is None:
         known = ", ".join(function.__name__ for function in FUSED)
         raise UsageError(f"Routing {routing.name} has no implementation without votes; expected {known}.")
     # Across devices the gradient of each chunk of the weight would be summed by itself, not all gradients at once.
     better = jax.device_count() == 1 and num_examples >= FEWEST_EXAMPLES
-    return routing.fused if implementation == "fused" or (implementation == "auto" and better) else None
+    wanted = implementation == "fused" or (implementation == "auto" and better)
+    return partial(function, **dict(routing.options)) if function is not None and wanted else None
 
 
 def new_routing_weights(

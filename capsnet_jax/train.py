@@ -19,7 +19,7 @@ from capsnet_jax.assessment import most_active
 from capsnet_jax.config import Config
 from capsnet_jax.data import Dataset, configured_dataset, to_unit_range, with_absolute_paths
 from capsnet_jax.data.augmentation import Augmentation
-from capsnet_jax.errors import UsageError
+from capsnet_jax.errors import NonFiniteLossError, UsageError
 from capsnet_jax.evaluation import Evaluation, final_line
 from capsnet_jax.figures import reconstructions_figure
 from capsnet_jax.metrics import event_writer_class
@@ -30,7 +30,7 @@ from capsnet_jax.seeds import SeedFolders, groups_of_seeds
 from capsnet_jax.session import Session
 from capsnet_jax.sharding import connect, failing_together
 from capsnet_jax.signals import StoppedBySignalError
-from capsnet_jax.trainer import NonFiniteLossError, Trainer
+from capsnet_jax.trainer import Trainer
 
 PICTURED = 10  # test images above their reconstructions
 

@@ -25,20 +25,7 @@ from capsnet_jax.optimizer import create_optimizer, learning_rate
 from capsnet_jax.programs import ChunkPrograms, steps_per_chunk
 from capsnet_jax.progress import Progress, SeedProgress
 from capsnet_jax.sharding import along, data_mesh, on_all, place_tree
-from capsnet_jax.training import StepMetrics, TrainState, create_state
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss or its gradient is not a number, or infinite.
-
-    Attributes:
-        seed: of the run.
-        step: number of the first such step, from 1.
-    """
-
-    def __init__(self, what: str, seed: int, step: int, value: float):
-        super().__init__(f"The {what} of step {step} is {value}, from seed {seed}; training stopped.")
-        self.seed, self.step = seed, step
+from capsnet_jax.training import StepMetrics, TrainState, check_finite, create_state
 
 
 class Snapshot(NamedTuple):
@@ -228,7 +215,7 @@ class Trainer:
             self.snapshot = Snapshot(state, self.snapshot.sums + values.sum(axis=2).T)
             done += length
             step = epoch * self.steps_per_epoch + done
-            self._check_finite(values, first_step=step - length + 1)
+            check_finite(values, self.seeds, first_step=step - length + 1)
             seeds = tuple(
                 self._seed_progress(index, values[:, index].mean(axis=1), done) for index in range(len(self.seeds))
             )
@@ -262,12 +249,3 @@ class Trainer:
 
     def _new_state(self, seed: int) -> TrainState:
         return create_state(self._new_model(seed), self._optimizer, average=self.config.ema_decay > 0)[1]
-
-    def _check_finite(self, values: Float[np.ndarray, "metrics seeds steps"], *, first_step: int) -> None:
-        for name in ("total", "gradient_norm"):
-            numbers = values[StepMetrics._fields.index(name)]
-            steps, places = np.nonzero(~np.isfinite(numbers.T))
-            if steps.size:
-                place, step = places[0], steps[0]
-                what = "loss" if name == "total" else "gradient"
-                raise NonFiniteLossError(what, self.seeds[place], first_step + int(step), float(numbers[place, step]))

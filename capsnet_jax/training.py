@@ -1,10 +1,11 @@
 """A training step, pure, and a chunk of steps as one compiled program."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from einops import rearrange
 from flax import nnx
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from capsnet_jax.data import to_unit_range
 from capsnet_jax.data.augmentation import Augmentation
-from capsnet_jax.errors import UsageError
+from capsnet_jax.errors import NonFiniteLossError, UsageError
 from capsnet_jax.losses import margin_loss, reconstruction_loss, spread_loss, spread_margin
 from capsnet_jax.model import CapsNet
 from capsnet_jax.ops import answers_right
@@ -60,6 +61,25 @@ class StepMetrics(NamedTuple):
     reconstruction: Float[Array, "*steps"]
     accuracy: Float[Array, "*steps"]
     gradient_norm: Float[Array, "*steps"]
+
+
+def check_finite(metrics: Float[np.ndarray, "metrics seeds steps"], seeds: Sequence[int], *, first_step: int) -> None:
+    """Refuses a loss or a gradient that is not finite.
+
+    Args:
+        metrics: those of `StepMetrics`, in that order.
+        seeds: of the runs, for the message.
+        first_step: number of the first step, from 1.
+
+    Raises:
+        NonFiniteLossError: names the first such step.
+    """
+    for name, what in (("total", "loss"), ("gradient_norm", "gradient")):
+        numbers = metrics[StepMetrics._fields.index(name)]
+        steps, places = np.nonzero(~np.isfinite(numbers.T))
+        if steps.size:
+            place, step = places[0], steps[0]
+            raise NonFiniteLossError(what, seeds[place], first_step + int(step), float(numbers[place, step]))
 
 
 def compute_losses(

@@ -12,11 +12,11 @@ from flax import nnx
 
 from capsnet_jax import UsageError, evaluation, trainer, training
 from capsnet_jax.config import TrainingConfig
+from capsnet_jax.errors import NonFiniteLossError
 from capsnet_jax.evaluation import evaluate, make_count_correct
 from capsnet_jax.feeding import Feed
 from capsnet_jax.fit import fit
-from capsnet_jax.trainer import NonFiniteLossError, Trainer
-from capsnet_jax.training import StepMetrics, create_state
+from capsnet_jax.training import StepMetrics, check_finite, create_state
 from capsnet_jax.weights import to_torch
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, learning_rate=0.01)
@@ -127,17 +127,17 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(small_model, small_datase
         train(small_model, small_dataset, config)
 
 
-def test_the_step_named_is_the_first_at_which_any_seed_is_wrong(small_model, small_dataset):
-    trainer = Trainer(lambda seed: small_model, small_dataset, CONFIG, seeds=(7, 8, 9))
+def test_the_step_named_is_the_first_at_which_any_seed_is_wrong():
+    seeds = (7, 8, 9)
     values = np.ones((len(StepMetrics._fields), 3, 4))
     values[0] = [[1, 2, 3, np.inf], [1, 2, np.nan, np.nan], [1, 2, 3, 4]]
     with pytest.raises(NonFiniteLossError, match="The loss of step 42 is nan, from seed 8") as error:
-        trainer._check_finite(values, first_step=40)
+        check_finite(values, seeds, first_step=40)
     assert (error.value.seed, error.value.step) == (8, 42)
-    trainer._check_finite(values[..., :2], first_step=40)
+    check_finite(values[..., :2], seeds, first_step=40)
     values[-1, 2, 1] = np.inf
     with pytest.raises(NonFiniteLossError, match="The gradient of step 41 is inf, from seed 9"):
-        trainer._check_finite(values[..., :2], first_step=40)
+        check_finite(values[..., :2], seeds, first_step=40)
 
 
 def test_a_batch_larger_than_the_set_is_an_error(small_model, small_dataset):

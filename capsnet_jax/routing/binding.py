@@ -14,7 +14,7 @@ from jaxtyping import AbstractArray, Array, Float
 
 from capsnet_jax.capsules import Routed
 from capsnet_jax.errors import UsageError
-from capsnet_jax.routing import FUSED, ROUTINGS
+from capsnet_jax.routing import ROUTINGS
 
 GIVEN = ("poses", "softmax", "num_iterations")  # by the layer, to a routing that has them
 OPTION_TYPES = (bool, int, float, str)
@@ -86,12 +86,6 @@ class Routing:
                     f"Routing {self.name}: {field} are {got}; expected {shape} from votes of shape {votes.shape}."
                 )
         return routed
-
-    @property
-    def fused(self) -> Callable[..., Routed] | None:
-        """The algorithm for a batch, without votes, if there is one; see `FUSED`."""
-        function = FUSED.get(self.function)
-        return function and functools.partial(function, **dict(self.options))
 
     def takes(self, argument: str) -> bool:
         """Whether the function has an argument of this name."""
