@@ -15,6 +15,7 @@ from capsnet_jax.benchmark.command import Benchmark
 from capsnet_jax.check_routing import CheckRouting
 from capsnet_jax.compare import Compare
 from capsnet_jax.config import DataConfig
+from capsnet_jax.convert import Convert
 from capsnet_jax.data.augmentation import describe_augmentations
 from capsnet_jax.errors import NonFiniteLossError, UsageError
 from capsnet_jax.evaluate import Evaluate
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "compare": Compare,
     "check-routing": CheckRouting,
     "benchmark": Benchmark,
+    "convert": Convert,
 }
 
 

@@ -34,6 +34,8 @@ BIAS = ("outputs", "outputs")
 # PyTorch's names of the variables of a batch normalisation, and Flax'. PyTorch also counts batches, for nothing.
 NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 UNUSED = ".num_batches_tracked"
+FLOATS = "float16, float32 or float64"
+LISTED = 4  # names in a message, of those that may be as many as a model has
 
 
 def weight_table(model: CapsNet) -> list[Row]:
@@ -114,16 +116,16 @@ def from_torch(model: CapsNet, state: Mapping[str, Shaped[np.ndarray, "..."]]) -
     flat = dict(nnx.to_flat_state(nnx.state(model)))
     table = weight_table(model)
     state = {name: array for name, array in state.items() if not name.endswith(UNUSED)}
-    missing = [row.name for row in table if row.name not in state]
-    unknown = sorted(state.keys() - {row.name for row in table})
-    if missing or unknown:
-        raise UsageError(f"The weights lack {_listed(missing)}, and have unknown entries {_listed(unknown)}.")
+    shapes = {
+        row.name: rearrange(np.empty(flat[row.path].shape, bool), f"{row.jax_axes} -> {row.torch_axes}").shape
+        for row in table
+    }
+    _check_names(state, shapes)
     new: dict[Any, Any] = {}
     for row in table:
         array, variable = np.asarray(state[row.name]), flat[row.path]
-        expected = rearrange(np.empty(variable.shape, bool), f"{row.jax_axes} -> {row.torch_axes}").shape
-        if array.shape != expected:
-            raise UsageError(f"The weight {row.name} is {array.shape}; this model expects {expected}.")
+        if array.shape != shapes[row.name]:
+            raise UsageError(f"The weight {row.name} is {array.shape}; this model expects {shapes[row.name]}.")
         if not np.issubdtype(array.dtype, np.floating):
             raise UsageError(f"The weight {row.name} is {array.dtype}; expected a floating-point type.")
         if not np.isfinite(array).all():
@@ -144,15 +146,45 @@ def load_weights(path: Path, model: CapsNet) -> None:
     Raises:
         UsageError: the file does not exist or is no safetensors file, or its entries are not those of the model.
     """
-    try:
-        state = safetensors.numpy.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UsageError(f"{path} is not a safetensors file that can be read: {error}.") from error
+    state = read_safetensors(path)
     try:
         from_torch(model, state)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
 
 
+def read_safetensors(path: Path) -> StateDict:
+    """The entries of a safetensors file, whatever they are of.
+
+    Raises:
+        UsageError: the file does not exist or is no safetensors file, or an entry is of a type that NumPy lacks.
+    """
+    state = {}
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118  it is no mapping
+                try:
+                    state[name] = file.get_tensor(name)
+                except AttributeError as error:  # NumPy has no float8, say
+                    kind = file.get_slice(name).get_dtype()
+                    raise UsageError(f"{path}: The entry {name} is {kind}; expected {FLOATS}.") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UsageError(f"{path} is not a safetensors file that can be read: {error}.") from error
+    return state
+
+
+def _check_names(state: Mapping[str, Shaped[np.ndarray, "..."]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    missing = [name for name in shapes if name not in state]
+    unknown = sorted(state.keys() - shapes.keys())
+    wrong = [f"lack {_listed(missing)}"] if missing else []
+    wrong += [f"have unknown entries {_listed(unknown)}"] if unknown else []
+    hint = ""
+    if len(missing) == len(unknown) == 1 and np.shape(state[unknown[0]]) == shapes[missing[0]]:
+        hint = "; both are of one shape, and may be the same weight renamed"
+    if wrong:
+        raise UsageError(f"The weights {' and '.join(wrong)}{hint}.")
+
+
 def _listed(names: list[str]) -> str:
-    return ", ".join(names) if names else "none"
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
