@@ -19,6 +19,7 @@ from capsnet_jax.convert import Convert
 from capsnet_jax.data.augmentation import describe_augmentations
 from capsnet_jax.errors import NonFiniteLossError, UsageError
 from capsnet_jax.evaluate import Evaluate
+from capsnet_jax.export import Export
 from capsnet_jax.predict import Predict
 from capsnet_jax.presets import PRESETS
 from capsnet_jax.report import Report
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "check-routing": CheckRouting,
     "benchmark": Benchmark,
     "convert": Convert,
+    "export": Export,
 }
 
 

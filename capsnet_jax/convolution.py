@@ -13,6 +13,7 @@ from itertools import product
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float
 
 from capsnet_jax.fourier import Tiling, fourier, multiplications, possible_tilings
@@ -88,6 +89,8 @@ def matrix_product(images: Images, kernel: Kernel, stride: int) -> Features:
 def cheapest_on_cpu(images: Images, kernel: Kernel, stride: int) -> Callable[[Images, Kernel], Features]:
     """The formulation that a CPU should be fastest with, for arrays of these shapes."""
     batch_size, height, width, channels = images.shape
+    if is_symbolic_dim(batch_size):  # of a program exported for all batch sizes, whose costs cannot be compared
+        return partial(matrix_product, stride=stride)
     kernel_height, kernel_width, _, num_features = kernel.shape
     outputs = positions_after((height, width), (kernel_height, kernel_width), stride)
 

@@ -160,9 +160,11 @@ class CapsuleLayer(nnx.Module):
 
     def route(self, capsules: Capsules) -> Routed:
         """The output capsules together with the couplings of every vote."""
-        fused = fused_function(self.routing, self.implementation, len(capsules.poses))
-        if fused is not None:
-            return fused(capsules.poses, self.weight[...], **self._routing_weights())
+        if self.implementation != "votes":
+            # The only place that needs the batch size as a number: a program exported for all sizes has none.
+            fused = fused_function(self.routing, self.implementation, len(capsules.poses))
+            if fused is not None:
+                return fused(capsules.poses, self.weight[...], **self._routing_weights())
         return (jax.checkpoint(self._route) if self.recompute else self._route)(capsules)
 
     def votes(self, poses: Float[Array, "b i d"]) -> Float[Array, "b i o h"]:

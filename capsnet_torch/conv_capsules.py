@@ -66,7 +66,7 @@ class ConvCapsules(nn.Module):
         votes, poses = self.votes(seen).flatten(2, 3), seen.flatten(2, 3)
         activations = self.under_kernel(capsules.activations[..., None]).flatten(2)
         if "softmax" in self.routing.parameters:
-            softmax = partial(softmax_over_parents, inputs=self._inputs())
+            softmax = partial(softmax_over_parents, inputs=self._inputs(), num_inputs=self._num_inputs)
             return self.routing(votes, activations, poses=poses, softmax=softmax, **self.routing_weights)
         # Positions are examples of their own.
         routed = self.routing(
@@ -97,21 +97,23 @@ class ConvCapsules(nn.Module):
             votes[..., *second] += across.repeat(height)[:, None, None]
         return votes.flatten(-2)
 
+    @property
+    def _num_inputs(self) -> int:
+        return math.prod(self.grid) * self.in_groups
+
     def _inputs(self) -> Int[Tensor, "positions i"]:
-        numbers = torch.arange(math.prod(self.grid) * self.in_groups, dtype=torch.float64)
+        numbers = torch.arange(self._num_inputs, dtype=torch.float64)
         return self.under_kernel(numbers[None, :, None])[0].flatten(1).long()
 
 
 def softmax_over_parents(
-    logits: Float[Tensor, "b positions i o"], *, inputs: Int[Tensor, "positions i"]
+    logits: Float[Tensor, "b positions i o"], *, inputs: Int[Tensor, "positions i"], num_inputs: int
 ) -> Float[Tensor, "b positions i o"]:
     """Shares of each input capsule among all its parents, by a dense table of all inputs and all parents."""
-    positions, _, outputs = logits.shape[1:]
-    table = logits.new_full((len(logits), int(inputs.max()) + 1, positions, outputs), -math.inf)
+    batch, positions, _, outputs = logits.shape
+    # Lowest in place of -inf: an input that no kernel sees has no parents, and its softmax would not be a number.
+    table = logits.new_full((batch, num_inputs, positions, outputs), torch.finfo(logits.dtype).min)
     at_positions = torch.arange(positions)[:, None].expand_as(inputs)
-    table = table.index_put((torch.arange(len(logits))[:, None, None], inputs, at_positions), logits)
-    seen = torch.unique(inputs)  # an input that no kernel sees has no parents
-    shares = torch.zeros_like(table).index_copy(
-        1, seen, table[:, seen].flatten(2).softmax(dim=2).view_as(table[:, seen])
-    )
+    table = table.index_put((torch.arange(batch)[:, None, None], inputs, at_positions), logits)
+    shares = table.flatten(2).softmax(dim=2).view_as(table)
     return shares[:, inputs, at_positions]

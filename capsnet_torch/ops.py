@@ -49,7 +49,7 @@ def standardize_images(
 def is_label(labels: Labels, num_classes: int) -> Bool[Tensor, "b o"]:
     """Which classes are among the labels of each example."""
     classes = torch.arange(num_classes, device=labels.device)
-    return (labels.view(len(labels), -1, 1) == classes).any(dim=1)
+    return (labels.view(labels.shape[0], -1, 1) == classes).any(dim=1)
 
 
 def mask_by_label(poses: Float[Tensor, "b o h"], labels: Labels) -> Float[Tensor, "b o h"]:

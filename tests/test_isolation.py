@@ -7,13 +7,15 @@ import pytest
 
 MODULES = {
     "capsnet_jax": """
-        assessment benchmark.command benchmark.jax_epoch benchmark.jax_work benchmark.worker
-        check_routing checkpoint cli compare conv_capsules convolution
-        data.augmentation data.folder data.npz data.synthetic data.tfds decoder
-        encoder evaluate evaluation feeding files figures fit layers losses memory metrics model ops optimizer
-        precision predict presets programs progress progress_bar report routing runs seeds session sharding
-        signals stem train trainer training weights""",
-    "capsnet_torch": "augmentation benchmark conv_capsules layers losses model ops routing routing.binding training",
+        architecture assessment benchmark.command benchmark.jax_epoch benchmark.jax_work benchmark.worker
+        check_routing checkpoint cli compare conv_capsules convert convolution data.augmentation data.folder
+        data.npz data.synthetic data.tfds decoder encoder evaluate evaluation export feeding figures files fit
+        layers losses memory metrics model model_card ops optimizer precision predict presets programs progress
+        progress_bar report routing runs seeds session sharding signals stablehlo state_files stem train trainer
+        training weights""",
+    "capsnet_torch": """
+        augmentation benchmark conv_capsules layers losses model onnx ops routing routing.binding state_files
+        training""",
 }
 FORBIDDEN = {"capsnet_jax": ["torch", "capsnet_torch"], "capsnet_torch": ["jax", "flax", "optax", "capsnet_jax"]}
 

@@ -56,7 +56,8 @@ def em(
         means = torch.einsum("...io,...ioh->...oh", shares, votes) / (mass + epsilon)
         deviations = votes - means[..., None, :, :]
         variances = torch.einsum("...io,...ioh->...oh", shares, deviations**2) / (mass + epsilon) + min_variance
-        gaussians = Normal(means[..., None, :, :], variances.sqrt()[..., None, :, :])
+        # Not validated: that looks at values, of which there are none where a model is exported.
+        gaussians = Normal(means[..., None, :, :], variances.sqrt()[..., None, :, :], validate_args=False)
         costs = (beta_u[..., None] + variances.sqrt().log()) * mass * num_outputs / num_inputs
         temperature = inverse_temperature * (1 - annealing ** (iteration + 1))
         gains = temperature * (beta_a - costs.sum(dim=-1))
