@@ -20,16 +20,17 @@ if [[ ${SMALL:-} ]]; then
     device=cpu-small rows=(jax torch-eager) patience=5
     model=(--preset digits --image-shape 8 8 1 --batch-size 8 --rounds 2)
     parts=(inference dispatch epoch)
-    epoch=(--small --batch-size 8 --epochs 2) parity=(--num-iterations 0) scaling=(--small --rounds 2)
+    epoch=(--small --batch-size 8 --epochs 2) parity=(--routing uniform --steps 1) scaling=(--small --rounds 2)
 else
     export XLA_PYTHON_CLIENT_PREALLOCATE=false # PyTorch has its share of the same card
     device=gpu rows=(jax torch-eager torch-compile) patience=${PATIENCE:-1}
     model=(--batch-size 256 --rounds 9)
     parts=(inference stem primary votes routing decoder optimizer augmentation dispatch epoch)
-    epoch=() parity=(--device gpu --num-iterations 3) scaling=(--seconds $((70 * patience)))
+    epoch=() parity=(--device gpu --preset readable --all-routings --steps 5 --dtype float32) scaling=(--seconds $((70 * patience)))
 fi
 exec > >(tee -a "$folder/$device.log") 2>&1
 
+capsnet=(-c 'import sys; from capsnet_jax.cli import main; sys.exit(main())')
 summary=() failed=0
 
 # Does a part, if it is wanted, in so many seconds at most: part NAME SECONDS ARGUMENTS-OF-PYTHON...
@@ -50,8 +51,7 @@ part() {
 
 # The same of `capsnet benchmark`: bench NAME SECONDS OPTIONS...
 bench() {
-    part "$1" "$2" -c 'import sys; from capsnet_jax.cli import main; sys.exit(main(["benchmark", *sys.argv[1:]]))' \
-        "${model[@]}" --json "$folder/$device-$1.json" "${@:3}"
+    part "$1" "$2" "${capsnet[@]}" benchmark "${model[@]}" --json "$folder/$device-$1.json" "${@:3}"
 }
 
 # 9 minutes and 20 seconds at most, and 35 seconds more if every part has to be killed.
@@ -60,7 +60,7 @@ bench float32 105 --precision float32 --rows "${rows[@]}" --measure step gemm
 bench bfloat16 105 --precision bfloat16 --rows "${rows[@]}" --measure step gemm
 bench parts 85 --precision bfloat16 --rows jax torch-eager --measure "${parts[@]}"
 bench votes 40 --precision float32 --rows jax --measure step routing --routing-implementation votes
-part parity 95 -m parity_tests.table "${parity[@]}"
+part parity 95 "${capsnet[@]}" verify "${parity[@]}" --json "$folder/$device-parity.json"
 part scaling 85 benchmarks/scaling_curves.py "${scaling[@]}" --output "$folder/$device-scaling"
 
 echo "=== $folder"

@@ -28,6 +28,7 @@ from capsnet_jax.routing.binding import describe_options
 from capsnet_jax.seeds import saved_options
 from capsnet_jax.signals import StoppedBySignalError
 from capsnet_jax.train import Train
+from capsnet_verify.command import Verify
 
 
 @runtime_checkable
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "benchmark": Benchmark,
     "convert": Convert,
     "export": Export,
+    "verify": Verify,
 }
 
 

@@ -48,12 +48,18 @@ class Decoder(nnx.Module):
             self.pixel_bias = new_param(scheme.bias(second), image_shape, param_dtype, rngs)
 
     def __call__(self, poses: Float[Array, "b o h"]) -> Float[Array, "b height width channels"]:
-        from_capsules, hidden, to_pixels = self.from_capsules[...], self.hidden_weight[...], self.to_pixels[...]
-        features = jnp.einsum("boh,ohf->bf", poses.astype(from_capsules.dtype), from_capsules)
-        if self.outer_bias:
-            features += self.first_bias[...]
-        features = jax.nn.relu(jax.nn.relu(features).astype(hidden.dtype) @ hidden + self.hidden_bias[...])
+        _, features = self.hidden_features(poses)
+        to_pixels = self.to_pixels[...]
         pixels = at_least_float32(jnp.tensordot(features.astype(to_pixels.dtype), to_pixels, axes=1))
         if self.outer_bias:
             pixels += self.pixel_bias[...]
         return jax.nn.sigmoid(pixels)
+
+    def hidden_features(self, poses: Float[Array, "b o h"]) -> tuple[Float[Array, "b first"], Float[Array, "b second"]]:
+        """What comes of each of the two hidden layers."""
+        from_capsules, hidden = self.from_capsules[...], self.hidden_weight[...]
+        first = jnp.einsum("boh,ohf->bf", poses.astype(from_capsules.dtype), from_capsules)
+        if self.outer_bias:
+            first += self.first_bias[...]
+        first = jax.nn.relu(first)
+        return first, jax.nn.relu(first.astype(hidden.dtype) @ hidden + self.hidden_bias[...])

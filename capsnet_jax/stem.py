@@ -119,10 +119,12 @@ class Stem(nnx.Module):
             norm.mean, norm.var = (nnx.BatchStat(stat[...].astype(dtype)) for stat in (norm.mean, norm.var))
 
     def __call__(self, images: Images) -> Features:
-        if self.standardize:
-            images = standardize_images(images)
+        return self.features(images)[-1]
+
+    def features(self, images: Images) -> list[Features]:
+        """What comes of each convolution, in order."""
+        features = [standardize_images(images) if self.standardize else images]
         for number, convolution in enumerate(self.convolutions):
-            images = jax.nn.relu(convolution(images))
-            if self.norms:
-                images = self.norms[number](images)
-        return images
+            rectified = jax.nn.relu(convolution(features[-1]))
+            features.append(self.norms[number](rectified) if self.norms else rectified)
+        return features[1:]

@@ -41,7 +41,19 @@ class Encoder(nn.Module):
     def stem(
         self, images: Float[Tensor, "b channels height width"]
     ) -> Float[Tensor, "b features out_height out_width"]:
-        return self.image2primary_capsules[:-2](standardize_images(images) if self.standardize else images)
+        return self.features(images)[-1]
+
+    def features(
+        self, images: Float[Tensor, "b channels height width"]
+    ) -> list[Float[Tensor, "b _features _height _width"]]:
+        """What comes of each convolution of the stem, in order."""
+        features = [standardize_images(images) if self.standardize else images]
+        for module in self.image2primary_capsules[:-2].children():
+            if isinstance(module, nn.Conv2d):
+                features.append(module(features[-1]))
+            else:
+                features[-1] = module(features[-1])
+        return features[1:]
 
     def primary_capsules(self, images: Float[Tensor, "b channels height width"]) -> Capsules:
         convolution, to_capsules = self.image2primary_capsules[-2], self.image2primary_capsules[-1]

@@ -13,10 +13,11 @@ from capsnet_jax.benchmark import jax_work
 from capsnet_jax.benchmark.flops import forward_flops
 from capsnet_jax.benchmark.measurements import GEMM_SIZES, MEASUREMENTS
 from capsnet_jax.cli import main
-from capsnet_jax.config import Config, ModelConfig, TrainingConfig
+from capsnet_jax.config import Config, TrainingConfig
 from capsnet_torch import CapsNet, benchmark
 from capsnet_torch.augmentation import random_shift
-from parity_tests.pair import BATCH, HOT, IMAGE_SHAPE, NUM_CLASSES
+from capsnet_verify.pair import ONLY_IN_JAX
+from capsnet_verify.subjects import SMALL, SMALL_CLASSES, SMALL_IMAGES
 
 TINY = ["--preset", "digits", "--image-shape", "8", "9", "2", "--batch-size", "3", "--num-classes", "4"]
 
@@ -54,8 +55,13 @@ def test_the_compiled_twin(tmp_path):
 
 
 def test_both_sides_measure_the_same():
-    config = Config(model=ModelConfig(**HOT), training=TrainingConfig(batch_size=BATCH, reconstruction_weight=3.0))
-    arguments = {"config": config.to_json(), "image_shape": list(IMAGE_SHAPE), "num_classes": NUM_CLASSES, "shift": 0.1}
+    config = Config(model=SMALL, training=TrainingConfig(batch_size=3, reconstruction_weight=3.0))
+    arguments = {
+        "config": config.to_json(),
+        "image_shape": list(SMALL_IMAGES),
+        "num_classes": SMALL_CLASSES,
+        "shift": 0.1,
+    }
     arguments |= {"train_images": 12, "test_images": 20, "evaluation_batch": 4, "gemm_sizes": {"cpu": 16, "gpu": 16}}
     ours, theirs = jax_work.Work(**arguments), benchmark.Work(**arguments, compile_mode="eager")
     for name in MEASUREMENTS:
@@ -91,14 +97,14 @@ def test_without_a_compiler_its_row_is_left_out(tmp_path, monkeypatch, capsys):
 
 
 def test_operations_are_those_that_torch_counts():
-    config = ModelConfig(**HOT)
-    model = CapsNet(IMAGE_SHAPE, NUM_CLASSES, **HOT | {"routing": "uniform"})
-    images = torch.rand(1, IMAGE_SHAPE[2], *IMAGE_SHAPE[:2])
+    options = {name: value for name, value in vars(SMALL).items() if name not in ONLY_IN_JAX}
+    model = CapsNet(SMALL_IMAGES, SMALL_CLASSES, **options | {"routing": "uniform"})
+    images = torch.rand(1, SMALL_IMAGES[2], *SMALL_IMAGES[:2])
     with FlopCounterMode(display=False) as counted:
         model.decode(model.encode(images).poses, torch.tensor([1]))
     capsules = 3 * 8 * 9  # groups and positions; uniform routing sums their votes
-    routing = 2 * capsules * NUM_CLASSES * config.class_dim
-    total = sum(forward_flops(config, IMAGE_SHAPE, NUM_CLASSES))
+    routing = 2 * capsules * SMALL_CLASSES * SMALL.class_dim
+    total = sum(forward_flops(SMALL, SMALL_IMAGES, SMALL_CLASSES))
     assert counted.get_total_flops() - total in (0, routing)
 
 

@@ -8,8 +8,9 @@ import torch
 
 from capsnet_jax import ops
 from capsnet_torch import ops as torch_ops
+from capsnet_verify.checks import VALUES
 from parity_tests import oracle
-from parity_tests.compare import TOLERANCE, assert_close
+from parity_tests.compare import assert_close
 
 SHAPE = (4, 5, 6)
 
@@ -27,8 +28,8 @@ def test_values_and_gradients_agree(name, scale, dtype):
     torch_values = torch.tensor(values, requires_grad=True)
     torch_result = getattr(torch_ops, name)(torch_values)
     torch_result.backward(torch.tensor(weights))
-    assert_close(name, result, torch_result.detach(), tolerance=TOLERANCE[dtype])
-    assert_close(f"gradient of {name}", pull(jnp.asarray(weights))[0], torch_values.grad, tolerance=TOLERANCE[dtype])
+    assert_close(name, result, torch_result.detach(), tolerance=VALUES[dtype])
+    assert_close(f"gradient of {name}", pull(jnp.asarray(weights))[0], torch_values.grad, tolerance=VALUES[dtype])
 
 
 def test_squash_agrees_with_the_oracle(float64):
@@ -81,6 +82,6 @@ def test_standardized_images_agree(dtype):
     theirs = torch_ops.standardize_images(channels_first)
     theirs.backward(torch.tensor(weights.transpose(0, 3, 1, 2).copy()))
     grads = channels_first.grad.permute(0, 2, 3, 1)
-    assert_close("images", ours, theirs.detach().permute(0, 2, 3, 1), tolerance=TOLERANCE[dtype])
-    assert_close("gradient", pull(jnp.asarray(weights))[0], grads, tolerance=TOLERANCE[dtype])
+    assert_close("images", ours, theirs.detach().permute(0, 2, 3, 1), tolerance=VALUES[dtype])
+    assert_close("gradient", pull(jnp.asarray(weights))[0], grads, tolerance=VALUES[dtype])
     np.testing.assert_array_equal(ours[2], 0)

@@ -9,8 +9,11 @@ from flax import nnx
 import capsnet_jax
 import capsnet_torch
 from capsnet_jax.weights import from_torch, load_weights, save_weights, to_torch
-from parity_tests.pair import HOT, IMAGE_SHAPE, NUM_CLASSES, make_pair
+from capsnet_verify.pair import ONLY_IN_JAX
+from capsnet_verify.subjects import SMALL, SMALL_CLASSES, SMALL_IMAGES
+from parity_tests.pairs import make_pair
 
+SIZES = {name: value for name, value in vars(SMALL).items() if name not in ONLY_IN_JAX}
 # What the reference model's two state_dicts hold on MNIST.
 REFERENCE_ENCODER = {
     "image2primary_capsules.0.weight": (256, 1, 9, 9),
@@ -37,13 +40,13 @@ def test_the_reference_models_state_dicts_load_unchanged():
 
 @pytest.mark.parametrize("hidden_capsules", [(), ((8, 9), (7, 5))], ids=["one layer", "three layers"])
 def test_torch_to_jax_and_back_is_bit_exact(hidden_capsules):
-    options = HOT | {"hidden_capsules": hidden_capsules}
+    options = SIZES | {"hidden_capsules": hidden_capsules}
     torch.manual_seed(0)
     state = {
         name: tensor.numpy()
-        for name, tensor in capsnet_torch.CapsNet(IMAGE_SHAPE, NUM_CLASSES, **options).state_dict().items()
+        for name, tensor in capsnet_torch.CapsNet(SMALL_IMAGES, SMALL_CLASSES, **options).state_dict().items()
     }
-    model = capsnet_jax.CapsNet(IMAGE_SHAPE, NUM_CLASSES, **options, rngs=nnx.Rngs(0))
+    model = capsnet_jax.CapsNet(SMALL_IMAGES, SMALL_CLASSES, **options, rngs=nnx.Rngs(0))
     assert not np.array_equal(to_torch(model)["decoder.0.weight"], state["decoder.0.weight"])
     from_torch(model, state)
     back = to_torch(model)

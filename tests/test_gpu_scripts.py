@@ -39,7 +39,7 @@ PARTS = ["epoch", "float32", "bfloat16", "parts", "votes", "parity", "scaling"]
 
 
 def test_all_parts_for_the_gpu_are_done_though_one_fails(fake_python, tmp_path):
-    python = fake_python('[[ "$*" != *parity* ]] || exit 3')
+    python = fake_python('[[ "$*" != *verify* ]] || exit 3')
     result = run("gpu.sh", tmp_path / "out", PYTHON=python)
     assert result.returncode == 1
     *_, folder = [line for line in result.stdout.splitlines() if line.startswith("===")]
@@ -52,7 +52,7 @@ def test_all_parts_for_the_gpu_are_done_though_one_fails(fake_python, tmp_path):
     assert len(calls) == len(PARTS)
     assert "--batch-size 256" in calls[1]
     assert f"--json {tmp_path / 'out'}/gpu-float32.json --precision float32" in calls[1]
-    assert calls[5] == "-m parity_tests.table --device gpu --num-iterations 3"
+    assert "verify --device gpu --preset readable --all-routings" in calls[5]
 
 
 def test_only_parts_that_are_named_are_done_in_less_than_ten_minutes(fake_python, tmp_path):

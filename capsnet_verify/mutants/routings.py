@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from capsnet_jax.capsules import Routed
 from capsnet_jax.routing import ROUTINGS
@@ -41,7 +41,7 @@ def rewrite(name: str, right: str = "", wrong: str = "") -> Callable[..., Routed
     """A routing from its edited source; from the source as it is by default."""
     source = inspect.getsource(sys.modules[ROUTINGS[name].__module__])
     assert right in source, f"The source of {name} has no {right!r} any more; edit another place for this mistake."
-    namespace = {"__name__": f"mutant of {name}"}
+    namespace: dict[str, Any] = {"__name__": f"mutant of {name}"}
     exec(source.replace(right, wrong), namespace)
     function: Callable[..., Routed] = namespace[name]
     return function

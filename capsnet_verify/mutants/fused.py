@@ -3,10 +3,10 @@
 import inspect
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from capsnet_jax.capsules import Routed
-from capsnet_jax.routing import fused_dynamic
+from capsnet_jax.routing.fused_dynamic import fused_dynamic
 
 ALL = "dynamic,leaky=true,prior_logits=0,capsule_bias=0.1"
 
@@ -41,7 +41,7 @@ def rewrite(right: str = "", wrong: str = "") -> Callable[..., Routed]:
     """The routing from its edited source; from the source as it is by default."""
     source = inspect.getsource(sys.modules[fused_dynamic.__module__])
     assert right in source, f"The source has no {right!r} any more; edit another place for this mistake."
-    namespace = {"__name__": "mutant of fused_dynamic"}
+    namespace: dict[str, Any] = {"__name__": "mutant of fused_dynamic"}
     exec(source.replace(right, wrong), namespace)
     function: Callable[..., Routed] = namespace["fused_dynamic"]
     return function

@@ -1,0 +1,100 @@
+"""What was verified, in tables and a plain sentence, and as JSON."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from capsnet_jax.comparison import table_of_rows
+from capsnet_verify.heat import Heat
+from capsnet_verify.verification import Verification
+
+GROUPS = {"values": (), "gradients": ("gradient",), "steps": ("step",)}
+"""Columns of a summary, by the first word of a check; any other check is of a value."""
+
+
+def describe(verification: Verification) -> str:
+    """Every check in a row, and what is to be said of all of them."""
+    rows = [("check", "scale", "error", "tolerance", "verdict")]
+    rows += [
+        (check.name, _number(check.scale), _number(check.error), f"{check.tolerance:.0e}", check.verdict)
+        for check in verification.checks
+    ]
+    return "\n\n".join([table_of_rows(rows), *_of_heats(verification.heats), sentence(verification)])
+
+
+def summarize(verifications: Sequence[Verification]) -> str:
+    """A row for each, with the largest errors; and a sentence of those that do not agree."""
+    rows: list[Sequence[str]] = [("model", "dtype", *GROUPS, "factors", "verdict")]
+    for verification in verifications:
+        worst = [_number(error) for error in largest_errors(verification).values()]
+        factors = " ".join(f"{found.factor:g}" for found in verification.heats)
+        verdict = ("agrees", "DIFFERS", "not seen")[verification.status]
+        rows.append((verification.subject.title, verification.settings.dtype, *worst, factors, verdict))
+    others = [
+        f"{verification.subject.title}, {verification.settings.dtype}: {sentence(verification)}"
+        for verification in verifications
+        if verification.status
+    ]
+    agreed = sum(verification.status == 0 for verification in verifications)
+    return "\n\n".join([table_of_rows(rows), *others, f"{agreed} of {len(verifications)} agree."])
+
+
+def sentence(verification: Verification) -> str:
+    """Agreement, or the first divergence and its usual cause, or what could not be seen."""
+    title, number = verification.subject.title, len(verification.checks)
+    first = verification.first_divergence
+    if first is not None:
+        return f"JAX and PyTorch differ, first in {first.name} ({first.reason}). The usual cause: {verification.cause}."
+    if verification.without_power:
+        names = ", ".join(verification.without_power)
+        return f"JAX and PyTorch agree in what could be seen; these checks had no power: {names}."
+    errors = ", ".join(
+        f"{name} within {error:.1e}" for name, error in largest_errors(verification).items() if not math.isnan(error)
+    )
+    return f"JAX and PyTorch agree in all {number} checks of {title}: {errors}, as fractions of the largest value."
+
+
+def largest_errors(verification: Verification) -> dict[str, float]:
+    """The largest scale-relative error of each group of checks; NaN for none."""
+    errors = dict.fromkeys(GROUPS, math.nan)
+    for check in verification.checks:
+        of = next((name for name, words in GROUPS.items() if words and check.name.startswith(words)), "values")
+        errors[of] = check.error if math.isnan(errors[of]) else max(errors[of], check.error)
+    return errors
+
+
+def to_json(verification: Verification) -> dict[str, Any]:
+    """All of it in types that JSON has; numbers that are not finite are None."""
+    first = verification.first_divergence
+    options = {
+        name: getattr(verification.settings, name) for name in ("dtype", "device", "steps", "batch_size", "seed")
+    }
+    return {
+        "model": verification.subject.title,
+        **options,
+        "status": verification.status,
+        "sentence": sentence(verification),
+        "first_divergence": None if first is None else first.name,
+        "cause": verification.cause,
+        "without_power": verification.without_power,
+        "capsule_layers": [found._asdict() for found in verification.heats],
+        "checks": [{name: _finite(value) for name, value in check._asdict().items()} for check in verification.checks],
+    }
+
+
+def _of_heats(heats: Sequence[Heat]) -> list[str]:
+    scaled = [
+        f"The weight of capsule layer {number} was multiplied by {found.factor:g} on both sides, so that routing "
+        f"matters: mean activation {found.activation:.2f}, couplings up to {100 * found.unevenness:.0f} % from even."
+        for number, found in enumerate(heats)
+        if found.factor != 1
+    ]
+    return ["\n".join(scaled)] if scaled else []
+
+
+def _number(value: float) -> str:
+    return f"{value:.1e}" if math.isfinite(value) else "-"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,118 @@
+"""What can be verified: a preset, a run, a file of weights, or a small model in which nothing is equal by chance."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from capsnet_jax.architecture import run_of_state
+from capsnet_jax.config import Config, ModelConfig
+from capsnet_jax.errors import UsageError
+from capsnet_jax.presets import PRESETS
+from capsnet_jax.routing import ROUTINGS
+from capsnet_jax.runs import CONFIG, Run, read_run
+from capsnet_jax.state_files import read_state
+from capsnet_jax.weights import StateDict
+
+# All sizes differ, so that no transposed axis fits by chance; a primary scale of 1 gives capsules of visible length.
+SMALL = ModelConfig(
+    stem_channels=7,
+    stem_kernel=3,
+    primary_groups=3,
+    primary_dim=4,
+    primary_kernel=5,
+    primary_scale=1.0,
+    class_dim=6,
+    decoder_hidden=(11, 13),
+)
+SMALL_IMAGES, SMALL_CLASSES = (22, 24, 2), 5
+# Images and classes that a preset is for, where they are not those of MNIST.
+IMAGES = {"digits": (8, 8, 1), "em": (32, 32, 1)}
+CLASSES = {"em": 5}
+
+# Options with which all that is in an algorithm matters: by default little variance makes the Gaussians of EM collapse
+# onto few votes, and weights that are there on demand only are not there.
+TELLING_OPTIONS = {
+    "dynamic": "dynamic,leaky=true,prior_logits=0,capsule_bias=0.1",
+    "em": "em,inverse_temperature=4,annealing=0.5,min_variance=0.4",
+    "variational": "variational,psi0=1",
+}
+
+
+class Subject(NamedTuple):
+    """A model to verify.
+
+    Attributes:
+        title: what it is called in tables.
+        run: its sizes and losses.
+        state: its weights, under the twin's names; None if they are to be drawn.
+    """
+
+    title: str
+    run: Run
+    state: StateDict | None = None
+
+
+def of_preset(name: str) -> Subject:
+    """A preset at full size, on images as it is for.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"Unknown preset {name!r}; expected {', '.join(PRESETS)}.")
+    classes = tuple(map(str, range(CLASSES.get(name, 10))))
+    return Subject(f"preset {name}", Run(Path(), PRESETS[name], IMAGES.get(name, (28, 28, 1)), classes))
+
+
+def of_every_preset() -> list[Subject]:
+    """Each preset at full size."""
+    return [of_preset(name) for name in PRESETS]
+
+
+def with_routing(subject: Subject, routing: str) -> Subject:
+    """The same model, of the same weights if it has any, with another routing."""
+    config = subject.run.config
+    config = replace(config, model=replace(config.model, routing=routing))
+    return subject._replace(run=subject.run._replace(config=config))
+
+
+def of_routing(routing: str, num_iterations: int = 3) -> Subject:
+    """A small model with this routing."""
+    return of_model(f"routing {routing}", replace(SMALL, routing=routing, num_iterations=num_iterations))
+
+
+def of_every_routing() -> list[Subject]:
+    """A small model for each registered routing, with options that make all of it matter."""
+    specs = [spec for name in ROUTINGS for spec in dict.fromkeys((name, TELLING_OPTIONS.get(name, name)))]
+    return [of_routing(spec) for spec in specs]
+
+
+def of_model(
+    title: str,
+    model: ModelConfig,
+    image_shape: tuple[int, int, int] = SMALL_IMAGES,
+    num_classes: int = SMALL_CLASSES,
+    labels_per_image: int = 1,
+) -> Subject:
+    """A model of these sizes."""
+    classes = tuple(map(str, range(num_classes)))
+    return Subject(title, Run(Path(), Config(model=model), image_shape, classes, labels_per_image))
+
+
+def of_files(paths: Sequence[Path], preset: str) -> Subject:
+    """A run, or weights in one of the files that `read_state` reads.
+
+    Args:
+        paths: folder of the run, file of the weights, or those of encoder and decoder.
+        preset: what weights without a config.json beside them do not tell.
+
+    Raises:
+        UsageError: they cannot be read, or are not those of a model.
+    """
+    state = read_state(paths)
+    folder = paths[0] if paths[0].is_dir() else paths[0].parent
+    title = " and ".join(map(str, paths))
+    if (folder / CONFIG).exists():
+        return Subject(title, read_run(folder), state)
+    return Subject(title, run_of_state(state, of_preset(preset).run.config, folder), state)

@@ -1,0 +1,192 @@
+"""Both sides of a model made, made hot, and compared."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import optax
+from jaxtyping import Shaped
+
+from capsnet_verify.causes import VISIBLE, cause, mixed_up, usual_cause
+from capsnet_verify.checks import AGREES, DIFFERS, NO_POWER, Check, compare, tolerance_of
+from capsnet_verify.devices import both_on
+from capsnet_verify.heat import Heat, heat
+from capsnet_verify.pair import Pair, new_pair
+from capsnet_verify.subjects import Subject
+from capsnet_verify.trajectory import trajectory
+from capsnet_verify.values import in_jax, in_torch, jittered
+
+LEARNING_RATE = 1e-3  # of Adam: at five times that, matrix capsules amplify rounding errors tenfold in each step
+JITTERS = 30  # as many rounding errors at once add up in a sum of a thousand numbers
+EVEN = 1e-6  # couplings this close to even, however long poses are, are those of no routing at all
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a subject is verified.
+
+    Attributes:
+        dtype: float64, float32 or bfloat16.
+        device: cpu or gpu.
+        steps: number of training steps.
+        batch_size: number of images.
+        seed: of weights and batches.
+        torch_routing: the twin's, if it is another.
+        torch_state: weights of the twin, if they are others.
+    """
+
+    dtype: str = "float64"
+    device: str = "cpu"
+    steps: int = 20
+    batch_size: int = 3
+    seed: int = 0
+    torch_routing: str | Callable[..., Any] | None = None
+    torch_state: Mapping[str, Shaped[np.ndarray, "..."]] | None = None
+
+
+@dataclass
+class Verification:
+    """What came of it.
+
+    Attributes:
+        subject: what was verified.
+        settings: how.
+        heats: of each capsule layer.
+        checks: all of them, in the order in which what is compared depends on each other.
+        cause: of the first divergence, in words; None if there is none.
+    """
+
+    subject: Subject
+    settings: Settings
+    heats: list[Heat] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    cause: str | None = None
+
+    @property
+    def first_divergence(self) -> Check | None:
+        """The first check that differs."""
+        return next((check for check in self.checks if check.verdict == DIFFERS), None)
+
+    @property
+    def without_power(self) -> list[str]:
+        """What could not be seen: names of checks, and of layers whose routing hardly matters."""
+        layers = [
+            f"routing of capsule layer {number}"
+            for number, found in enumerate(self.heats)
+            if not (found.hot or (found.moderate and found.unevenness < EVEN))
+        ]
+        return [check.name for check in self.checks if check.verdict == NO_POWER] + layers
+
+    @property
+    def status(self) -> int:
+        """0 if both sides agree, 1 if they differ, 2 if not all could be compared."""
+        return 1 if self.first_divergence else 2 if self.without_power else 0
+
+    def worst(self, *kinds: str) -> Check | None:
+        """The check that comes closest to its tolerance, of those whose names begin with one of these words."""
+        checks = [check for check in self.checks if check.name.startswith(kinds)]
+        return max(checks, key=lambda check: check.error / (check.tolerance or 1), default=None)
+
+
+def verify(
+    subject: Subject,
+    settings: Settings,
+    *,
+    mutate: Callable[[Pair], AbstractContextManager[None]] | None = None,
+    optimizer: Callable[[float], optax.GradientTransformation] = optax.adam,
+    only_first: bool = False,
+) -> Verification:
+    """Compares every value and gradient, and then training.
+
+    Args:
+        subject: the model.
+        settings: how.
+        mutate: makes the JAX side wrong for as long as the context lasts.
+        optimizer: of JAX, given the learning rate.
+        only_first: end with the first check that does not agree.
+
+    Raises:
+        UsageError: the two sides cannot be made, or have not the same weights.
+    """
+    verification = Verification(subject, settings)
+    with both_on(settings.device, settings.dtype):
+        pair = _pair_of(subject, settings)
+        for check, *sides in _weights(subject, settings):
+            _add(verification, check, *sides)
+        verification.heats = heat(pair)
+        with nullcontext() if mutate is None else mutate(pair):
+            for check, *sides in _values_and_steps(pair, settings, optimizer):
+                _add(verification, check, *sides)
+                if only_first and check.verdict != AGREES:
+                    break
+    return verification
+
+
+Compared = tuple[Check, np.ndarray | None, np.ndarray | None]
+"""A check, and what was compared, if it is kept."""
+
+
+def _add(verification: Verification, check: Check, actual: np.ndarray | None, expected: np.ndarray | None) -> None:
+    verification.checks.append(check)
+    if check.verdict != DIFFERS or verification.cause is not None:
+        return
+    if actual is None or expected is None:
+        verification.cause = usual_cause(check.name)
+    else:
+        state = verification.subject.state or {}
+        verification.cause = mixed_up(check.name, expected, state) or cause(check.name, actual, expected)
+
+
+def _pair_of(subject: Subject, settings: Settings) -> Pair:
+    run = subject.run
+    return new_pair(
+        settings.dtype,
+        run.config.model,
+        run.config.training,
+        image_shape=run.image_shape,
+        num_classes=run.num_classes,
+        labels_per_image=run.labels_per_image,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        state=subject.state,
+        torch_state=settings.torch_state,
+        torch_routing=settings.torch_routing,
+    )
+
+
+def _weights(subject: Subject, settings: Settings) -> Iterator[Compared]:
+    """Weights that the two sides have from different files, which must be equal to the last bit."""
+    if subject.state is None or settings.torch_state is None:
+        return
+    for name, expected in settings.torch_state.items():
+        actual, wanted = subject.state[name].astype("float64"), expected.astype("float64")
+        yield compare(f"weight {name}", actual, wanted, tolerance=0.0, floor=-1.0), actual, wanted
+
+
+def _values_and_steps(
+    pair: Pair, settings: Settings, optimizer: Callable[[float], optax.GradientTransformation]
+) -> Iterator[Compared]:
+    ours, theirs = in_jax(pair), in_torch(pair)
+    moved: dict[str, np.ndarray] = {}
+    for name, expected in theirs.items():
+        tolerance = tolerance_of(name, settings.dtype, settings.device)
+        # In bfloat16 some ReLU turn, which single gradients show in full.
+        measure = partial(compare, name, tolerance=tolerance, euclidean=settings.dtype == "bfloat16")
+        check = measure(ours[name], expected)
+        if check.verdict == DIFFERS and check.error < VISIBLE:
+            moved = moved or in_jax(jittered(pair))
+            check = _as_far_as_rounding_tells(check, measure(moved[name], ours[name]))
+        yield check, ours[name], expected
+    for check in trajectory(pair, settings.steps, learning_rate=LEARNING_RATE, optimizer=optimizer):
+        yield check, None, None
+
+
+def _as_far_as_rounding_tells(check: Check, of_jitter: Check) -> Check:
+    """Without power, if rounding errors of weights and images alone move the values as far."""
+    if check.error > JITTERS * of_jitter.error:
+        return check
+    reason = f"rounding errors of weights and images alone move it by {of_jitter.error:.1e}"
+    return check._replace(verdict=NO_POWER, reason=reason)

@@ -1,0 +1,57 @@
+"""Random architectures: the values and gradients of both sides agree. A failure prints the command that repeats it."""
+
+import pytest
+
+from capsnet_jax.cli import main
+from capsnet_verify.checks import AGREES
+from capsnet_verify.random_models import random_subject
+from capsnet_verify.report import sentence
+from capsnet_verify.verification import Settings, verify
+
+
+def check(seed: int) -> None:
+    verification = verify(random_subject(seed), Settings(steps=0))
+    repeat = f"capsnet verify --random-model {seed} --steps 0"
+    assert verification.first_divergence is None, f"{sentence(verification)}\n{repeat}"
+    # Weights that nothing depends on have no gradient, such as what hidden capsules of some routings are read out by.
+    seen = sum(found.verdict == AGREES for found in verification.checks)
+    assert seen >= 0.7 * len(verification.checks), f"{sentence(verification)}\n{repeat}"
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_a_random_architecture_agrees(seed):
+    check(seed)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(15, 200))
+def test_another_random_architecture_agrees(seed):
+    check(seed)
+
+
+def test_architectures_are_of_every_kind():
+    models = [random_subject(seed).run for seed in range(200)]
+    configs = [run.config.model for run in models]
+    for name in (
+        "batch_norm",
+        "matrix_poses",
+        "primary_depthwise",
+        "decoder_hidden",
+        "conv_capsules",
+        "hidden_capsules",
+    ):
+        assert 20 < sum(bool(getattr(config, name)) for config in configs) < 180, name
+    assert len({config.routing.split(",")[0] for config in configs}) == 9
+    assert {config.num_iterations for config in configs} == {1, 2, 3, 4}
+    assert len({run.image_shape for run in models}) > 150
+    assert random_subject(7) == random_subject(7)
+
+
+def test_the_command_repeats_a_failure(capsys, monkeypatch):
+    monkeypatch.setattr("capsnet_verify.pair.to_torch", lambda model: {})
+    assert main(["verify", "--random-model", "17", "--steps", "0"]) == 2
+    assert "The sides have not the same weights" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["verify", "--random-model", "17", "--steps", "0"]) == 0
+    assert "of random model 17: values within" in capsys.readouterr().out
