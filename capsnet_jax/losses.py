@@ -79,7 +79,8 @@ def spread_margin(step: Int[Array, ""] | int) -> Float[Array, ""]:
     A small one at first, so that no capsules die; the authors' schedule,
     https://github.com/google-research/google-research/tree/master/capsule_em
     """
-    return 0.2 + 0.79 * jax.nn.sigmoid(jnp.minimum(10.0, step / 50000 - 4))
+    done = jnp.asarray(step, float)  # an int32 would become float32, where everything else is float64
+    return 0.2 + 0.79 * jax.nn.sigmoid(jnp.minimum(10.0, done / 50000 - 4))
 
 
 def reconstruction_loss(reconstructions: Images, images: Images, *, error: str = "mean") -> Float[Array, " b"]:
