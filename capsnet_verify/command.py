@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -16,7 +16,7 @@ from capsnet_jax.files import replace_file
 
 if TYPE_CHECKING:  # PyTorch is needed to run, and not to tell how
     from capsnet_verify.subjects import Subject
-    from capsnet_verify.verification import Verification
+    from capsnet_verify.verification import Settings, Verification
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,10 @@ class Verify:
     """Where both sides compute."""
     steps: int = 20
     """Number of training steps; no more than 5 are compared in float32, in which rounding errors soon grow."""
+    learning_rate: float = 1e-4
+    """Of Adam, in these steps; with a large one rounding errors grow."""
     batch_size: int = 3
-    """Number of images."""
+    """Number of images; from 16 on, dynamic routing is without votes, as in training."""
     seed: int = 0
     """Of weights and images."""
     json: Path | None = None
@@ -74,42 +76,62 @@ class Verify:
         for name, smallest in (("steps", 0), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < smallest:
                 raise UsageError(f"{name} is {getattr(self, name)}, and must be at least {smallest}.")
+        if not self.learning_rate > 0:
+            raise UsageError(f"learning_rate is {self.learning_rate}, and must be more than 0.")
         if self.json is not None and not self.json.absolute().parent.is_dir():
             raise UsageError(f"json is {self.json}, and the folder {self.json.parent} does not exist.")
+        if not self.dtype:
+            raise UsageError("dtype is empty; expected float64, float32 or bfloat16.")
         if importlib.util.find_spec("torch") is None:
             raise UsageError('capsnet verify needs PyTorch, which is not installed: pip install ".[torch]".')
         if self.self_test:
             from capsnet_verify.self_test import self_test
 
             return self_test()
-        verifications = self._verify_all()
-        return self._tell(verifications)
+        from capsnet_verify.report import describe, summarize
 
-    def _verify_all(self) -> "list[Verification]":
-        from capsnet_verify.verification import Settings, verify
-
-        subjects = self._subjects()
-        settings = Settings(device=self.device, steps=self.steps, batch_size=self.batch_size, seed=self.seed)
-        settings = dataclasses.replace(settings, **self._of_torch())
-        verifications = []
+        subjects, settings = self._subjects(), self._settings()
+        if self.torch_model is not None and self.map is None:
+            return self._propose_map(subjects[0], settings)
+        verifications: list[Verification] = []
         for subject in subjects:
             for dtype in self.dtype:
+                verifications.append(self._verify(subject, dataclasses.replace(settings, dtype=dtype)))
+                self._write(verifications)
                 if len(subjects) * len(self.dtype) > 1:
-                    print(f"{subject.title}, {dtype}", file=sys.stderr, flush=True)
-                verifications.append(verify(subject, dataclasses.replace(settings, dtype=dtype)))
-        return verifications
-
-    def _tell(self, verifications: "list[Verification]") -> int:
-        from capsnet_verify.report import describe, summarize, to_json
-
+                    print(summarize(verifications[-1:]).splitlines()[2], file=sys.stderr, flush=True)
         print(describe(verifications[0]) if len(verifications) == 1 else summarize(verifications))
+        statuses = {verification.status for verification in verifications}
+        return 1 if 1 in statuses else max(statuses)
+
+    def _verify(self, subject: "Subject", settings: "Settings") -> "Verification":
+        from capsnet_verify.foreign import verify_module
+        from capsnet_verify.torch_module import load_module
+        from capsnet_verify.verification import verify
+        from capsnet_verify.weight_map import read_map
+
+        if self.torch_model is None or self.map is None:
+            return verify(subject, settings)
+        return verify_module(load_module(self.torch_model), read_map(self.map), subject, settings)
+
+    def _propose_map(self, subject: "Subject", settings: "Settings") -> int:
+        """Prints a map to be looked through; nothing is compared, which is exit status 2."""
+        from capsnet_verify.foreign import propose
+        from capsnet_verify.torch_module import load_module
+
+        print(propose(load_module(str(self.torch_model)), subject, settings))
+        print("capsnet: There is no --map, so nothing was compared; the one above is a proposal.", file=sys.stderr)
+        return 2
+
+    def _write(self, verifications: "list[Verification]") -> None:
+        """What there is so far, in place of what the file had before."""
+        from capsnet_verify.report import to_json
+
         if self.json is not None:
             device = "cpu" if self.device == "cpu" else _gpu()
             results = {"verifications": [to_json(verification) for verification in verifications]}
             text = json.dumps(origin(("jax", "torch-eager"), device) | results, indent=2)
             replace_file(self.json, f"{text}\n")
-        statuses = {verification.status for verification in verifications}
-        return 1 if 1 in statuses else max(statuses)
 
     def _subjects(self) -> "list[Subject]":
         """The models, refused if they contradict each other."""
@@ -128,6 +150,10 @@ class Verify:
             raise UsageError("--routing is that of both sides, and --jax-routing is given, too; expected one of them.")
         if (self.jax_routing is None) != (self.torch_routing is None):
             raise UsageError("Only one of --jax-routing and --torch-routing is given; expected both.")
+        if self.map is not None and self.torch_model is None:
+            raise UsageError("--map tells of the weights of --torch-model; expected that, too.")
+        if self.torch_model is not None and (self.torch_routing is not None or self.torch_weights):
+            raise UsageError("--torch-model has a routing and weights of its own; expected no others.")
         if self.torch_weights and not self.model:
             raise UsageError("--torch-weights are compared with those of a model; expected its folder or file, too.")
         found = subjects.of_every_preset() if self.all_presets else []
@@ -142,17 +168,21 @@ class Verify:
             found = [subjects.of_routing(routing or "dynamic")]
         return [subjects.with_routing(subject, routing) for subject in found] if routing else found
 
-    def _of_torch(self) -> dict[str, Any]:
-        """What the PyTorch side has of its own."""
+    def _settings(self) -> "Settings":
+        """How it is verified, but for the dtype, and what the PyTorch side has of its own."""
         from capsnet_jax.state_files import read_state
         from capsnet_verify.torch_routing import find_routing
+        from capsnet_verify.verification import Settings
 
-        given: dict[str, Any] = {}
-        if self.torch_routing is not None:
-            given["torch_routing"] = find_routing(self.torch_routing)
-        if self.torch_weights:
-            given["torch_state"] = read_state(self.torch_weights)
-        return given
+        return Settings(
+            device=self.device,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            torch_routing=None if self.torch_routing is None else find_routing(self.torch_routing),
+            torch_state=read_state(self.torch_weights) if self.torch_weights else None,
+        )
 
 
 def _gpu() -> str:

@@ -19,7 +19,8 @@ def describe(verification: Verification) -> str:
         (check.name, _number(check.scale), _number(check.error), f"{check.tolerance:.0e}", check.verdict)
         for check in verification.checks
     ]
-    return "\n\n".join([table_of_rows(rows), *_of_heats(verification.heats), sentence(verification)])
+    said = [*_of_heats(verification.heats), *verification.notes, sentence(verification)]
+    return "\n\n".join([table_of_rows(rows), *said])
 
 
 def summarize(verifications: Sequence[Verification]) -> str:
@@ -44,7 +45,7 @@ def sentence(verification: Verification) -> str:
     title, number = verification.subject.title, len(verification.checks)
     first = verification.first_divergence
     if first is not None:
-        return f"JAX and PyTorch differ, first in {first.name} ({first.reason}). The usual cause: {verification.cause}."
+        return f"JAX and PyTorch differ, first in {first.name} ({first.reason}). Most likely: {verification.cause}."
     if verification.without_power:
         names = ", ".join(verification.without_power)
         return f"JAX and PyTorch agree in what could be seen; these checks had no power: {names}."
@@ -67,7 +68,8 @@ def to_json(verification: Verification) -> dict[str, Any]:
     """All of it in types that JSON has; numbers that are not finite are None."""
     first = verification.first_divergence
     options = {
-        name: getattr(verification.settings, name) for name in ("dtype", "device", "steps", "batch_size", "seed")
+        name: getattr(verification.settings, name)
+        for name in ("dtype", "device", "steps", "learning_rate", "batch_size", "seed")
     }
     return {
         "model": verification.subject.title,
@@ -77,6 +79,7 @@ def to_json(verification: Verification) -> dict[str, Any]:
         "first_divergence": None if first is None else first.name,
         "cause": verification.cause,
         "without_power": verification.without_power,
+        "notes": verification.notes,
         "capsule_layers": [found._asdict() for found in verification.heats],
         "checks": [{name: _finite(value) for name, value in check._asdict().items()} for check in verification.checks],
     }

@@ -10,6 +10,8 @@ import numpy as np
 import optax
 from jaxtyping import Shaped
 
+from capsnet_jax.runs import Run
+from capsnet_jax.weights import StateDict
 from capsnet_verify.causes import VISIBLE, cause, mixed_up, usual_cause
 from capsnet_verify.checks import AGREES, DIFFERS, NO_POWER, Check, compare, tolerance_of
 from capsnet_verify.devices import both_on
@@ -19,7 +21,6 @@ from capsnet_verify.subjects import Subject
 from capsnet_verify.trajectory import trajectory
 from capsnet_verify.values import in_jax, in_torch, jittered
 
-LEARNING_RATE = 1e-3  # of Adam: at five times that, matrix capsules amplify rounding errors tenfold in each step
 JITTERS = 30  # as many rounding errors at once add up in a sum of a thousand numbers
 EVEN = 1e-6  # couplings this close to even, however long poses are, are those of no routing at all
 
@@ -32,6 +33,8 @@ class Settings:
         dtype: float64, float32 or bfloat16.
         device: cpu or gpu.
         steps: number of training steps.
+        learning_rate: of Adam, in these steps. With a large one rounding errors are amplified: 1e-3 brings weights of
+            the reference model, whose gradients are as small as Adam's epsilon, off by 1e-9 in the first step.
         batch_size: number of images.
         seed: of weights and batches.
         torch_routing: the twin's, if it is another.
@@ -41,6 +44,7 @@ class Settings:
     dtype: str = "float64"
     device: str = "cpu"
     steps: int = 20
+    learning_rate: float = 1e-4
     batch_size: int = 3
     seed: int = 0
     torch_routing: str | Callable[..., Any] | None = None
@@ -57,6 +61,7 @@ class Verification:
         heats: of each capsule layer.
         checks: all of them, in the order in which what is compared depends on each other.
         cause: of the first divergence, in words; None if there is none.
+        notes: what else is to be told, in sentences.
     """
 
     subject: Subject
@@ -64,6 +69,7 @@ class Verification:
     heats: list[Heat] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     cause: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def first_divergence(self) -> Check | None:
@@ -113,7 +119,7 @@ def verify(
     """
     verification = Verification(subject, settings)
     with both_on(settings.device, settings.dtype):
-        pair = _pair_of(subject, settings)
+        pair = pair_of(subject.run, settings, state=subject.state)
         for check, *sides in _weights(subject, settings):
             _add(verification, check, *sides)
         verification.heats = heat(pair)
@@ -140,8 +146,8 @@ def _add(verification: Verification, check: Check, actual: np.ndarray | None, ex
         verification.cause = mixed_up(check.name, expected, state) or cause(check.name, actual, expected)
 
 
-def _pair_of(subject: Subject, settings: Settings) -> Pair:
-    run = subject.run
+def pair_of(run: Run, settings: Settings, *, state: StateDict | None = None) -> Pair:
+    """Both sides of the model of a run, of these weights if there are any."""
     return new_pair(
         settings.dtype,
         run.config.model,
@@ -151,7 +157,7 @@ def _pair_of(subject: Subject, settings: Settings) -> Pair:
         labels_per_image=run.labels_per_image,
         batch_size=settings.batch_size,
         seed=settings.seed,
-        state=subject.state,
+        state=state,
         torch_state=settings.torch_state,
         torch_routing=settings.torch_routing,
     )
@@ -180,7 +186,7 @@ def _values_and_steps(
             moved = moved or in_jax(jittered(pair))
             check = _as_far_as_rounding_tells(check, measure(moved[name], ours[name]))
         yield check, ours[name], expected
-    for check in trajectory(pair, settings.steps, learning_rate=LEARNING_RATE, optimizer=optimizer):
+    for check in trajectory(pair, settings.steps, learning_rate=settings.learning_rate, optimizer=optimizer):
         yield check, None, None
 
 

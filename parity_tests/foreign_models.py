@@ -1,0 +1,142 @@
+"""Capsule networks as other people write them: other names, other orders of axes, other things returned.
+
+All are for images [b 2 9 8], and are our model `MODEL`: 18 primary capsules of 4, 5 classes of 6.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from capsnet_jax.config import ModelConfig
+from capsnet_verify.subjects import Subject, of_model
+
+MODEL = ModelConfig(
+    stem_channels=12,  # as many as primary capsules have, so that both biases are of one shape
+    stem_kernel=3,
+    primary_groups=3,
+    primary_dim=4,
+    primary_kernel=3,
+    primary_scale=1.0,
+    primary_squash="squash",
+    class_dim=6,
+    decoder_hidden=(7, 7),  # a square
+    decoder_bias=True,
+)
+SUBJECT: Subject = of_model("a small model", MODEL, image_shape=(9, 8, 2), num_classes=5)
+
+
+def squash(tensor: Tensor, dim: int = -1) -> Tensor:
+    squared_norm = (tensor**2).sum(dim=dim, keepdim=True)
+    return squared_norm / (1 + squared_norm) * tensor / squared_norm.sqrt()
+
+
+class Lengths(nn.Module):
+    """Capsules group by group, weights of shape [1 i o h d], unsqueezed tensors; returns lengths only."""
+
+    softmax_dim = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 12, 3)
+        self.primary = nn.Conv2d(12, 12, 3, stride=2)
+        self.W = nn.Parameter(torch.randn(1, 18, 5, 6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.primary(F.relu(self.conv1(x)))
+        x = x.view(x.size(0), 3, 4, 3, 2).permute(0, 1, 3, 4, 2).reshape(x.size(0), 18, 4)
+        u = squash(x)[:, :, None, :, None]
+        u_hat = (self.W @ u).squeeze(-1)
+        b = torch.zeros(x.size(0), 18, 5, 1)
+        for iteration in range(3):
+            c = F.softmax(b, dim=self.softmax_dim)
+            v = squash((c * u_hat).sum(dim=1, keepdim=True))
+            if iteration < 2:
+                b = b + (u_hat * v).sum(dim=-1, keepdim=True)
+        return v.squeeze(1).norm(dim=-1)
+
+
+class LengthsOverInputs(Lengths):
+    """With a mistake that many have made: the softmax is over input capsules."""
+
+    softmax_dim = 1
+
+
+class DigitCaps(nn.Module):
+    """Routing with couplings [b o i], of which gradients do not flow into the votes."""
+
+    def __init__(self, detach: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 18, 6, 4))
+        self.detach = detach
+
+    def forward(self, x: Tensor) -> Tensor:
+        votes = torch.einsum("oihd,bid->boih", self.weight, x)
+        for_routing = votes.detach() if self.detach else votes
+        logits = votes.new_zeros(votes.shape[:3])
+        for _ in range(2):
+            outputs = squash(torch.einsum("boi,boih->boh", logits.softmax(dim=1), for_routing))
+            logits = logits + torch.einsum("boih,boh->boi", for_routing, outputs)
+        return squash(torch.einsum("boi,boih->boh", logits.softmax(dim=1), votes))
+
+
+class LengthsAndImages(nn.Module):
+    """Layers in modules, a decoder of nn.Linear on one-hot labels, dropout; returns (lengths, images)."""
+
+    def __init__(self, detach: bool = False) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 12, 3)
+        self.relu = nn.ReLU(inplace=True)
+        self.primary = nn.Conv2d(12, 12, 3, stride=2)
+        self.dropout = nn.Dropout(0.5)
+        self.digits = DigitCaps(detach)
+        self.decoder = nn.Sequential(
+            nn.Linear(30, 7), nn.ReLU(inplace=True), nn.Linear(7, 7), nn.ReLU(), nn.Linear(7, 144), nn.Sigmoid()
+        )
+        self.temperature = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        channels = self.dropout(self.primary(self.relu(self.conv1(x))))
+        capsules = squash(channels.permute(0, 2, 3, 1).reshape(len(x), 18, 4))
+        poses = self.digits(capsules)
+        length = poses.norm(dim=-1)
+        if y is None:
+            y = F.one_hot(length.argmax(dim=1), 5).to(x.dtype)
+        images = self.decoder((poses * y[:, :, None]).reshape(len(x), -1))
+        return length, images.view(-1, 2, 9, 8)
+
+
+class Everything(LengthsAndImages):
+    """Returns a dict, with poses as columns; masks by its own largest activation."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        channels = self.primary(self.relu(self.conv1(x)))
+        poses = self.digits(squash(channels.permute(0, 2, 3, 1).reshape(len(x), 18, 4)))
+        y = F.one_hot(poses.norm(dim=-1).argmax(dim=1), 5).to(x.dtype)
+        images = self.decoder((poses * y[:, :, None]).reshape(len(x), -1))
+        return {"poses": poses[..., None], "image": images}
+
+
+def with_detach() -> nn.Module:
+    """Its values are right, and its gradients are not."""
+    return LengthsAndImages(detach=True)
+
+
+class Capsules(NamedTuple):
+    poses: Tensor
+
+
+class Normalized(nn.Module):
+    """Batch normalisation after the ReLU; returns a named tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 12, 3)
+        self.norm = nn.BatchNorm2d(12, eps=1e-3, momentum=0.01)
+        self.primary = nn.Conv2d(12, 12, 3, stride=2)
+        self.digits = DigitCaps(detach=False)
+
+    def forward(self, x: Tensor) -> Capsules:
+        channels = self.primary(self.norm(F.relu(self.conv1(x))))
+        return Capsules(self.digits(squash(channels.permute(0, 2, 3, 1).reshape(len(x), 18, 4))))
