@@ -47,7 +47,8 @@ class Verify:
     torch_weights: tuple[Path, ...] = ()
     """Weights of the PyTorch side, if they come from another file; they are compared one by one first."""
     torch_model: str | None = None
-    """Any PyTorch module, as package.module:build, a function without arguments, in place of the twin."""
+    """Any PyTorch module, as package.module:build, a function without arguments, in place of the twin; its values and
+    gradients are compared, and no training steps."""
     map: Path | None = None
     """Which weight of that module is which of ours, in TOML. Without it one is proposed and nothing is compared."""
     dtype: tuple[Literal["float64", "float32", "bfloat16"], ...] = ("float64",)
@@ -152,13 +153,18 @@ class Verify:
             raise UsageError("Only one of --jax-routing and --torch-routing is given; expected both.")
         if self.map is not None and self.torch_model is None:
             raise UsageError("--map tells of the weights of --torch-model; expected that, too.")
-        if self.torch_model is not None and (self.torch_routing is not None or self.torch_weights):
-            raise UsageError("--torch-model has a routing and weights of its own; expected no others.")
+        if self.torch_model is not None:
+            if self.torch_routing is not None or self.torch_weights:
+                raise UsageError("--torch-model has a routing and weights of its own; expected no others.")
+            if any(several.values()):
+                raise UsageError("--torch-model is compared with one model of ours; expected neither --all option.")
         if self.torch_weights and not self.model:
             raise UsageError("--torch-weights are compared with those of a model; expected its folder or file, too.")
         found = subjects.of_every_preset() if self.all_presets else []
         found += subjects.of_every_routing() if self.all_routings else []
-        if self.model:
+        if self.torch_model is not None and self.model and self.model[0].is_dir():
+            found = [subjects.of_config(self.model[0])]  # its weights would not be used
+        elif self.model:
             found = [subjects.of_files(self.model, self.preset or "readable")]
         elif self.random_model is not None:
             found = [random_subject(self.random_model)]

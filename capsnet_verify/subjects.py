@@ -101,6 +101,15 @@ def of_model(
     return Subject(title, Run(Path(), Config(model=model), image_shape, classes, labels_per_image))
 
 
+def of_config(folder: Path) -> Subject:
+    """The model of a run, of which only the config.json is read.
+
+    Raises:
+        UsageError: the folder is not that of a run.
+    """
+    return Subject(str(folder), read_run(folder))
+
+
 def of_files(paths: Sequence[Path], preset: str) -> Subject:
     """A run, or weights in one of the files that `read_state` reads.
 

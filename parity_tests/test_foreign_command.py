@@ -1,0 +1,81 @@
+"""`capsnet verify --torch-model`, as its users run it: a module in the folder where they are, a run or its sizes."""
+
+import json
+
+import pytest
+
+from capsnet_jax.cli import main
+from parity_tests.foreign_models import SUBJECT
+from parity_tests.test_foreign import LENGTHS
+
+MODEL = ["verify", "run", "--torch-model", "my_capsnet:Lengths"]
+# In another order of input capsules than ours, as it is proposed.
+PROPOSED = """\
+[weights]  # theirs = ours
+"conv1.weight" = "encoder.image2primary_capsules.0.weight"
+"conv1.bias" = "encoder.image2primary_capsules.0.bias"
+"primary.weight" = "encoder.image2primary_capsules.2.weight"
+"primary.bias" = "encoder.image2primary_capsules.2.bias"
+"W" = { name = "encoder.primary2digit_capsules.input_caps2U.weight", axes = "1 i o h d -> i d o h" }
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The folder where a user is: a module of their own, and the config.json of a run, without weights."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_capsnet.py").write_text("from parity_tests.foreign_models import *  # noqa: F403\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(SUBJECT.run.fields()))
+    (tmp_path / "map.toml").write_text(LENGTHS)
+    return tmp_path
+
+
+def test_without_a_map_one_is_proposed_and_nothing_compared(folder, capsys):
+    assert main(MODEL) == 2
+    said = capsys.readouterr()
+    assert PROPOSED in said.out
+    assert "activations = {}" in said.out
+    assert "nothing was compared" in said.err
+
+
+def test_the_proposal_is_a_map_that_can_be_read_and_the_mistake_in_it_is_told(folder, capsys):
+    main(MODEL)
+    (folder / "proposed.toml").write_text(capsys.readouterr().out)
+    assert main([*MODEL, "--map", "proposed.toml"]) == 1
+    said = capsys.readouterr().out
+    assert "differ, first in activations" in said
+    assert "in order of groups, then positions" in said
+    assert "as (g p) -> (p g) with g = 3 in the map, this agrees" in said
+
+
+def test_the_right_map_agrees(folder, capsys):
+    assert main([*MODEL, "--map", "map.toml", "--json", "out.json", "--dtype", "float64", "float32"]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("| run ") == 2
+    results = json.loads((folder / "out.json").read_text())["verifications"]
+    assert [result["dtype"] for result in results] == ["float64", "float32"]
+    assert [check["name"] for check in results[0]["checks"]][:3] == ["stem 0", "activations", "total loss"]
+
+
+def test_a_softmax_over_inputs_is_exit_status_1(folder, capsys):
+    assert main(["verify", "run", "--torch-model", "my_capsnet:LengthsOverInputs", "--map", "map.toml"]) == 1
+    assert "first in activations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--map", "map.toml"], "--map tells of the weights of --torch-model; expected that, too."),
+        ([*MODEL[1:], "--torch-weights", "a.pt"], "has a routing and weights of its own; expected no others."),
+        ([*MODEL[2:], "--all-presets"], "--torch-model is compared with one model of ours"),
+        ([*MODEL[1:], "--map", "nowhere.toml"], "nowhere.toml does not exist; expected a map of weights."),
+        ([*MODEL[1:-1], "my_capsnet:nothing"], "'my_capsnet:nothing' cannot be imported: AttributeError"),
+        (["nowhere", *MODEL[2:]], "nowhere"),
+    ],
+)
+def test_wrong_options_are_told_in_a_sentence(folder, capsys, arguments, sentence):
+    assert main(["verify", *arguments]) == 2
+    said = capsys.readouterr()
+    assert sentence in said.err
+    assert not said.out
