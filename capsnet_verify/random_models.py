@@ -18,9 +18,9 @@ def random_subject(seed: int) -> Subject:
     while True:
         image_shape = (*_integers(rng, (9, 21), (9, 21)), int(rng.integers(1, 4)))
         model = _random_model(rng)
-        if _fits(image_shape, model):
+        num_classes, labels_per_image = _integers(rng, (2, 7), (1, 3))
+        if _fits(image_shape, model) and _gradients_pass(model, num_classes):
             break
-    num_classes, labels_per_image = _integers(rng, (2, 7), (1, 3))
     subject = of_model(f"random model {seed}", model, image_shape, num_classes, labels_per_image)
     training = TrainingConfig(
         loss="margin" if labels_per_image > 1 else _choice(rng, "margin", "spread"),
@@ -83,6 +83,16 @@ def _fits(image_shape: tuple[int, int, int], model: ModelConfig) -> bool:
         grid_of_primary_capsules(image_shape, below, [(kernel, stride) for *_, kernel, stride in model.conv_capsules])
     except UsageError:
         return False
+    return True
+
+
+def _gradients_pass(model: ModelConfig, num_classes: int) -> bool:
+    """Whether layer normalisation is of more than two values, as of two it leaves signs alone, and no gradient."""
+    layers = [*((types, dim) for types, dim, *_ in model.conv_capsules), *model.hidden_capsules]
+    if model.routing.startswith("inverted_attention"):  # of each pose
+        return min(dim for _, dim in [*layers, (num_classes, model.class_dim)]) > 2
+    if model.routing.startswith("variational"):  # over all capsules
+        return min(number for number, _ in [*layers, (num_classes, model.class_dim)]) > 2
     return True
 
 

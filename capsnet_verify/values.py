@@ -41,7 +41,7 @@ def in_jax(pair: Pair) -> dict[str, np.ndarray]:
     return {name: np.asarray(array, dtype) for name, array in values.items()}
 
 
-def jittered(pair: Pair, seed: int = 20) -> Pair:
+def jittered(pair: Pair, seed: int) -> Pair:
     """The JAX side with weights and images off by a rounding error each."""
     rng = np.random.default_rng(seed)
 
