@@ -103,7 +103,10 @@ def new_pair(
     if state is None:
         state = {name: _shaken(name, array, rng) for name, array in drawn.items()}
     if torch_state is not None:
-        from_torch(nnx.clone(jax_model), torch_state)  # refuses what is not of this model
+        try:
+            from_torch(nnx.clone(jax_model), torch_state)  # refuses what is not of this model
+        except UsageError as error:
+            raise UsageError(f"Of the PyTorch side: {error}") from error
     from_torch(jax_model, state)
     weights = to_torch(jax_model) if torch_state is None else torch_state
     torch_model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()}, strict=False)
