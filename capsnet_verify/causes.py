@@ -14,7 +14,7 @@ VISIBLE = 1e-3  # mistakes other than of precision are larger
 # By the first words of a check. What is computed before it agrees.
 PLACES = {
     "weight": "weights of another training step, or an entry that was changed",
-    "poses with running means": "the epsilon or the running means of batch normalisation",
+    "poses with running means": "the running means of batch normalisation, or a layer that stays in training mode",
     "stem": "stride, padding or axis order of a convolution, standardisation of images, or batch normalisation",
     "primary poses": "the order in which channels become capsules (height, width, groups), their scale or their squash",
     "primary activations": "the axis of the norm, or which channel the activation is",

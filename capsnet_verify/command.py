@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,6 +33,8 @@ class Verify:
     """Folder of a run; a file of weights, .safetensors or .pt; or the two files of the reference model."""
     preset: str | None = None
     """Model of a preset at full size; or, of weights without a config.json, what they do not tell."""
+    image_shape: tuple[int, int, int] | None = None
+    """Height, width and number of channels, for weights without a decoder and without a config.json."""
     all_presets: bool = False
     """Every preset."""
     routing: str | None = None
@@ -74,9 +77,23 @@ class Verify:
         Raises:
             UsageError: an option is wrong, PyTorch is not installed, or there is nothing that can be compared.
         """
-        for name, smallest in (("steps", 0), ("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < smallest:
-                raise UsageError(f"{name} is {getattr(self, name)}, and must be at least {smallest}.")
+        try:
+            return self._run()
+        except (UsageError, OSError):
+            raise
+        except Exception:  # status 1 would be a verdict, and there is none
+            traceback.print_exc()
+            return 2
+
+    def _run(self) -> int:
+        if self.self_test and self != Verify(self_test=True):
+            raise UsageError("--self-test takes no other options.")
+        for name, smallest in (("steps", 0), ("batch_size", 1), ("seed", 0), ("random_model", 0)):
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise UsageError(f"{name} is {value}, and must be at least {smallest}.")
+        if self.seed >= 2**32:
+            raise UsageError(f"seed is {self.seed}, and must be less than {2**32}.")
         if not self.learning_rate > 0:
             raise UsageError(f"learning_rate is {self.learning_rate}, and must be more than 0.")
         if self.json is not None and not self.json.absolute().parent.is_dir():
@@ -89,7 +106,7 @@ class Verify:
             from capsnet_verify.self_test import self_test
 
             return self_test()
-        from capsnet_verify.report import describe, summarize
+        from capsnet_verify.report import describe, row, summarize
 
         subjects, settings = self._subjects(), self._settings()
         if self.torch_model is not None and self.map is None:
@@ -100,7 +117,7 @@ class Verify:
                 verifications.append(self._verify(subject, dataclasses.replace(settings, dtype=dtype)))
                 self._write(verifications)
                 if len(subjects) * len(self.dtype) > 1:
-                    print(summarize(verifications[-1:]).splitlines()[2], file=sys.stderr, flush=True)
+                    print(f"| {' | '.join(row(verifications[-1]))} |", file=sys.stderr, flush=True)
         print(describe(verifications[0]) if len(verifications) == 1 else summarize(verifications))
         statuses = {verification.status for verification in verifications}
         return 1 if 1 in statuses else max(statuses)
@@ -130,7 +147,11 @@ class Verify:
 
         if self.json is not None:
             device = "cpu" if self.device == "cpu" else _gpu()
-            results = {"verifications": [to_json(verification) for verification in verifications]}
+            options = {name: value for name, value in vars(self).items() if value != getattr(Verify(), name)}
+            results = {
+                "options": json.loads(json.dumps(options, default=str)),
+                "verifications": [to_json(verification) for verification in verifications],
+            }
             text = json.dumps(origin(("jax", "torch-eager"), device) | results, indent=2)
             replace_file(self.json, f"{text}\n")
 
@@ -145,6 +166,8 @@ class Verify:
         chosen = [name for name, is_chosen in (several | single).items() if is_chosen]
         if routing is not None:
             chosen += ["--routing"] if any(several.values()) else []
+        if self.preset is not None and self.random_model is not None:
+            chosen += ["--preset"]
         if len(chosen) > 1 and not all(name in several for name in chosen):
             raise UsageError(f"{chosen[0]} and {chosen[1]} are given; expected one of them.")
         if self.jax_routing is not None and self.routing is not None:
@@ -154,24 +177,26 @@ class Verify:
         if self.map is not None and self.torch_model is None:
             raise UsageError("--map tells of the weights of --torch-model; expected that, too.")
         if self.torch_model is not None:
-            if self.torch_routing is not None or self.torch_weights:
-                raise UsageError("--torch-model has a routing and weights of its own; expected no others.")
+            if self.torch_weights:
+                raise UsageError("--torch-model has weights of its own; expected no others.")
             if any(several.values()):
                 raise UsageError("--torch-model is compared with one model of ours; expected neither --all option.")
         if self.torch_weights and not self.model:
             raise UsageError("--torch-weights are compared with those of a model; expected its folder or file, too.")
+        if self.image_shape is not None and not self.model:
+            raise UsageError("--image-shape is that of weights; expected their file, too.")
         found = subjects.of_every_preset() if self.all_presets else []
         found += subjects.of_every_routing() if self.all_routings else []
         if self.torch_model is not None and self.model and self.model[0].is_dir():
             found = [subjects.of_config(self.model[0])]  # its weights would not be used
         elif self.model:
-            found = [subjects.of_files(self.model, self.preset or "readable")]
+            found = [subjects.of_files(self.model, self.preset, self.image_shape)]
         elif self.random_model is not None:
             found = [random_subject(self.random_model)]
         elif self.preset is not None:
             found = [subjects.of_preset(self.preset), *found]
         elif not found:
-            found = [subjects.of_routing(routing or "dynamic")]
+            return [subjects.of_routing(routing or "dynamic")]
         return [subjects.with_routing(subject, routing) for subject in found] if routing else found
 
     def _settings(self) -> "Settings":

@@ -23,13 +23,12 @@ from capsnet_verify.pair import Pair
 from capsnet_verify.proposal import propose_map, propose_outputs
 from capsnet_verify.subjects import Subject
 from capsnet_verify.torch_module import default_dtype
-from capsnet_verify.values import in_jax, in_torch
+from capsnet_verify.values import AT_REST, in_jax, in_torch
 from capsnet_verify.verification import Settings, Verification, pair_of
 from capsnet_verify.weight_map import WeightMap
 
 Array = Shaped[np.ndarray, "..."]
 NAMES = {"encoded poses": "poses", "encoded activations": "activations"}  # as the map calls them
-MEANS = "poses with running means"
 CHANNELS_FIRST = ("stem", "reconstructions")
 NO_VALUES = ("gradient", "margin loss", "reconstruction loss", "total loss")
 
@@ -140,7 +139,9 @@ def _both_sides(foreign: ForeignModule) -> tuple[dict[str, Array], dict[str, Arr
             raise UsageError(f"{foreign.map.path}: [outputs] lacks activations, which are not the norms of poses here.")
     found = foreign.as_ours(seen, _shapes(ours))
     if means is not None:
-        found[MEANS] = outputs["poses"].axes.to_ours(f"{foreign.map.path}: [outputs] poses", means, ours[MEANS].shape)
+        found[AT_REST] = outputs["poses"].axes.to_ours(
+            f"{foreign.map.path}: [outputs] poses", means, ours[AT_REST].shape
+        )
     found["total loss"] = foreign.loss(found)
     gradients = foreign.gradients(found["total loss"])
     found |= {f"gradient {name}": gradient for name, gradient in gradients.items()}
@@ -182,7 +183,7 @@ def _mistake_in_map(
     foreign: ForeignModule, name: str, shapes: Mapping[str, tuple[int, ...]], measure: Callable[..., Check]
 ) -> str | None:
     """What makes the check agree if it is taken back, if anything does."""
-    if name not in shapes or name == MEANS:
+    if name not in shapes or name == AT_REST:
         return None
     for mistake, seen in mended(foreign):
         if measure(expected=foreign.as_ours(seen, shapes)[name].numpy(force=True)).verdict == AGREES:

@@ -230,10 +230,18 @@ class ForeignModule:
         return total
 
     def gradients(self, total: Float[Tensor, ""]) -> dict[str, Tensor]:
-        """That of each mapped weight, with the axes of ours; zero where nothing flows."""
+        """That of each mapped weight, with the axes of ours; zero where nothing flows.
+
+        Raises:
+            UsageError: the module cannot be differentiated.
+        """
         learned = {name: weight for name, weight in self.weights.items() if weight.tensor.requires_grad}
         grads = {name: torch.zeros_like(weight.tensor) for name, weight in self.weights.items()}
         if total.requires_grad:
             tensors = [weight.tensor for weight in learned.values()]
-            grads |= dict(zip(learned, torch.autograd.grad(total, tensors, materialize_grads=True), strict=True))
+            try:
+                found = torch.autograd.grad(total, tensors, materialize_grads=True)
+            except Exception as error:  # of a derivative written by hand, or of a change in place
+                raise UsageError(f"The gradient of the torch model raises {in_words(error)}.") from error
+            grads |= dict(zip(learned, found, strict=True))
         return {name: self.arranged(name, self.weights[name], grad) for name, grad in grads.items()}

@@ -15,6 +15,8 @@ import capsnet_torch
 from capsnet_jax.config import ModelConfig, TrainingConfig
 from capsnet_jax.errors import UsageError
 from capsnet_jax.weights import from_torch, to_torch, weight_table
+from capsnet_torch.routing import ROUTINGS
+from capsnet_verify.torch_module import in_words
 
 ONLY_IN_JAX = ("initial_weights", "routing_implementation")  # arguments that the twin has no use for
 
@@ -86,13 +88,15 @@ def new_pair(
     options = {name: value for name, value in vars(model).items() if name not in ONLY_IN_JAX}
     if torch_routing is not None:
         options["routing"] = torch_routing
+    elif model.routing.partition(",")[0] not in ROUTINGS:
+        raise UsageError(f"Routing {model.routing} has no twin in PyTorch; expected --jax-routing and --torch-routing.")
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         torch_model = capsnet_torch.CapsNet(image_shape, num_classes, **options)
     torch_model = torch_model.to(getattr(torch, param_dtype))
     if torch_routing is not None:
-        _try(torch_model, image_shape, param_dtype)
+        _try(torch_model, rng.random((2, *image_shape)).astype(param_dtype))
     # A copy, as JAX may read an array of NumPy long after it was given. Running counts of batches are read by nothing.
     drawn = {
         name: np.array(tensor.numpy(force=True))
@@ -142,15 +146,14 @@ def _shaken(name: str, array: np.ndarray, rng: np.random.Generator) -> np.ndarra
     return array
 
 
-def _try(model: capsnet_torch.CapsNet, image_shape: tuple[int, int, int], dtype: str) -> None:
-    """A dry run, as the routing may be the user's own and raise anything."""
-    images = to_channels_first(np.zeros((2, *image_shape), dtype))
+def _try(model: capsnet_torch.CapsNet, images: Float[np.ndarray, "b height width channels"]) -> None:
+    """A dry run forward and backward, as the routing may be the user's own and raise anything."""
     try:
-        with torch.no_grad():
-            model.encode(images)
+        capsules = model.encode(to_channels_first(images))
+        (capsules.poses.sum() + capsules.activations.sum()).backward()
     except Exception as error:
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
-        raise UsageError(f"The routing of the PyTorch side raises {type(error).__name__}: {reason}") from error
+        raise UsageError(f"The routing of the PyTorch side raises {in_words(error)}.") from error
+    model.zero_grad()
 
 
 def _check_same_names(ours: Collection[str], theirs: Collection[str]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from capsnet_jax.comparison import table_of_rows
+from capsnet_verify.checks import Check
 from capsnet_verify.heat import Heat
 from capsnet_verify.verification import Verification
 
@@ -25,12 +26,7 @@ def describe(verification: Verification) -> str:
 
 def summarize(verifications: Sequence[Verification]) -> str:
     """A row for each, with the largest errors; and a sentence of those that do not agree."""
-    rows: list[Sequence[str]] = [("model", "dtype", *GROUPS, "factors", "verdict")]
-    for verification in verifications:
-        worst = [_number(error) for error in largest_errors(verification).values()]
-        factors = " ".join(f"{found.factor:g}" for found in verification.heats)
-        verdict = ("agrees", "DIFFERS", "not seen")[verification.status]
-        rows.append((verification.subject.title, verification.settings.dtype, *worst, factors, verdict))
+    rows: list[Sequence[str]] = [("model", "dtype", *GROUPS, "factors", "verdict"), *map(row, verifications)]
     others = [
         f"{verification.subject.title}, {verification.settings.dtype}: {sentence(verification)}"
         for verification in verifications
@@ -40,6 +36,14 @@ def summarize(verifications: Sequence[Verification]) -> str:
     return "\n\n".join([table_of_rows(rows), *others, f"{agreed} of {len(verifications)} agree."])
 
 
+def row(verification: Verification) -> tuple[str, ...]:
+    """The cells of one verification in a summary."""
+    worst = [_number(error) for error in largest_errors(verification).values()]
+    factors = " ".join(f"{found.factor:g}" for found in verification.heats)
+    verdict = ("agrees", "DIFFERS", "not seen")[verification.status]
+    return verification.subject.title, verification.settings.dtype, *worst, factors, verdict
+
+
 def sentence(verification: Verification) -> str:
     """Agreement, or the first divergence and its usual cause, or what could not be seen."""
     title, number = verification.subject.title, len(verification.checks)
@@ -47,8 +51,8 @@ def sentence(verification: Verification) -> str:
     if first is not None:
         return f"JAX and PyTorch differ, first in {first.name} ({first.reason}). Most likely: {verification.cause}."
     if verification.without_power:
-        names = ", ".join(verification.without_power)
-        return f"JAX and PyTorch agree in what could be seen; these checks had no power: {names}."
+        names = "; ".join(f"{why}: {', '.join(of)}" for why, of in verification.without_power.items())
+        return f"JAX and PyTorch agree in what could be seen. These checks had no power. {names}."
     errors = ", ".join(
         f"{name} within {error:.1e}" for name, error in largest_errors(verification).items() if not math.isnan(error)
     )
@@ -80,8 +84,8 @@ def to_json(verification: Verification) -> dict[str, Any]:
         "cause": verification.cause,
         "without_power": verification.without_power,
         "notes": verification.notes,
-        "capsule_layers": [found._asdict() for found in verification.heats],
-        "checks": [{name: _finite(value) for name, value in check._asdict().items()} for check in verification.checks],
+        "capsule_layers": [_in_json(found) for found in verification.heats],
+        "checks": [_in_json(check) for check in verification.checks],
     }
 
 
@@ -99,5 +103,6 @@ def _number(value: float) -> str:
     return f"{value:.1e}" if math.isfinite(value) else "-"
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _in_json(found: Check | Heat) -> dict[str, Any]:
+    values = found._asdict().items()
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values}

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from capsnet_verify import fused_routing, routings
-from capsnet_verify.checks import AGREES, VALUES, compare
+from capsnet_verify.checks import DIFFERS, VALUES, compare
 from capsnet_verify.mutants import fused, models
 from capsnet_verify.mutants import routings as wrong_routings
 from capsnet_verify.mutants.models import NORMALISED, PLAIN, TWO_LABELS, ModelMutant
@@ -52,7 +52,7 @@ def caught_model(mutant: ModelMutant) -> str | None:
     of_optimizer = mutant.caught_by.startswith("step")
     settings = Settings("float64" if of_optimizer else DTYPE, steps=2 if of_optimizer else 0)
     verification = verify(mutant.subject, settings, mutate=mutant.wrong, optimizer=mutant.optimizer, only_first=True)
-    return next((check.name for check in verification.checks if check.verdict != AGREES), None)
+    return next((check.name for check in verification.checks if check.verdict == DIFFERS), None)
 
 
 def caught_routing(mutant: wrong_routings.Mutant) -> str | None:
@@ -66,7 +66,7 @@ def first_routing_divergence(case: Case, function: Callable[..., object]) -> str
     with jax.default_matmul_precision("highest"):
         actual, expected = routings.in_jax(case, DTYPE, function), routings.in_torch(case, DTYPE)
     checks = (check(case, name, actual[name], expected[name]) for name in expected)
-    return next((found.name for found in checks if found.verdict != AGREES), None)
+    return next((found.name for found in checks if found.verdict == DIFFERS), None)
 
 
 def caught_fused(mutant: fused.FusedMutant) -> str | None:
@@ -80,7 +80,7 @@ def first_fused_divergence(case: Case, function: Callable[..., object]) -> str |
         actual, expected = fused_routing.in_jax(case, DTYPE, function), fused_routing.in_torch(case, DTYPE)
     for name in expected:
         found = compare(name, actual[name], np.asarray(expected[name]), tolerance=VALUES[DTYPE], floor=1e-4)
-        if found.verdict != AGREES:
+        if found.verdict == DIFFERS:
             return name
     return None
 

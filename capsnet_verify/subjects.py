@@ -74,7 +74,7 @@ def with_routing(subject: Subject, routing: str) -> Subject:
     """The same model, of the same weights if it has any, with another routing."""
     config = subject.run.config
     config = replace(config, model=replace(config.model, routing=routing))
-    return subject._replace(run=subject.run._replace(config=config))
+    return subject._replace(title=f"{subject.title} with {routing}", run=subject.run._replace(config=config))
 
 
 def of_routing(routing: str) -> Subject:
@@ -110,19 +110,25 @@ def of_config(folder: Path) -> Subject:
     return Subject(str(folder), read_run(folder))
 
 
-def of_files(paths: Sequence[Path], preset: str) -> Subject:
+def of_files(
+    paths: Sequence[Path], preset: str | None = None, image_shape: tuple[int, int, int] | None = None
+) -> Subject:
     """A run, or weights in one of the files that `read_state` reads.
 
     Args:
         paths: folder of the run, file of the weights, or those of encoder and decoder.
-        preset: what weights without a config.json beside them do not tell.
+        preset: what weights without a config.json beside them do not tell, by default as in the reference model.
+        image_shape: height, width and number of channels, for weights without a decoder and without a config.json.
 
     Raises:
-        UsageError: they cannot be read, or are not those of a model.
+        UsageError: they cannot be read, are not those of a model, or a config.json tells what is given.
     """
     state = read_state(paths)
     folder = paths[0] if paths[0].is_dir() else paths[0].parent
     title = " and ".join(map(str, paths))
     if (folder / CONFIG).exists():
+        if preset is not None or image_shape is not None:
+            raise UsageError(f"{folder / CONFIG} tells what model it is; expected neither --preset nor --image-shape.")
         return Subject(title, read_run(folder), state)
-    return Subject(title, run_of_state(state, of_preset(preset).run.config, folder), state)
+    config = of_preset(preset or "readable").run.config
+    return Subject(title, run_of_state(state, config, folder, image_shape=image_shape), state)

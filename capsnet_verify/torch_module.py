@@ -135,4 +135,4 @@ def listed(names: Iterable[str]) -> str:
 def in_words(error: Exception) -> str:
     """An exception of the user's code on one line."""
     lines = str(error).strip().splitlines() or ["(no message)"]
-    return f"{type(error).__name__}: {lines[0]}"
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}"

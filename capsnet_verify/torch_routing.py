@@ -4,10 +4,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from capsnet_jax.check_routing import find_torch
-from capsnet_jax.errors import UsageError
+from capsnet_jax.routing import get_routing
 from capsnet_torch.capsules import Routed
-from capsnet_torch.routing import ROUTINGS
 
 
 def find_routing(name: str) -> str | Callable[..., Any]:
@@ -18,17 +19,26 @@ def find_routing(name: str) -> str | Callable[..., Any]:
             return any sequence of poses, activations and couplings.
 
     Raises:
-        UsageError: the name is unknown, or the function cannot be imported.
+        UsageError: the name or an option is unknown, or the function cannot be imported.
     """
     if ":" not in name:
-        if name.split(",")[0] not in ROUTINGS:
-            known = ", ".join(ROUTINGS)
-            raise UsageError(f"Unknown routing {name!r}; expected {known} or your own as package.module:function.")
+        get_routing(name)  # whose options are those of its twin
         return name
     function = find_torch(name)
 
     @functools.wraps(function)  # whose arguments say what it needs
-    def routing(*args: Any, **options: Any) -> Routed:
-        return Routed(*function(*args, **options))
+    def routing(votes: Tensor, *args: Any, **options: Any) -> Routed:
+        found = function(votes, *args, **options)
+        b, i, o, h = votes.shape
+        shapes = ((b, o, h), (b, o), (b, i, o))
+        is_right = isinstance(found, tuple | list) and [getattr(of, "shape", None) for of in found] == list(shapes)
+        if not is_right:
+            raise TypeError(f"it returns {_described(found)}; expected poses, activations and couplings, {shapes}")
+        return Routed(*found)
 
     return routing
+
+
+def _described(found: Any) -> str:
+    parts = found if isinstance(found, tuple | list) else [found]
+    return ", ".join(str(tuple(of.shape)) if isinstance(of, Tensor) else type(of).__name__ for of in parts)

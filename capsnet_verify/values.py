@@ -1,5 +1,6 @@
 """Everything that both sides compute, from the image to the gradients, each after what it depends on."""
 
+import copy
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from capsnet_verify.pair import Pair
 
 QUICKLY_COMPILED = {"xla_backend_optimization_level": 0}
 """Half the time to compile; the program before code generation is the same."""
+AT_REST = "poses with running means"  # of evaluation mode
 LOSSES = ("margin", "reconstruction", "total")
 
 
@@ -61,13 +63,8 @@ def _jax_values(
         return nnx.merge(graphdef, weights, batch_stats, copy=True)
 
     model = new_model(params)
-    values = {}
-    if model.encoder.stem.norms:
-        model.eval()
-        values["poses with running means"] = model.encode(images).poses
-        model.train()
     features = model.encoder.stem.features(images)
-    values |= {f"stem {number}": array for number, array in enumerate(features)}
+    values = {f"stem {number}": array for number, array in enumerate(features)}
     capsules = model.encoder.primary_capsules(features[-1])
     values |= {"primary poses": capsules.poses, "primary activations": capsules.activations}
     for number, layer in enumerate(model.encoder.capsule_layers):
@@ -79,6 +76,10 @@ def _jax_values(
     # The model's own composition, in case the one above is not its own.
     capsules = model.encode(images)
     values |= {"encoded poses": capsules.poses, "encoded activations": capsules.activations}
+    if model.encoder.stem.norms:
+        at_rest = new_model(params)
+        at_rest.eval()
+        values[AT_REST] = at_rest.encode(images).poses
     if model.decoder is not None:
         hidden = model.decoder.hidden_features(mask_by_label(capsules.poses, labels))
         values |= {f"decoder {number}": array for number, array in enumerate(hidden)}
@@ -97,15 +98,13 @@ def _loss_names(pair: Pair) -> tuple[str, ...]:
 
 
 def in_torch(pair: Pair) -> dict[str, np.ndarray]:
-    """The same of the PyTorch side, in the order in which it depends on each other."""
-    model, (images, labels) = pair.torch_model, pair.torch_batch
+    """The same of the PyTorch side, in the order in which it depends on each other; running means stay as they are."""
+    model, (images, labels) = copy.deepcopy(pair.torch_model), pair.torch_batch
     channels_last = "b channels height width -> b height width channels"
-    values = {}
-    if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
-        values["poses with running means"] = model.eval().encode(images).poses
-        model.train()
+    at_rest = model.eval().encode(images)  # before training mode changes the running means
+    model.train()
     features = model.encoder.features(images)
-    values |= {f"stem {number}": rearrange(tensor, channels_last) for number, tensor in enumerate(features)}
+    values = {f"stem {number}": rearrange(tensor, channels_last) for number, tensor in enumerate(features)}
     capsules = model.encoder.primary_capsules(images)
     values |= {"primary poses": capsules.poses, "primary activations": capsules.activations}
     for number, layer in enumerate([*model.encoder.hidden_capsules, model.encoder.primary2digit_capsules]):
@@ -116,13 +115,14 @@ def in_torch(pair: Pair) -> dict[str, np.ndarray]:
         values |= {f"poses {number}": capsules.poses, f"activations {number}": capsules.activations}
     capsules = model.encode(images)
     values |= {"encoded poses": capsules.poses, "encoded activations": capsules.activations}
+    if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
+        values[AT_REST] = at_rest.poses
     if model.decoder is not None:
         masked = torch_mask_by_label(capsules.poses, labels)
         values |= {f"decoder {number}": model.decoder[: 2 * number + 2](masked) for number in (0, 1)}
         values["reconstructions"] = rearrange(model.decode(capsules.poses, labels), channels_last)
     losses = torch_training.compute_losses(model, images, labels, **pair.loss)
     values |= {f"{name} loss": getattr(losses, name) for name in _loss_names(pair)}
-    model.zero_grad()
     losses.total.backward()
     # From the output back to the input. Without a reconstruction in the loss, the decoder has no gradient.
     for name, param in reversed(list(model.named_parameters())):

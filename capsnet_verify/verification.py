@@ -13,7 +13,7 @@ from jaxtyping import Shaped
 from capsnet_jax.runs import Run
 from capsnet_jax.weights import StateDict
 from capsnet_verify.causes import VISIBLE, cause, mixed_up, usual_cause
-from capsnet_verify.checks import AGREES, DIFFERS, NO_POWER, Check, compare, tolerance_of
+from capsnet_verify.checks import DIFFERS, NO_POWER, Check, compare, tolerance_of
 from capsnet_verify.devices import both_on
 from capsnet_verify.heat import Heat, heat
 from capsnet_verify.pair import Pair, new_pair
@@ -78,24 +78,21 @@ class Verification:
         return next((check for check in self.checks if check.verdict == DIFFERS), None)
 
     @property
-    def without_power(self) -> list[str]:
-        """What could not be seen: names of checks, and of layers whose routing hardly matters."""
-        layers = [
-            f"routing of capsule layer {number}"
-            for number, found in enumerate(self.heats)
-            if not (found.hot or (found.moderate and found.unevenness < EVEN))
-        ]
-        return [check.name for check in self.checks if check.verdict == NO_POWER] + layers
+    def without_power(self) -> dict[str, list[str]]:
+        """What could not be seen, by the reason: names of checks, and of layers whose routing hardly matters."""
+        found: dict[str, list[str]] = {}
+        for check in self.checks:
+            if check.verdict == NO_POWER:
+                found.setdefault(check.reason.partition(",")[0], []).append(check.name)
+        for number, layer in enumerate(self.heats):
+            if not (layer.hot or (layer.moderate and layer.unevenness < EVEN)):
+                found.setdefault("no scale makes routing matter", []).append(f"capsule layer {number}")
+        return found
 
     @property
     def status(self) -> int:
         """0 if both sides agree, 1 if they differ, 2 if not all could be compared."""
-        return 1 if self.first_divergence else 2 if self.without_power else 0
-
-    def worst(self, *kinds: str) -> Check | None:
-        """The check that comes closest to its tolerance, of those whose names begin with one of these words."""
-        checks = [check for check in self.checks if check.name.startswith(kinds)]
-        return max(checks, key=lambda check: check.error / (check.tolerance or 1), default=None)
+        return 1 if self.first_divergence else 2 if self.without_power or not self.checks else 0
 
 
 def verify(
@@ -113,7 +110,7 @@ def verify(
         settings: how.
         mutate: makes the JAX side wrong for as long as the context lasts.
         optimizer: of JAX, given the learning rate.
-        only_first: end with the first check that does not agree.
+        only_first: end with the first check that differs.
 
     Raises:
         UsageError: the two sides cannot be made, or have not the same weights.
@@ -127,7 +124,7 @@ def verify(
         with nullcontext() if mutate is None else mutate(pair):
             for check, *sides in _values_and_steps(pair, settings, optimizer):
                 _add(verification, check, *sides)
-                if only_first and check.verdict != AGREES:
+                if only_first and check.verdict == DIFFERS:
                     break
     return verification
 
@@ -195,5 +192,5 @@ def _as_far_as_rounding_tells(check: Check, jitters: Sequence[float]) -> Check:
     """Without power, if rounding errors of weights and images alone move the values as far."""
     if check.error > ADDED_UP * max(jitters):
         return check
-    reason = f"rounding errors of weights and images alone move it by {max(jitters):.1e}"
+    reason = f"moved as far by rounding errors alone, by {max(jitters):.1e}"
     return check._replace(verdict=NO_POWER, reason=reason)

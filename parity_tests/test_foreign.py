@@ -243,12 +243,12 @@ poses = "poses"
 
 def test_running_means_are_compared_before_training_changes_them(verify):
     verification = verify(Normalized, NORM, NORMALIZED)
-    assert names_of(verification)[:2] == ["poses with running means", "poses"]
+    assert names_of(verification)[:2] == ["poses", "poses with running means"]
     assert verification.status == 0
     swapped = NORM.replace('running_mean"\n', '?"\n').replace('running_var"\n', 'running_mean"\n')
     verification = verify(Normalized, swapped.replace("?", "running_var"), NORMALIZED)
     assert verification.first_divergence.name == "poses with running means"
-    assert [check.verdict for check in verification.checks[1:]] == ["agrees"] * (len(verification.checks) - 1)
+    assert [check.name for check in verification.checks if check.verdict != "agrees"] == ["poses with running means"]
 
 
 class Noisy(Lengths):

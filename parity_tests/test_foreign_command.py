@@ -67,7 +67,7 @@ def test_a_softmax_over_inputs_is_exit_status_1(folder, capsys):
     ("arguments", "sentence"),
     [
         (["--map", "map.toml"], "--map tells of the weights of --torch-model; expected that, too."),
-        ([*MODEL[1:], "--torch-weights", "a.pt"], "has a routing and weights of its own; expected no others."),
+        ([*MODEL[1:], "--torch-weights", "a.pt"], "--torch-model has weights of its own; expected no others."),
         ([*MODEL[2:], "--all-presets"], "--torch-model is compared with one model of ours"),
         ([*MODEL[1:], "--map", "nowhere.toml"], "nowhere.toml does not exist; expected a map of weights."),
         ([*MODEL[1:-1], "my_capsnet:nothing"], "'my_capsnet:nothing' cannot be imported: AttributeError"),

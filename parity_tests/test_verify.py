@@ -64,6 +64,18 @@ def theirs_without_weight(votes, activations):
 
 def broken(votes, activations):
     raise RuntimeError("It is broken.")
+
+
+def without_couplings(votes, activations):
+    return votes.sum(1), activations[:, :1].expand(-1, votes.shape[2]), None
+
+
+def without_gradient(votes, activations):
+    poses = votes.sum(1)
+    couplings = torch.einsum("bioh,boh->bio", votes, poses).softmax(-1)
+    active = (couplings**2).sum(1).sigmoid()
+    couplings *= 2
+    return poses, active, couplings
 '''
 
 
@@ -99,7 +111,7 @@ def test_every_check_is_a_row_of_the_table_and_of_the_file(tmp_path, capsys):
     written = json.loads(path.read_text())
     assert {"versions", "device", "commit"} <= written.keys()
     (results,) = written["verifications"]
-    assert (results["status"], results["first_divergence"], results["without_power"]) == (0, None, [])
+    assert (results["status"], results["first_divergence"], results["without_power"]) == (0, None, {})
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")][2:]
     assert [row[0].strip() for row in rows] == [check["name"] for check in results["checks"]]
     for row, check in zip(rows, results["checks"], strict=True):
@@ -244,7 +256,7 @@ def test_what_is_too_cold_to_be_seen_is_no_agreement(run, tmp_path, capsys):
     status, printed, _ = verify(capsys, tmp_path / "cold.pt", *QUICKLY)
     assert status == 2
     last = printed.splitlines()[-1]
-    assert "agree in what could be seen; these checks had no power: decoder 0, " in last
+    assert "agree in what could be seen. These checks had no power. cold: decoder 0, " in last
     assert "gradient decoder.2.weight" in last
     assert "stem" not in last
 
@@ -264,8 +276,15 @@ def test_what_is_too_cold_to_be_seen_is_no_agreement(run, tmp_path, capsys):
         (["--routing", "em", "--jax-routing", "em", "--torch-routing", "em"], "--jax-routing is given, too"),
         (["--random-model", "1", "--all-routings"], "--all-routings and --random-model are given"),
         (["--torch-weights", "x.pt"], "expected its folder or file, too"),
+        (["--random-model", "-1"], "random_model is -1, and must be at least 0"),
+        (["--seed", "99999999999"], "seed is 99999999999, and must be less than 4294967296"),
+        (["--random-model", "7", "--preset", "em"], "--random-model and --preset are given; expected one of them"),
+        (["--self-test", "--dtype", "float32"], "--self-test takes no other options"),
+        (["--image-shape", "8", "8", "1"], "--image-shape is that of weights; expected their file, too"),
+        (["--routing", "capsnet_jax.routing:em"], "has no twin in PyTorch; expected --jax-routing and --torch-routing"),
+        (["--jax-routing", "dynamic", "--torch-routing", "dynamic,foo=3"], "foo"),
+        (["--jax-routing", "em", "--torch-routing", "em,min_variance=abc"], "min_variance"),
         (["no_such_folder"], "no_such_folder"),
-        (["--device", "gpu"], "There is no GPU that both JAX and PyTorch can use; expected --device cpu"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -280,6 +299,8 @@ def test_a_wrong_option_is_one_sentence(options, message, capsys):
     ("function", "message"),
     [
         ("broken", "The routing of the PyTorch side raises RuntimeError: It is broken."),
+        ("without_couplings", "NoneType; expected poses, activations and couplings, ((2, 5, 6), (2, 5), (2, 216, 5))"),
+        ("without_gradient", "one of the variables needed for gradient computation has been modified by an inplace"),
         ("theirs_without_weight", "JAX encoder.primary2digit_capsules.routing_weights.offset beyond those of PyTorch"),
     ],
 )
@@ -288,6 +309,20 @@ def test_a_routing_that_cannot_be_compared_is_one_sentence(function, message, us
     assert status == 2
     assert message in told
     assert told.count("\n") == 1
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("jax.default_backend", lambda: "cpu")
+    status, printed, told = verify(capsys, "--device", "gpu")
+    assert (status, printed) == (2, "")
+    assert "There is no GPU that both JAX and PyTorch can use; expected --device cpu" in told
+
+
+def test_what_goes_wrong_inside_is_no_verdict(monkeypatch, capsys):
+    monkeypatch.setattr("capsnet_verify.verification.heat", lambda pair: 1 / 0)
+    status, printed, told = verify(capsys)
+    assert (status, printed) == (2, "")
+    assert "ZeroDivisionError" in told
 
 
 def test_without_torch_it_says_what_to_install(monkeypatch, capsys):

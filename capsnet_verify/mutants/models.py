@@ -152,6 +152,13 @@ def _another_epsilon(pair: Pair) -> Iterator[None]:
     yield
 
 
+@contextmanager
+def _another_momentum(pair: Pair) -> Iterator[None]:
+    for norm in pair.jax_model.encoder.stem.norms:
+        norm.momentum = 0.01  # as PyTorch counts it
+    yield
+
+
 def right(pair: Pair) -> AbstractContextManager[None]:
     """No mistake."""
     return nullcontext()
@@ -218,7 +225,17 @@ MUTANTS = [
         with_function("capsnet_jax.losses.multi_hot", _sum_to_one),
         TWO_LABELS,
     ),
-    ModelMutant("another epsilon of batch normalisation", "poses with running means", _another_epsilon, NORMALISED),
+    ModelMutant(
+        "softmax over input capsules, above batch normalisation", "couplings 0", routed_by(softmax_axis=0), NORMALISED
+    ),
+    ModelMutant(
+        "means of the batch in evaluation, too",
+        "poses with running means",
+        with_method(CapsNet, "eval", lambda self: None),
+        NORMALISED,
+    ),
+    ModelMutant("another epsilon of batch normalisation", "stem 0", _another_epsilon, NORMALISED),
+    ModelMutant("another momentum of batch normalisation", "step 1", _another_momentum, NORMALISED),
     ModelMutant(
         "Adam with its epsilon in the root", "step 1", right, optimizer=partial(optax.adam, eps=0, eps_root=1e-8)
     ),
