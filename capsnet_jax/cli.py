@@ -1,4 +1,4 @@
-"""The console command: capsnet train | evaluate | predict | report | compare | check-routing | benchmark."""
+"""The console command: Capsule networks in JAX: first what to do, then its options."""
 
 import argparse
 import inspect

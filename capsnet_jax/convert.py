@@ -1,5 +1,6 @@
 """The command `capsnet convert`: weights from one kind of file to another, without changing a bit."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ class Convert:
     and decoder. A file of PyTorch is read without running what is in it. Running means count as weights; the number
     of batches that PyTorch counts is left out."""
     to: tuple[Path, ...]
-    """What to write: a .safetensors or .pt file; two, for encoder and decoder; or, by any other name, a folder that has
-    no run yet, for config.json, model.safetensors and README.md, a model card of what is known of the run."""
+    """What to write: a new .safetensors or .pt file; two, for encoder and decoder; or, by any other name, a folder
+    that has no run yet, for config.json, model.safetensors and README.md, a model card of what is known of the run."""
     preset: str | None = None
     """Take what weights do not tell (strides of the stem, scale, squash, routing) from this preset, and not from the
     config.json beside the source. Without either it is readable, the reference model."""
@@ -48,16 +49,23 @@ class Convert:
         """
         check_paths(self.source)
         check_paths(self.to)
+        for path in self.to:
+            _check_free(path)
         target = self.to[0] if is_folder(self.to[0]) else None
-        if target is not None:
-            _check_free(target)
         state = read_state(self.source)
-        run = self._find_run(state)
+        run, preset = self._find_run(state)
         try:
             model = nnx.eval_shape(run.new_model)  # without drawing initial weights
             from_torch(model, state)
         except UsageError as error:
             raise UsageError(f"{named(self.source)}: {error}") from error
+        if preset is not None:
+            config = run.config.model
+            print(
+                f"Scale {config.primary_scale:g}, {config.primary_squash!r} as squash and routing {config.routing} are "
+                f"taken from preset {preset}, as weights do not tell them.",
+                file=sys.stderr,
+            )
         state = {row.name: state[row.name] for row in weight_table(model)}
         for path, part in write_state(state, self.to).items():
             print(f"{path}: {len(part)} entries, {num_weights(part):,} weights in {dtype_of(part)}")
@@ -69,19 +77,26 @@ class Convert:
             run.write_config()  # last, as it makes this the folder of a run
             print(f"{target / CONFIG}: options")
 
-    def _find_run(self, state: StateDict) -> Run:
-        """The run of the config beside the source, or else the one that the weights tell."""
+    def _find_run(self, state: StateDict) -> tuple[Run, str | None]:
+        """The run of the config beside the source; or that which the weights and a preset tell, and the preset."""
         source = self.source[0]
         folder = source if source.is_dir() else source.parent
-        if self.preset is None and self.image_shape is None and (source.is_dir() or (folder / CONFIG).exists()):
-            return read_run(folder)
+        if self.preset is None and (source.is_dir() or (folder / CONFIG).exists()):
+            run = read_run(folder)
+            if self.image_shape not in (None, run.image_shape):
+                raise UsageError(
+                    f"--image-shape is {self.image_shape}, and in {folder / CONFIG} it is {run.image_shape}; "
+                    "expected the same, or --preset to do without that file."
+                )
+            return run, None
         preset = self.preset or "readable"
         if preset not in PRESETS:
             raise UsageError(f"Unknown preset {preset!r}; expected {', '.join(PRESETS)}.")
         try:
-            return run_of_state(state, PRESETS[preset], folder, image_shape=self.image_shape)
+            run = run_of_state(state, PRESETS[preset], folder, image_shape=self.image_shape)
         except UsageError as error:
             raise UsageError(f"{named(self.source)}: {error}") from error
+        return run, preset
 
     def _epochs(self) -> list[dict[str, Any]]:
         """Metrics of the epochs after which these weights were the last: those of a run, and not of its best ones."""
@@ -103,9 +118,13 @@ def dtype_of(state: StateDict) -> str:
     return str(next(iter(state.values())).dtype)
 
 
-def _check_free(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file; expected the name of a folder, or one that ends in .safetensors or .pt.")
-    taken = [name for name in (CONFIG, WEIGHTS, CARD) if (folder / name).exists()]
+def _check_free(path: Path) -> None:
+    if not is_folder(path):
+        if path.exists():
+            raise UsageError(f"{path} exists already; expected the name of a new file.")
+        return
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; expected the name of a folder, or one that ends in .safetensors or .pt.")
+    taken = [name for name in (CONFIG, WEIGHTS, CARD) if (path / name).exists()]
     if taken:
-        raise UsageError(f"{folder} has a {taken[0]} already; expected a folder without, to write one into.")
+        raise UsageError(f"{path} has a {taken[0]} already; expected a folder without, to write one into.")

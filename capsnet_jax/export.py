@@ -40,7 +40,7 @@ class Export:
     format: Literal["stablehlo", "onnx"] = "stablehlo"
     """stablehlo, for jax.export.deserialize; or onnx, for onnxruntime and others (pip install 'capsnet-jax[onnx]')."""
     output: Path | None = None
-    """The file; by default model.stablehlo or model.onnx in the folder of the run."""
+    """The file, which ends in .stablehlo or .onnx; by default model.stablehlo or model.onnx in the folder of the run."""
     best: bool = False
     """Take the weights that did best on the validation images, and not the last ones."""
 
@@ -56,6 +56,8 @@ class Export:
         if path.is_dir() or not path.parent.is_dir():
             what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
             raise UsageError(f"The output {path} {what}; expected the name of a file.")
+        if path.suffix != f".{self.format}":
+            raise UsageError(f"The output is {path}; expected a name that ends in .{self.format}.")
         unchecked = path.with_name(f"{path.name}.partial")
         try:
             if self.format == "onnx":

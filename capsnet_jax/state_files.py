@@ -51,7 +51,7 @@ def read_state(paths: Sequence[Path]) -> StateDict:
 
 
 def write_state(state: Mapping[str, Shaped[np.ndarray, "..."]], paths: Sequence[Path]) -> dict[Path, StateDict]:
-    """Writes weights into files of the kinds that `read_state` reads; each takes its place when it is whole.
+    """Writes weights into files of the kinds that `read_state` reads, which take their places when all are whole.
 
     Args:
         state: an array for each name of the PyTorch model's state_dict.
@@ -73,7 +73,19 @@ def write_state(state: Mapping[str, Shaped[np.ndarray, "..."]], paths: Sequence[
         ]
         if not parts[1]:
             raise UsageError(f"The model has no decoder to write into {paths[1]}; expected one file.")
-    return {_write_file(path, part): part for path, part in zip(paths, parts, strict=True)}
+    written = {path / WEIGHTS if is_folder(path) else path: part for path, part in zip(paths, parts, strict=True)}
+    partials = {path: path.with_name(f"{path.name}.partial") for path in written}
+    try:
+        for path, part in written.items():
+            _write_file(partials[path], path.suffix, part)
+        for path, partial in partials.items():
+            partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+        for partial in partials.values():
+            with suppress(OSError):
+                partial.unlink()
+        raise UsageError(f"{path} cannot be written: {error}.") from error
+    return written
 
 
 def check_paths(paths: Sequence[Path]) -> None:
@@ -132,22 +144,12 @@ def _read_file(path: Path) -> StateDict:
     return state
 
 
-def _write_file(path: Path, state: Mapping[str, Shaped[np.ndarray, "..."]]) -> Path:
-    if is_folder(path):
-        path = path / WEIGHTS
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix in TORCH:
-            _torch_files().write_state(partial, state)
-        else:
-            partial.write_bytes(safetensors.numpy.save({name: np.asarray(state[name], order="C") for name in state}))
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
-        with suppress(OSError):
-            partial.unlink()
-        raise UsageError(f"{path} cannot be written: {error}.") from error
-    return path
+def _write_file(path: Path, kind: str, state: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind in TORCH:
+        _torch_files().write_state(path, state)
+    else:
+        path.write_bytes(safetensors.numpy.save({name: np.asarray(state[name], order="C") for name in state}))
 
 
 def _torch_files() -> Any:

@@ -137,7 +137,7 @@ def from_torch(model: CapsNet, state: Mapping[str, Shaped[np.ndarray, "..."]]) -
 
 def save_weights(path: Path, model: CapsNet) -> None:
     """Writes a safetensors file, under the PyTorch model's names."""
-    safetensors.numpy.save_file(to_torch(model), path)
+    path.write_bytes(safetensors.numpy.save(to_torch(model)))  # readable by those who may read its folder
 
 
 def load_weights(path: Path, model: CapsNet) -> None:

@@ -179,6 +179,8 @@ class Verify:
         if self.torch_model is not None:
             if self.torch_weights:
                 raise UsageError("--torch-model has weights of its own; expected no others.")
+            if not (self.model or self.preset):
+                raise UsageError("--torch-model is compared with a model of its sizes; expected a run, or --preset.")
             if any(several.values()):
                 raise UsageError("--torch-model is compared with one model of ours; expected neither --all option.")
         if self.torch_weights and not self.model:

@@ -30,6 +30,7 @@ from capsnet_verify.weight_map import WeightMap
 Array = Shaped[np.ndarray, "..."]
 NAMES = {"encoded poses": "poses", "encoded activations": "activations"}  # as the map calls them
 CHANNELS_FIRST = ("stem", "reconstructions")
+ALL_BUT = 1e-4  # of the largest value: a mistake that no shape tells is off by more
 NO_VALUES = ("gradient", "margin loss", "reconstruction loss", "total loss")
 
 
@@ -182,12 +183,15 @@ def _compare(
 def _mistake_in_map(
     foreign: ForeignModule, name: str, shapes: Mapping[str, tuple[int, ...]], measure: Callable[..., Check]
 ) -> str | None:
-    """What makes the check agree if it is taken back, if anything does."""
+    """What makes the check agree if it is taken back, or all but agree, if anything does."""
     if name not in shapes or name == AT_REST:
         return None
     for mistake, seen in mended(foreign):
-        if measure(expected=foreign.as_ours(seen, shapes)[name].numpy(force=True)).verdict == AGREES:
-            return mistake
+        check = measure(expected=foreign.as_ours(seen, shapes)[name].numpy(force=True))
+        if check.verdict == AGREES:
+            return mistake.replace("{agrees}", "this agrees")
+        if check.error < ALL_BUT:  # as with an epsilon that ours has not
+            return mistake.replace("{agrees}", f"this is off by {check.error:.1e} only")
     return None
 
 
@@ -201,5 +205,5 @@ def _cause(name: str, actual: Array, expected: Array, unseen: Sequence[str]) -> 
         steps.setdefault(usual_cause(step), step)
     if name.startswith(NO_VALUES) or not words.endswith(usual_cause(name)) or len(steps) == 1:
         return words
-    before = "; ".join(f"in {step}, {usually}" for usually, step in steps.items() if step != name)
-    return f"{words}; or what is before it and not among [values]: {before}"
+    places = "; ".join(f"in {step}, {usually}" for usually, step in steps.items())
+    return f"not seen without more [values] in the map, as one of these: {places}"

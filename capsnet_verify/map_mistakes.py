@@ -10,11 +10,13 @@ from torch import Tensor
 from capsnet_jax.layers import CapsuleLayer
 from capsnet_verify.foreign_module import ForeignModule, Seen
 
-SWAPPED = "mixed up in the map; swapped, this agrees"
+SWAPPED = "mixed up in the map; swapped, {agrees}"
 
 
 def mended(foreign: ForeignModule) -> Iterator[tuple[str, Seen]]:
     """Each mistake that the map may have, in words, and what forward gives if it is taken back.
+
+    The words have a place, "agrees", for what comes of that.
 
     Weights of one shape may be mixed up, axes of one size transposed, and input capsules be in order of groups first,
     while ours are in order of positions first.
@@ -45,7 +47,7 @@ def _groups_first(foreign: ForeignModule) -> Iterator[tuple[str, Seen]]:
             ordered = rearrange(weight.tensor.movedim(axis, 0), "(p g) ... -> (g p) ...", g=groups).movedim(0, axis)
             words = (
                 f'input capsules, axis {axis} of "{weight.name}", are in order of groups, then positions, and ours of '
-                f"positions, then groups; as (g p) -> (p g) with g = {groups} in the map, this agrees"
+                f"positions, then groups; as (g p) -> (p g) with g = {groups} in the map, {{agrees}}"
             )
             yield words, _with(foreign, {weight.name: ordered})
 

@@ -130,5 +130,6 @@ def of_files(
         if preset is not None or image_shape is not None:
             raise UsageError(f"{folder / CONFIG} tells what model it is; expected neither --preset nor --image-shape.")
         return Subject(title, read_run(folder), state)
-    config = of_preset(preset or "readable").run.config
+    preset = preset or "readable"
+    title, config = f"{title} as preset {preset}", of_preset(preset).run.config
     return Subject(title, run_of_state(state, config, folder, image_shape=image_shape), state)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from capsnet_jax.errors import UsageError
 
@@ -43,6 +44,9 @@ def load_module(spec: str) -> nn.Module:
                 ) from error
     if not isinstance(found, nn.Module):
         raise UsageError(f"{spec}() returns {type(found).__name__}; expected a torch module.")
+    lazy = [name for name, param in found.named_parameters() if is_lazy(param)]
+    if lazy:
+        raise UsageError(f"{spec}: the weight {lazy[0]} has no shape yet; expected a module that was run once.")
     return found
 
 

@@ -1,7 +1,7 @@
 """A routing in PyTorch by its name: a registered one with options, or the user's own."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -31,14 +31,13 @@ def find_routing(name: str) -> str | Callable[..., Any]:
         found = function(votes, *args, **options)
         b, i, o, h = votes.shape
         shapes = ((b, o, h), (b, o), (b, i, o))
-        is_right = isinstance(found, tuple | list) and [getattr(of, "shape", None) for of in found] == list(shapes)
-        if not is_right:
-            raise TypeError(f"it returns {_described(found)}; expected poses, activations and couplings, {shapes}")
+        parts = found if isinstance(found, tuple | list) else [found]
+        if not all(isinstance(part, Tensor) for part in parts) or [part.shape for part in parts] != [*shapes]:
+            raise TypeError(f"it returns {_described(parts)}; expected poses, activations and couplings, {shapes}")
         return Routed(*found)
 
     return routing
 
 
-def _described(found: Any) -> str:
-    parts = found if isinstance(found, tuple | list) else [found]
+def _described(parts: Sequence[Any]) -> str:
     return ", ".join(str(tuple(of.shape)) if isinstance(of, Tensor) else type(of).__name__ for of in parts)

@@ -169,7 +169,7 @@ def test_a_softmax_over_input_capsules_is_caught(verify):
     verification = verify(LengthsOverInputs, LENGTHS)
     assert names_of(verification)[:2] == ["stem 0", "activations"]
     assert verification.first_divergence.name == "activations"
-    assert "not among [values]: in primary poses, the order" in verification.cause
+    assert "not seen without more [values] in the map, as one of these: in activations, the axis" in verification.cause
     assert "in couplings 0, softmax axis" in verification.cause
     assert "stem 0" not in verification.cause  # which agrees
 
@@ -184,8 +184,8 @@ def test_no_cause_is_sought_before_a_step_that_agrees(verify):
     verification = verify(Tanh, LENGTHS_AND_IMAGES)
     assert verification.first_divergence.name == "reconstructions"
     assert verification.cause == (
-        "the last layer's axis order or bias, or what follows it; or what is before it and not among [values]: "
-        "in decoder 0, which capsule is masked, or the order of its axes"
+        "not seen without more [values] in the map, as one of these: in reconstructions, the last layer's axis order "
+        "or bias, or what follows it; in decoder 0, which capsule is masked, or the order of its axes"
     )
 
 

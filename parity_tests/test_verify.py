@@ -210,7 +210,7 @@ def test_a_truncated_file_and_a_pickle_are_refused(run, tmp_path, capsys):
         "one bit": (
             lambda state: state | {NAME: np.nextafter(state[NAME], np.float32(9))},
             f"weight {NAME}",
-            "weights of another training step, or an entry that was changed",
+            "Most likely: weights of another training step or precision, or an entry that was changed",
         ),
     }.values(),
     ids=["transposed square", "swapped layers", "one bit"],

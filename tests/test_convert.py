@@ -95,7 +95,12 @@ def test_without_a_config_sizes_are_those_of_the_weights_and_the_rest_is_a_prese
         assert fields["model"]["decoder_hidden"] == [12, 14]
         assert fields["model"]["primary_stride"] == 2
         assert (fields["image_shape"], fields["class_names"]) == ([9, 11, 1], list("0123456789"))
+    capsys.readouterr()
     assert convert(tmp_path / "a.safetensors", "--to", tmp_path / "default") == 0
+    assert capsys.readouterr().err == (
+        "Scale 0.01, 'none' as squash and routing dynamic are taken from preset readable, "
+        "as weights do not tell them.\n"
+    )
     assert (tmp_path / "default" / "config.json").read_text() == (tmp_path / "readable" / "config.json").read_text()
 
 
@@ -161,6 +166,9 @@ def test_a_damaged_file_is_refused_and_a_pickle_not_executed(run_dir, tmp_path, 
         (["run", "--to", "file.txt"], "is a file; expected the name of a folder, or one that ends in"),
         (["run", "--to"], "Got 0 names of weights"),
         (["--to", "copy"], "Got 0 names of weights"),
+        (["run", "--to", "copy", "--image-shape", "8", "8", "1"], "--image-shape is (8, 8, 1), and in run/config.json"),
+        (["run", "--to", "mine.pt"], "mine.pt exists already; expected the name of a new file"),
+        (["run", "--to", "new.pt", "file.txt/d.pt"], "d.pt cannot be written"),
         (["run", "--to", "copy", "--preset", "huge"], "Unknown preset 'huge'; expected readable, digits"),
         (["run", "--to", "copy", "--preset", "digits", "--image-shape", "9", "12", "1"], "--image-shape is (9, 12, 1)"),
         (["nothing", "--to", "copy"], "nothing does not exist; expected a file or folder of weights"),
@@ -173,9 +181,10 @@ def test_what_cannot_be_converted_is_refused_in_a_sentence(arguments, message, r
     (tmp_path / "card").mkdir()
     (tmp_path / "card" / "README.md").write_text("mine")
     (tmp_path / "file.txt").write_text("mine")
+    (tmp_path / "mine.pt").write_text("mine")
     assert convert(*arguments) == 2
     assert message in error_of(capsys)
-    assert sorted(os.listdir(tmp_path)) == ["card", "file.txt", "run"]
+    assert sorted(os.listdir(tmp_path)) == ["card", "file.txt", "mine.pt", "run"]
     assert sorted(os.listdir(run_dir)) == ["config.json", "model.safetensors"]
 
 
@@ -183,7 +192,7 @@ def test_without_torch_a_file_of_torch_says_what_to_install(run_dir, tmp_path, m
     monkeypatch.delitem(sys.modules, "capsnet_torch.state_files", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "model.pt").write_bytes(b"")
-    for source, target in ((tmp_path / "model.pt", tmp_path / "folder"), (run_dir, tmp_path / "model.pt")):
+    for source, target in ((tmp_path / "model.pt", tmp_path / "folder"), (run_dir, tmp_path / "new.pt")):
         assert convert(source, "--to", target) == 2
         assert "need PyTorch, which is not installed: pip install 'capsnet-jax[torch]'." in error_of(capsys)
     assert (tmp_path / "model.pt").read_bytes() == b""

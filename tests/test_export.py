@@ -146,7 +146,7 @@ def test_the_command_tells_file_size_and_error(run_dir, tmp_path, capsys):
     assert float(line.partition(" by ")[2].split()[0]) < TOLERANCE
     assert line.count("\n") == 1
 
-    best = tmp_path / "best.bin"
+    best = tmp_path / "best.stablehlo"
     tyro.cli(Export, args=[str(run_dir), "--best", "--output", str(best)]).run()
     assert capsys.readouterr().out.startswith(f"{best}: ")
     for file, seed in ((path, 0), (best, 1)):
@@ -198,6 +198,8 @@ def test_what_no_file_can_be_written_of_is_an_error(run_dir, tmp_path, monkeypat
         Export(tmp_path).run()
     with pytest.raises(UsageError, match=r"The output .*run is a folder; expected the name of a file\."):
         Export(run_dir, output=run_dir).run()
+    with pytest.raises(UsageError, match=r"The output is .*model.safetensors; expected a name that ends in \.onnx\."):
+        Export(run_dir, format="onnx", output=run_dir / "model.safetensors").run()
     with pytest.raises(UsageError, match=r"The output .*model is in a folder that does not exist; expected"):
         Export(run_dir, output=tmp_path / "nowhere" / "model").run()
     for package in ("torch", "onnxscript"):

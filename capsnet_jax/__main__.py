@@ -1,0 +1,7 @@
+"""`python -m capsnet_jax` is the command `capsnet`."""
+
+import sys
+
+from capsnet_jax.cli import main
+
+sys.exit(main())
