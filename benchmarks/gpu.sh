@@ -30,7 +30,7 @@ else
 fi
 exec > >(tee -a "$folder/$device.log") 2>&1
 
-capsnet=(-c 'import sys; from capsnet_jax.cli import main; sys.exit(main())')
+capsnet=(-m capsnet_jax)
 summary=() failed=0
 
 # Does a part, if it is wanted, in so many seconds at most: part NAME SECONDS ARGUMENTS-OF-PYTHON...

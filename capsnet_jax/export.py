@@ -40,7 +40,7 @@ class Export:
     format: Literal["stablehlo", "onnx"] = "stablehlo"
     """stablehlo, for jax.export.deserialize; or onnx, for onnxruntime and others (pip install 'capsnet-jax[onnx]')."""
     output: Path | None = None
-    """The file, which ends in .stablehlo or .onnx; by default model.stablehlo or model.onnx in the folder of the run."""
+    """The file, which ends as the format is called; by default model.stablehlo or model.onnx in the run's folder."""
     best: bool = False
     """Take the weights that did best on the validation images, and not the last ones."""
 

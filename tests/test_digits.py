@@ -26,9 +26,9 @@ def last_accuracy(config: ModelConfig, epochs: int) -> float:
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_every_routing_learns_digits(routing):
-    assert last_accuracy(dataclasses.replace(DIGITS.model, routing=routing), epochs=15) >= 0.95
+    assert last_accuracy(dataclasses.replace(DIGITS.model, routing=routing), epochs=7) >= 0.9
 
 
 def test_three_layers_of_capsules_two_of_them_convolutional_learn_digits():
     layers = ((8, 8, 3, 1), (8, 8, 3, 1))
-    assert last_accuracy(dataclasses.replace(DIGITS.model, primary_kernel=2, conv_capsules=layers), epochs=10) >= 0.95
+    assert last_accuracy(dataclasses.replace(DIGITS.model, primary_kernel=2, conv_capsules=layers), epochs=6) >= 0.95
