@@ -13,6 +13,7 @@ import pytest
 from capsnet_jax.cli import main
 from tests.tiny_images import class_image, write_image_folder
 
+pytestmark = pytest.mark.slow
 HEIGHT, WIDTH = 37, 29
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 MODEL = """

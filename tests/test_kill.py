@@ -60,7 +60,11 @@ def wait_until(process: subprocess.Popen, condition) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kills", "epochs"), [(3, 20), pytest.param(20, 60, marks=[pytest.mark.slow, pytest.mark.exhaustive])]
+    ("kills", "epochs"),
+    [
+        pytest.param(3, 20, marks=pytest.mark.slow),
+        pytest.param(20, 60, marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+    ],
 )
 def test_killed_and_gone_on_with_is_the_same_to_the_last_bit(kills, epochs, idx_folder, tmp_path):
     """Epochs of 5 steps, with a checkpoint after each."""
