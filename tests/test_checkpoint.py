@@ -119,7 +119,8 @@ def test_flipped_bytes_of_weights_are_noticed_by_their_checksum(saved, folder):
     largest.write_bytes(content)
     warnings: list[str] = []
     assert checkpoints(folder, warnings=warnings).restore(saved[1].snapshot).state.step == 1
-    assert "the checksum of " in warnings[0]
+    # Or by the decompressor, if the byte is not of a weight but of a header between them.
+    assert "the checksum of " in warnings[0] or "corruption" in warnings[0]
 
 
 def test_if_none_can_be_used_none_is_touched(saved, folder):
