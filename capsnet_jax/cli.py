@@ -1,4 +1,4 @@
-"""The console command: Capsule networks in JAX: first what to do, then its options."""
+"""Capsule networks in JAX: first what to do, then its options."""
 
 import argparse
 import inspect
