@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from capsnet_jax.capsules import Routed
-from capsnet_jax.errors import UsageError
+from capsnet_jax.errors import UsageError, in_words
 from capsnet_jax.routing import Routing, get_routing
 from capsnet_jax.routing.properties import (
     BATCH,
@@ -83,7 +83,7 @@ def check_routing(
             except Finding as error:
                 status, finding = "FAILED", str(error)
             except Exception as error:  # the user's function may raise anything
-                status, finding = "FAILED", _in_words(error)
+                status, finding = "FAILED", _told(error)
                 if check in (result, compiled):
                     obstacle = f"The check '{name_of(check)}' must pass first."
         outcomes.append(Outcome(name_of(check), promise_of(check), status, finding))
@@ -197,9 +197,5 @@ def torch_check(function: Callable[..., Any]) -> Check:
     return torch
 
 
-def _in_words(error: Exception) -> str:
-    """An exception of the user's function on one line; messages of JAX go on for a page."""
-    if isinstance(error, UsageError):
-        return str(error)
-    lines = str(error).strip().splitlines() or ["(no message)"]
-    return f"It raises {type(error).__name__}: {lines[0]}"
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, UsageError) else f"It raises {in_words(error)}"

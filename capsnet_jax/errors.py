@@ -19,3 +19,9 @@ class NonFiniteLossError(ArithmeticError):
     def __init__(self, what: str, seed: int, step: int, value: float):
         super().__init__(f"The {what} of step {step} is {value}, from seed {seed}; training stopped.")
         self.seed, self.step = seed, step
+
+
+def in_words(error: BaseException) -> str:
+    """An exception of others' code on one line, without its full stop; messages of JAX go on for a page."""
+    lines = str(error).strip().splitlines() or ["(no message)"]
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}"

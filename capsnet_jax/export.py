@@ -1,7 +1,6 @@
 """The command `capsnet export`: the model of a run as one file that runs without this package."""
 
 import importlib
-import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,9 +99,7 @@ def write_onnx(run: Run, model: CapsNet, path: Path) -> None:
         raise UsageError(
             f"Routing {routing} has no twin in PyTorch, from which ONNX is written; expected {', '.join(ROUTINGS)}."
         )
-    known = inspect.signature(capsnet_torch.CapsNet).parameters
-    options = {name: value for name, value in vars(run.config.model).items() if name in known}
-    twin = capsnet_torch.CapsNet(run.image_shape, run.num_classes, **options)
+    twin = capsnet_torch.CapsNet.of_config(run.image_shape, run.num_classes, vars(run.config.model))
     twin.load_state_dict({name: torch.from_numpy(array) for name, array in to_torch(model).items()})
     try:
         write_twin(twin, run.image_shape, path)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from capsnet_jax.capsules import Capsules, Routed
 from capsnet_jax.decoder import Decoder
 from capsnet_jax.encoder import Encoder, grid_of_primary_capsules, new_capsule_layers
-from capsnet_jax.errors import UsageError
+from capsnet_jax.errors import UsageError, in_words
 from capsnet_jax.initializers import SCHEMES
 from capsnet_jax.layers import PrimaryCapsules
 from capsnet_jax.ops import Labels, mask_by_label
@@ -174,8 +174,7 @@ class CapsNet(nnx.Module):
         except UsageError:
             raise
         except Exception as error:  # the user's function may raise anything
-            reason = (str(error).strip().splitlines() or ["no message"])[0]
-            raise UsageError(f"Routing {routing} raises {type(error).__name__}: {reason}") from error
+            raise UsageError(f"Routing {routing} raises {in_words(error)}.") from error
 
     def encode(self, images: Float[Array, "b height width channels"]) -> Capsules:
         """The class capsules of images in [0, 1]; the predicted class is the one of the largest activation.

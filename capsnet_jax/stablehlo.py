@@ -8,7 +8,7 @@ from flax import nnx
 from jax.export import export, symbolic_shape
 from jaxtyping import Array, Float, Int
 
-from capsnet_jax.errors import UsageError
+from capsnet_jax.errors import UsageError, in_words
 from capsnet_jax.layers import CapsuleLayer
 from capsnet_jax.model import CapsNet
 
@@ -46,11 +46,8 @@ def to_stablehlo(model: CapsNet) -> bytes:
         with jax.default_matmul_precision("highest"):
             return bytes(export(jax.jit(partial(encode_and_decode, model)), platforms=PLATFORMS)(images).serialize())
     except Exception as error:  # a routing of the user's own may do anything
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
         name = model.encoder.capsule_layers[-1].routing.name
-        raise UsageError(
-            f"The model of routing {name} cannot be written as StableHLO: {type(error).__name__}: {reason}"
-        ) from error
+        raise UsageError(f"The model of routing {name} cannot be written as StableHLO: {in_words(error)}.") from error
     finally:
         jax.config.update("jax_traceback_in_locations_limit", frames)
 

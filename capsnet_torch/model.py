@@ -1,7 +1,7 @@
 """The reference model: its state_dicts load unchanged, in any dtype."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,9 @@ class Encoder(nn.Module):
     def primary_capsules(self, images: Float[Tensor, "b channels height width"]) -> Capsules:
         convolution, to_capsules = self.image2primary_capsules[-2], self.image2primary_capsules[-1]
         return to_capsules(self.stem(images), convolution)
+
+
+ONLY_IN_JAX = ("initial_weights", "routing_implementation")  # options of a config.json that the twin has no use for
 
 
 class CapsNet(nn.Module):
@@ -137,6 +140,18 @@ class CapsNet(nn.Module):
             if decoder_hidden is None
             else new_decoder(num_classes, class_dim, decoder_hidden, image_shape, decoder_bias)
         )
+
+    @classmethod
+    def of_config(cls, image_shape: tuple[int, int, int], num_classes: int, model: Mapping[str, Any]) -> "CapsNet":
+        """The twin of a JAX model.
+
+        Args:
+            image_shape: height, width and number of channels.
+            num_classes: number of classes.
+            model: the section `model` of a `config.json`, or the fields of a `ModelConfig`.
+        """
+        options = {name: value for name, value in model.items() if name not in ONLY_IN_JAX}
+        return cls(image_shape, num_classes, **options)
 
     def encode(self, images: Float[Tensor, "b channels height width"]) -> Capsules:
         """The class capsules of images in [0, 1]; the predicted class is the one of the largest activation."""

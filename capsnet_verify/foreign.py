@@ -30,7 +30,7 @@ from capsnet_verify.weight_map import WeightMap
 Array = Shaped[np.ndarray, "..."]
 NAMES = {"encoded poses": "poses", "encoded activations": "activations"}  # as the map calls them
 CHANNELS_FIRST = ("stem", "reconstructions")
-ALL_BUT = 1e-4  # of the largest value: a mistake that no shape tells is off by more
+ALL_BUT = 1e-4  # of an error is left where the mistake was all but the whole of it
 NO_VALUES = ("gradient", "margin loss", "reconstruction loss", "total loss")
 
 
@@ -176,22 +176,22 @@ def _compare(
         if check.verdict == AGREES:
             unseen = []
         elif check.verdict == DIFFERS and verification.cause is None:
-            in_map = _mistake_in_map(foreign, name, _shapes(ours), measure)
+            in_map = _mistake_in_map(foreign, check, _shapes(ours), measure)
             verification.cause = in_map or _cause(name, actual, found[name], unseen)
 
 
 def _mistake_in_map(
-    foreign: ForeignModule, name: str, shapes: Mapping[str, tuple[int, ...]], measure: Callable[..., Check]
+    foreign: ForeignModule, check: Check, shapes: Mapping[str, tuple[int, ...]], measure: Callable[..., Check]
 ) -> str | None:
-    """What makes the check agree if it is taken back, or all but agree, if anything does."""
-    if name not in shapes or name == AT_REST:
+    """What makes a check that differs agree if it is taken back, or all but agree, if anything does."""
+    if check.name not in shapes or check.name == AT_REST:
         return None
     for mistake, seen in mended(foreign):
-        check = measure(expected=foreign.as_ours(seen, shapes)[name].numpy(force=True))
-        if check.verdict == AGREES:
+        mended_check = measure(expected=foreign.as_ours(seen, shapes)[check.name].numpy(force=True))
+        if mended_check.verdict == AGREES:
             return mistake.replace("{agrees}", "this agrees")
-        if check.error < ALL_BUT:  # as with an epsilon that ours has not
-            return mistake.replace("{agrees}", f"this is off by {check.error:.1e} only")
+        if mended_check.error < ALL_BUT * check.error:  # as with an epsilon that ours has not
+            return mistake.replace("{agrees}", f"this is off by {mended_check.error:.1e} only")
     return None
 
 
@@ -203,7 +203,7 @@ def _cause(name: str, actual: Array, expected: Array, unseen: Sequence[str]) -> 
     steps = {usual_cause(name): name}
     for step in unseen:
         steps.setdefault(usual_cause(step), step)
-    if name.startswith(NO_VALUES) or not words.endswith(usual_cause(name)) or len(steps) == 1:
+    if name.startswith(NO_VALUES) or words != usual_cause(name) or len(steps) == 1:
         return words
     places = "; ".join(f"in {step}, {usually}" for usually, step in steps.items())
     return f"not seen without more [values] in the map, as one of these: {places}"

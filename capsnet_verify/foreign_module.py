@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from capsnet_jax.errors import UsageError
+from capsnet_jax.errors import UsageError, in_words
 from capsnet_torch.losses import margin_loss, reconstruction_loss, spread_loss, spread_margin
 from capsnet_torch.ops import is_label
 from capsnet_verify.pair import Pair
-from capsnet_verify.torch_module import default_dtype, described, in_words, listed, pick, train_without_dropout, watched
+from capsnet_verify.torch_module import default_dtype, described, listed, pick, train_without_dropout, watched
 from capsnet_verify.weight_map import OUTPUTS, Axes, WeightMap
 
 Array = Shaped[np.ndarray, "..."]

@@ -13,12 +13,9 @@ from jaxtyping import Array, Float, Int, Shaped
 import capsnet_jax
 import capsnet_torch
 from capsnet_jax.config import ModelConfig, TrainingConfig
-from capsnet_jax.errors import UsageError
+from capsnet_jax.errors import UsageError, in_words
 from capsnet_jax.weights import from_torch, to_torch, weight_table
 from capsnet_torch.routing import ROUTINGS
-from capsnet_verify.torch_module import in_words
-
-ONLY_IN_JAX = ("initial_weights", "routing_implementation")  # arguments that the twin has no use for
 
 
 class Pair(NamedTuple):
@@ -85,7 +82,7 @@ def new_pair(
             image_shape, num_classes, **vars(model), param_dtype=param_dtype, rngs=nnx.Rngs(seed)
         )
     )
-    options = {name: value for name, value in vars(model).items() if name not in ONLY_IN_JAX}
+    options = dict(vars(model))
     if torch_routing is not None:
         options["routing"] = torch_routing
     elif model.routing.partition(",")[0] not in ROUTINGS:
@@ -93,7 +90,7 @@ def new_pair(
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        torch_model = capsnet_torch.CapsNet(image_shape, num_classes, **options)
+        torch_model = capsnet_torch.CapsNet.of_config(image_shape, num_classes, options)
     torch_model = torch_model.to(getattr(torch, param_dtype))
     if torch_routing is not None:
         _try(torch_model, rng.random((2, *image_shape)).astype(param_dtype))

@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from capsnet_jax.errors import in_words
+
 Shape = tuple[int, ...]
 KINDS = ("weight", "bias", "running_mean", "running_var")
 LETTERS = "abcdefgh"
@@ -108,8 +110,7 @@ def propose_outputs(returned: Any, shapes: Mapping[str, Shape]) -> str:
     """
     lines = ["[outputs]  # ours = index of a tuple, key of a dict or attribute; {} for a single tensor"]
     if isinstance(returned, Exception):
-        reason = (str(returned).strip().splitlines() or [""])[0]
-        lines.append(f"# forward(images) raises {type(returned).__name__}: {reason}")
+        lines.append(f"# forward(images) raises {in_words(returned)}")
     places = {} if isinstance(returned, Exception) else _places(returned)
     for name, shape in shapes.items():
         of = Entry(name, shape)

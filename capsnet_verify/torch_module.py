@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from capsnet_jax.errors import UsageError
+from capsnet_jax.errors import UsageError, in_words
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 LISTED = 8  # names in a message, of those that may be as many as a model has
@@ -134,9 +134,3 @@ def listed(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
-
-
-def in_words(error: Exception) -> str:
-    """An exception of the user's code on one line."""
-    lines = str(error).strip().splitlines() or ["(no message)"]
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}"

@@ -1,6 +1,8 @@
 """Both sides in the same precision: float64 and float32, never TF32."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -28,3 +30,22 @@ def float64() -> Iterator[str]:
     """Double precision, where single would prove nothing more."""
     with jax.enable_x64(True):
         yield "float64"
+
+
+@pytest.fixture
+def verify_foreign(tmp_path: Path) -> Callable[..., Any]:
+    """Compares a module that is built without arguments with ours, by the text of a map."""
+    from capsnet_verify.foreign import verify_module
+    from capsnet_verify.verification import Settings
+    from capsnet_verify.weight_map import read_map
+    from parity_tests.foreign_models import SUBJECT
+
+    def verify(build: Callable[[], Any], text: str, subject: Any = SUBJECT, dtype: str = "float64") -> Any:
+        path = tmp_path / "map.toml"
+        path.write_text(text)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            module = build()
+        return verify_module(module, read_map(path), subject, Settings(dtype))
+
+    return verify

@@ -140,3 +140,44 @@ class Normalized(nn.Module):
     def forward(self, x: Tensor) -> Capsules:
         channels = self.primary(self.norm(F.relu(self.conv1(x))))
         return Capsules(self.digits(squash(channels.permute(0, 2, 3, 1).reshape(len(x), 18, 4))))
+
+
+# Maps of these, as they are right.
+CONVOLUTIONS = """\
+[weights]
+"conv1.weight" = "encoder.image2primary_capsules.0.weight"
+"conv1.bias" = "encoder.image2primary_capsules.0.bias"
+"primary.weight" = "encoder.image2primary_capsules.2.weight"
+"primary.bias" = "encoder.image2primary_capsules.2.bias"
+"""
+VOTES = "encoder.primary2digit_capsules.input_caps2U.weight"
+LENGTHS = f"""{CONVOLUTIONS}
+W = {{ name = "{VOTES}", axes = "1 (g p) o h d -> (p g) d o h", sizes = {{ g = 3 }} }}
+[outputs]
+activations = {{}}
+[values]
+conv1 = {{ name = "stem 0", relu = true }}
+"""
+DECODER = f"""{CONVOLUTIONS}
+"digits.weight" = {{ name = "{VOTES}", axes = "o i h d -> i d o h" }}
+"decoder.0.weight" = {{ name = "decoder.0.weight", axes = "f (o h) -> o h f" }}
+"decoder.0.bias" = {{ name = "decoder.0.bias", axes = "f -> 1 f" }}
+"decoder.2.weight" = "decoder.2.weight"
+"decoder.2.bias" = "decoder.2.bias"
+"decoder.4.weight" = {{ name = "decoder.4.weight", axes = "(c y x) f -> f c y x" }}
+"decoder.4.bias" = {{ name = "decoder.4.bias", axes = "(c y x) -> 1 c y x" }}
+"""
+LENGTHS_AND_IMAGES = f"""labels = "one-hot"
+{DECODER}
+[outputs]
+activations = 0
+reconstructions = 1
+[values]
+relu = "stem 0"
+digits = "poses 0"
+"""
+EVERYTHING = f"""{DECODER}
+[outputs]
+poses = {{ from = "poses", axes = "b o h 1 -> b o h" }}
+reconstructions = {{ from = "image", axes = "b (c y x) -> b c y x" }}
+"""

@@ -16,7 +16,7 @@ from capsnet_jax.cli import main
 from capsnet_jax.config import Config, TrainingConfig
 from capsnet_torch import CapsNet, benchmark
 from capsnet_torch.augmentation import random_shift
-from capsnet_verify.pair import ONLY_IN_JAX
+from capsnet_torch.model import ONLY_IN_JAX
 from capsnet_verify.subjects import SMALL, SMALL_CLASSES, SMALL_IMAGES
 
 TINY = ["--preset", "digits", "--image-shape", "8", "9", "2", "--batch-size", "3", "--num-classes", "4"]

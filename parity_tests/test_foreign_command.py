@@ -5,8 +5,7 @@ import json
 import pytest
 
 from capsnet_jax.cli import main
-from parity_tests.foreign_models import SUBJECT
-from parity_tests.test_foreign import LENGTHS
+from parity_tests.foreign_models import LENGTHS, SUBJECT
 
 MODEL = ["verify", "run", "--torch-model", "my_capsnet:Lengths"]
 # In another order of input capsules than ours, as it is proposed.

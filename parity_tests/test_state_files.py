@@ -19,9 +19,7 @@ STATE = random_state(SMALL_RUN)
 
 def twin(run) -> capsnet_torch.CapsNet:
     """A new model of PyTorch, of the sizes of a run."""
-    only_here = ("initial_weights", "routing_implementation")
-    options = {name: value for name, value in vars(run.config.model).items() if name not in only_here}
-    return capsnet_torch.CapsNet(run.image_shape, run.num_classes, **options)
+    return capsnet_torch.CapsNet.of_config(run.image_shape, run.num_classes, vars(run.config.model))
 
 
 def tensors(state):

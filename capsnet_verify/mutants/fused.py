@@ -1,12 +1,11 @@
 """Wrong dynamic routings without votes: the right one with one place of its source edited; parity must catch them."""
 
-import inspect
-import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from capsnet_jax.capsules import Routed
 from capsnet_jax.routing.fused_dynamic import fused_dynamic
+from capsnet_verify.mutants.edited import edited
 
 ALL = "dynamic,leaky=true,prior_logits=0,capsule_bias=0.1"
 
@@ -31,20 +30,10 @@ class FusedMutant(NamedTuple):
     @property
     def function(self) -> Callable[..., Routed]:
         """With the signature of the right one."""
-        return rewrite(self.right, self.wrong)
+        return edited(fused_dynamic, self.right, self.wrong)
 
     def __str__(self) -> str:
         return self.mistake.replace(" ", "_")
-
-
-def rewrite(right: str = "", wrong: str = "") -> Callable[..., Routed]:
-    """The routing from its edited source; from the source as it is by default."""
-    source = inspect.getsource(sys.modules[fused_dynamic.__module__])
-    assert right in source, f"The source has no {right!r} any more; edit another place for this mistake."
-    namespace: dict[str, Any] = {"__name__": "mutant of fused_dynamic"}
-    exec(source.replace(right, wrong), namespace)
-    function: Callable[..., Routed] = namespace["fused_dynamic"]
-    return function
 
 
 MUTANTS = [

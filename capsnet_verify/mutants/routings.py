@@ -1,12 +1,11 @@
 """Wrong routings, each a right one with one place of its source edited; parity must catch every one of them."""
 
-import inspect
-import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from capsnet_jax.capsules import Routed
 from capsnet_jax.routing import ROUTINGS
+from capsnet_verify.mutants.edited import edited
 
 
 class Mutant(NamedTuple):
@@ -31,20 +30,10 @@ class Mutant(NamedTuple):
     @property
     def function(self) -> Callable[..., Routed]:
         """With the signature of the right one."""
-        return rewrite(self.spec.split(",")[0], self.right, self.wrong)
+        return edited(ROUTINGS[self.spec.split(",")[0]], self.right, self.wrong)
 
     def __str__(self) -> str:
         return f"{self.spec.split(',')[0]} {self.mistake}".replace(" ", "_")
-
-
-def rewrite(name: str, right: str = "", wrong: str = "") -> Callable[..., Routed]:
-    """A routing from its edited source; from the source as it is by default."""
-    source = inspect.getsource(sys.modules[ROUTINGS[name].__module__])
-    assert right in source, f"The source of {name} has no {right!r} any more; edit another place for this mistake."
-    namespace: dict[str, Any] = {"__name__": f"mutant of {name}"}
-    exec(source.replace(right, wrong), namespace)
-    function: Callable[..., Routed] = namespace[name]
-    return function
 
 
 EM = "em,inverse_temperature=4,annealing=0.5,min_variance=0.4"
