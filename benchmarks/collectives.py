@@ -43,7 +43,7 @@ def main() -> None:
     from capsnet_jax import CapsNet
     from capsnet_jax.data import make_dataset
     from capsnet_jax.presets import PRESETS
-    from capsnet_jax.trainer import Trainer
+    from capsnet_jax.train.loop import Trainer
 
     config = PRESETS[options.preset]
     rng = np.random.default_rng(0)

@@ -18,7 +18,7 @@ IN_DIM, OUT_CAPSULES, OUT_DIM = 8, 10, 16  # of the reference model, between pri
 
 
 class JaxLayer:
-    """`capsnet_jax.layers.CapsuleLayer` on random poses; attributes as those of `Work`."""
+    """`capsnet_jax.nn.layers.CapsuleLayer` on random poses; attributes as those of `Work`."""
 
     temp_bytes: int | None = None
 
@@ -34,7 +34,7 @@ class JaxLayer:
         from flax import nnx
 
         from capsnet_jax.capsules import Capsules
-        from capsnet_jax.layers import CapsuleLayer
+        from capsnet_jax.nn.layers import CapsuleLayer
         from capsnet_jax.ops import capsule_norm
 
         layer = CapsuleLayer(
@@ -136,7 +136,7 @@ class TorchLayer:
 
 
 class Work:
-    """What is measured of a row; see `capsnet_jax.benchmark.worker`, whose process it is in.
+    """What is measured of a row; see `capsnet_benchmark.worker`, whose process it is in.
 
     Args:
         row: "jax-fused", "jax-votes" or "torch-eager".
@@ -166,7 +166,7 @@ class Work:
 
     def free_memory(self) -> int | float:
         """Bytes that could be had, of the GPU or of the machine; only JAX is asked."""
-        from capsnet_jax.memory import available_memory
+        from capsnet_jax.train.memory import available_memory
 
         return available_memory()
 

@@ -18,15 +18,15 @@ import jax
 import numpy as np
 from flax import nnx
 
+from capsnet_benchmark.measurements import TEST_IMAGES, TRAIN_IMAGES
+from capsnet_benchmark.results import origin
 from capsnet_jax import CapsNet
-from capsnet_jax.benchmark.measurements import TEST_IMAGES, TRAIN_IMAGES
-from capsnet_jax.benchmark.results import origin
 from capsnet_jax.config import Config
 from capsnet_jax.data import make_dataset
-from capsnet_jax.files import replace_file
-from capsnet_jax.memory import peak_memory
 from capsnet_jax.presets import PRESETS
-from capsnet_jax.trainer import Trainer
+from capsnet_jax.runs.files import replace_file
+from capsnet_jax.train.loop import Trainer
+from capsnet_jax.train.memory import peak_memory
 
 PARTS = 2  # in which the epoch is trained on for comparison
 TOLERANCE = 1e-3  # of the mean loss: sums of a GPU have no fixed order, and differences grow from step to step

@@ -2,6 +2,6 @@
 
 import sys
 
-from capsnet_jax.cli import main
+from capsnet_jax.cli.main import main
 
 sys.exit(main())

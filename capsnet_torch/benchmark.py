@@ -1,4 +1,4 @@
-"""What is measured of the twin; of the JAX model, `capsnet_jax.benchmark.jax_work` measures the same."""
+"""What is measured of the twin; of the JAX model, `capsnet_benchmark.jax_work` measures the same."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping

@@ -12,11 +12,11 @@ from torch.nn.functional import unfold
 from torch.utils.checkpoint import checkpoint
 
 from capsnet_torch.capsules import Capsules, Routed
-from capsnet_torch.routing.binding import Routing
+from capsnet_torch.routing.registry import Routing
 
 
 class ConvCapsules(nn.Module):
-    """Groups of capsules at each position of a grid; see `capsnet_jax.conv_capsules.ConvCapsules`."""
+    """Groups of capsules at each position of a grid; see `capsnet_jax.nn.conv_capsules.ConvCapsules`."""
 
     def __init__(
         self,

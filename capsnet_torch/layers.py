@@ -11,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from capsnet_torch.capsules import Capsules, Routed
 from capsnet_torch.ops import capsule_norm, exponential_squash, squash
-from capsnet_torch.routing.binding import Routing
+from capsnet_torch.routing.registry import Routing
 
 SQUASHES = {"none": lambda poses: poses, "squash": squash, "exponential": exponential_squash}
 
 
 class PrimaryCapsules(nn.Module):
-    """Features to the first capsules, through the convolution that is given; see `capsnet_jax.layers.PrimaryCapsules`.
+    """Features to the first capsules, through a given convolution; see `capsnet_jax.nn.layers.PrimaryCapsules`.
 
     It has no weights of its own, so that those of the convolution keep their names in the reference model.
     """
@@ -44,7 +44,7 @@ class PrimaryCapsules(nn.Module):
 
 
 class CapsuleLayer(nn.Module):
-    """Capsules whose poses are what the capsules below them agree on; see `capsnet_jax.layers.CapsuleLayer`."""
+    """Capsules whose poses are what the capsules below them agree on; see `capsnet_jax.nn.layers.CapsuleLayer`."""
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ def spread_loss(activations: Float[Tensor, "b o"], labels: Labels, *, margin: fl
 
 
 def spread_margin(step: int) -> float:
-    """The margin of the spread loss in a training step; see `capsnet_jax.losses.spread_margin`."""
+    """The margin of the spread loss in a training step; see `capsnet_jax.nn.losses.spread_margin`."""
     return 0.2 + 0.79 / (1 + math.exp(-min(10, step / 50000 - 4)))
 
 

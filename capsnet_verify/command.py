@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from capsnet_jax.benchmark.results import origin
+from capsnet_benchmark.results import origin
 from capsnet_jax.errors import UsageError
-from capsnet_jax.files import replace_file
+from capsnet_jax.runs.files import replace_file
 
 if TYPE_CHECKING:  # PyTorch is needed to run, and not to tell how
     from capsnet_verify.subjects import Subject
@@ -203,7 +203,7 @@ class Verify:
 
     def _settings(self) -> "Settings":
         """How it is verified, but for the dtype, and what the PyTorch side has of its own."""
-        from capsnet_jax.state_files import read_state
+        from capsnet_jax.interchange.state_files import read_state
         from capsnet_verify.torch_routing import find_routing
         from capsnet_verify.verification import Settings
 

@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 from torch import nn
 
 from capsnet_jax.errors import UsageError
-from capsnet_jax.weights import from_torch, to_torch, weight_table
+from capsnet_jax.interchange.weights import from_torch, to_torch, weight_table
 from capsnet_verify.causes import cause, usual_cause
 from capsnet_verify.checks import AGREES, DIFFERS, Check, compare, tolerance_of
 from capsnet_verify.devices import both_on

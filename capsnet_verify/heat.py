@@ -14,8 +14,8 @@ from einops import rearrange, reduce
 from flax import nnx
 
 from capsnet_jax.capsules import Capsules
-from capsnet_jax.conv_capsules import ConvCapsules
-from capsnet_jax.layers import CapsuleLayer
+from capsnet_jax.nn.conv_capsules import ConvCapsules
+from capsnet_jax.nn.layers import CapsuleLayer
 from capsnet_verify.pair import Pair
 from capsnet_verify.values import QUICKLY_COMPILED
 

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from capsnet_jax.layers import CapsuleLayer
+from capsnet_jax.nn.layers import CapsuleLayer
 from capsnet_verify.foreign_module import ForeignModule, Seen
 
 SWAPPED = "mixed up in the map; swapped, {agrees}"

@@ -14,7 +14,7 @@ import capsnet_jax
 import capsnet_torch
 from capsnet_jax.config import ModelConfig, TrainingConfig
 from capsnet_jax.errors import UsageError, in_words
-from capsnet_jax.weights import from_torch, to_torch, weight_table
+from capsnet_jax.interchange.weights import from_torch, to_torch, weight_table
 from capsnet_torch.routing import ROUTINGS
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from capsnet_jax.config import ModelConfig, TrainingConfig
-from capsnet_jax.encoder import grid_of_primary_capsules
 from capsnet_jax.errors import UsageError
+from capsnet_jax.nn.encoder import grid_of_primary_capsules
 from capsnet_jax.routing import ROUTINGS
 from capsnet_verify.subjects import TELLING_OPTIONS, Subject, of_model
 

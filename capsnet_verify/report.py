@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from capsnet_jax.comparison import table_of_rows
+from capsnet_jax.runs.comparison import table_of_rows
 from capsnet_verify.checks import Check
 from capsnet_verify.heat import Heat
 from capsnet_verify.verification import Verification

@@ -5,14 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from capsnet_jax.architecture import run_of_state
 from capsnet_jax.config import Config, ModelConfig
 from capsnet_jax.errors import UsageError
+from capsnet_jax.interchange.architecture import run_of_state
+from capsnet_jax.interchange.state_files import read_state
+from capsnet_jax.interchange.weights import StateDict
 from capsnet_jax.presets import PRESETS
 from capsnet_jax.routing import ROUTINGS
-from capsnet_jax.runs import CONFIG, Run, read_run
-from capsnet_jax.state_files import read_state
-from capsnet_jax.weights import StateDict
+from capsnet_jax.runs.folder import CONFIG, Run, read_run
 
 # All sizes differ, so that no transposed axis fits by chance; a primary scale of 1 gives capsules of visible length.
 SMALL = ModelConfig(

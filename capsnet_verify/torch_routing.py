@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from capsnet_jax.check_routing import find_torch
+from capsnet_jax.cli.check_routing import find_torch
 from capsnet_jax.routing import get_routing
 from capsnet_torch.capsules import Routed
 

@@ -10,8 +10,8 @@ import optax
 import torch
 from flax import nnx
 
-from capsnet_jax.training import create_state, make_train_step
-from capsnet_jax.weights import to_torch
+from capsnet_jax.interchange.weights import to_torch
+from capsnet_jax.train.step import create_state, make_train_step
 from capsnet_torch.training import train_step as torch_train_step
 from capsnet_verify.checks import DIFFERS, NO_POWER, STEPS, Check, compare
 from capsnet_verify.pair import Pair, to_channels_first

@@ -10,12 +10,12 @@ import torch
 from einops import rearrange
 from flax import nnx
 
-from capsnet_jax.layers import CapsuleLayer
-from capsnet_jax.model import CapsNet
+from capsnet_jax.interchange.weights import to_torch
+from capsnet_jax.nn.layers import CapsuleLayer
+from capsnet_jax.nn.model import CapsNet
+from capsnet_jax.nn.precision import for_products
 from capsnet_jax.ops import mask_by_label
-from capsnet_jax.precision import for_products
-from capsnet_jax.training import compute_losses
-from capsnet_jax.weights import to_torch
+from capsnet_jax.train.step import compute_losses
 from capsnet_torch import layers as torch_layers
 from capsnet_torch import training as torch_training
 from capsnet_torch.ops import mask_by_label as torch_mask_by_label

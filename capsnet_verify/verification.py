@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from jaxtyping import Shaped
 
-from capsnet_jax.runs import Run
-from capsnet_jax.weights import StateDict
+from capsnet_jax.interchange.weights import StateDict
+from capsnet_jax.runs.folder import Run
 from capsnet_verify.causes import VISIBLE, cause, mixed_up, usual_cause
 from capsnet_verify.checks import DIFFERS, NO_POWER, Check, compare, tolerance_of
 from capsnet_verify.devices import both_on

@@ -9,10 +9,10 @@ import torch
 from einops import rearrange
 from torch.utils.flop_counter import FlopCounterMode
 
-from capsnet_jax.benchmark import jax_work
-from capsnet_jax.benchmark.flops import forward_flops
-from capsnet_jax.benchmark.measurements import GEMM_SIZES, MEASUREMENTS
-from capsnet_jax.cli import main
+from capsnet_benchmark import jax_work
+from capsnet_benchmark.flops import forward_flops
+from capsnet_benchmark.measurements import GEMM_SIZES, MEASUREMENTS
+from capsnet_jax.cli.main import main
 from capsnet_jax.config import Config, TrainingConfig
 from capsnet_torch import CapsNet, benchmark
 from capsnet_torch.augmentation import random_shift
@@ -66,7 +66,7 @@ def test_both_sides_measure_the_same():
     ours, theirs = jax_work.Work(**arguments), benchmark.Work(**arguments, compile_mode="eager")
     for name in MEASUREMENTS:
         their_calls = theirs.prepare(name)
-        # As in tests/test_benchmark.py of the JAX model.
+        # As in tests/benchmark/test_benchmark.py of the JAX model.
         assert [times for _, times in their_calls] == ([4, 5] if name == "epoch" else [1])
         their_call, _ = their_calls[0]
         if name in ("step", "optimizer", "dispatch", "epoch"):

@@ -19,7 +19,7 @@ def test_the_twin_is_measured_on_a_layer_of_the_same_sizes(monkeypatch):
     assert (work.platform, work.device) == ("cpu", "cpu")
     ((call, _),) = work.prepare("iterations=3")
     results = call()
-    # As in tests/test_benchmark_scripts.py of the JAX layer.
+    # As in tests/benchmark/test_benchmark_scripts.py of the JAX layer.
     assert [tuple(result.shape) for result in results] == [(2, 10, 16), (7, 8, 10, 16), (2, 7, 8)]
     assert all(result.abs().max() > 0.01 for result in results)
     assert work.memory()["xla_temp_bytes"] is None

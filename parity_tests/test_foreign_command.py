@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from capsnet_jax.cli import main
+from capsnet_jax.cli.main import main
 from parity_tests.foreign_models import LENGTHS, SUBJECT
 
 MODEL = ["verify", "run", "--torch-model", "my_capsnet:Lengths"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from capsnet_jax.routing.fused_dynamic import fused_dynamic
+from capsnet_jax.nn.fast.fused_dynamic import fused_dynamic
 from capsnet_verify.checks import VALUES
 from capsnet_verify.fused_routing import in_chunks, in_jax, in_torch, make_inputs
 from capsnet_verify.mutants.edited import edited

@@ -6,7 +6,7 @@ from flax import nnx
 
 import capsnet_jax
 import capsnet_torch
-from capsnet_jax.weights import to_torch
+from capsnet_jax.interchange.weights import to_torch
 
 # Bounds of the uniform distributions of the full-size model: 1 / sqrt(fan_in), and sqrt(3 / fan_in) of einsums.
 BOUNDS = {

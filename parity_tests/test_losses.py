@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from capsnet_jax import UsageError, losses
+from capsnet_jax import UsageError
+from capsnet_jax.nn import losses
 from capsnet_torch import losses as torch_losses
 from capsnet_verify.checks import VALUES
 from parity_tests import oracle

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from capsnet_jax.config import ModelConfig
-from capsnet_jax.weights import to_torch
+from capsnet_jax.interchange.weights import to_torch
 from capsnet_verify.checks import VALUES
 from capsnet_verify.report import sentence
 from capsnet_verify.subjects import SMALL, of_model
@@ -115,7 +115,7 @@ def test_jit_and_the_other_convolution_change_nothing(float64):
     pair = make_pair(float64)
     eager = pair.jax_model.encode(pair.images).poses
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("capsnet_jax.convolution.matrix_product", native_with_count := _Counted())
+        patch.setattr("capsnet_jax.nn.fast.convolution.matrix_product", native_with_count := _Counted())
         native = jax.jit(pair.jax_model.encode)(pair.images).poses
     assert native_with_count.calls == 2
     assert_close("native", native, eager, tolerance=1e-12)
@@ -127,7 +127,7 @@ class _Counted:
     calls = 0
 
     def __call__(self, images, kernel, *, stride):
-        from capsnet_jax.convolution import native
+        from capsnet_jax.nn.fast.convolution import native
 
         self.calls += 1
         return native(images, kernel, stride)

@@ -5,13 +5,13 @@ import logging
 import pytest
 
 from capsnet_jax import UsageError
+from capsnet_jax.cli.export import Export, run_onnx, write_onnx
 from capsnet_jax.config import Config, ModelConfig
-from capsnet_jax.export import Export, run_onnx, write_onnx
-from capsnet_jax.runs import WEIGHTS, Run
-from capsnet_jax.weights import save_weights
+from capsnet_jax.interchange.weights import save_weights
+from capsnet_jax.runs.folder import WEIGHTS, Run
 from capsnet_torch.routing import ROUTINGS
 from parity_tests.compare import assert_close
-from tests.test_export import BATCH_SIZES, CASES, IMAGE_SHAPE, TINY, new_images, new_model, responses
+from tests.cli.test_export import BATCH_SIZES, CASES, IMAGE_SHAPE, TINY, new_images, new_model, responses
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -82,7 +82,7 @@ def test_a_file_of_other_weights_is_not_kept(tmp_path, monkeypatch):
     def write_other(run, model, path):
         write_onnx(run, new_model(1, **TINY), path)
 
-    monkeypatch.setattr("capsnet_jax.export.write_onnx", write_other)
+    monkeypatch.setattr("capsnet_jax.cli.export.write_onnx", write_other)
     with pytest.raises(UsageError, match=r"model.onnx was not kept, as it differs from the model by"):
         Export(run.folder, "onnx").run()
     assert {file.name for file in run.folder.iterdir()} == {"config.json", WEIGHTS}

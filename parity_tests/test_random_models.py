@@ -2,7 +2,7 @@
 
 import pytest
 
-from capsnet_jax.cli import main
+from capsnet_jax.cli.main import main
 from capsnet_verify.checks import AGREES
 from capsnet_verify.random_models import random_subject
 from capsnet_verify.report import sentence

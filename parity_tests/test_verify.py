@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from capsnet_jax.cli import main
+from capsnet_jax.cli.main import main
 from capsnet_verify import command, self_test
 from capsnet_verify.mutants.models import MUTANTS
 from capsnet_verify.self_test import Trial

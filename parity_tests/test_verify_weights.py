@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from capsnet_jax.config import Config, ModelConfig, TrainingConfig
-from capsnet_jax.runs import Run
-from capsnet_jax.weights import to_torch
+from capsnet_jax.interchange.weights import to_torch
+from capsnet_jax.runs.folder import Run
 from parity_tests.test_verify import QUICKLY, verify
-from tests.damages import DAMAGED_STATES, NAME, Bomb
+from tests.interchange.damages import DAMAGED_STATES, NAME, Bomb
 
 # A hidden layer as wide as the other, and two layers of capsules of equal shape: what shapes alone cannot tell.
 SQUARE = ModelConfig(

@@ -8,7 +8,7 @@ from flax import nnx
 
 import capsnet_jax
 import capsnet_torch
-from capsnet_jax.weights import from_torch, load_weights, save_weights, to_torch
+from capsnet_jax.interchange.weights import from_torch, load_weights, save_weights, to_torch
 from capsnet_torch.model import ONLY_IN_JAX
 from capsnet_verify.subjects import SMALL, SMALL_CLASSES, SMALL_IMAGES
 from parity_tests.pairs import make_pair

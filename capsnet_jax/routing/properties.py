@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Routed
-from capsnet_jax.routing.binding import Routing
+from capsnet_jax.routing.registry import Routing
 
 INPUTS, OUTPUTS, IN_SIZE, OUT_SIZE = 11, 5, 4, 6  # all different, so that no two axes can be mixed up unnoticed
 BATCH = 3

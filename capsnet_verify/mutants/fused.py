@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from capsnet_jax.capsules import Routed
-from capsnet_jax.routing.fused_dynamic import fused_dynamic
+from capsnet_jax.nn.fast.fused_dynamic import fused_dynamic
 from capsnet_verify.mutants.edited import edited
 
 ALL = "dynamic,leaky=true,prior_logits=0,capsule_bias=0.1"

@@ -14,7 +14,7 @@ from einops import rearrange
 
 from capsnet_jax import CapsNet
 from capsnet_jax.capsules import Capsules, Routed
-from capsnet_jax.layers import CapsuleLayer, PrimaryCapsules
+from capsnet_jax.nn.layers import CapsuleLayer, PrimaryCapsules
 from capsnet_jax.ops import capsule_norm, mask_by_label, multi_hot, squash
 from capsnet_jax.routing import get_routing
 from capsnet_verify.pair import Pair
@@ -198,13 +198,13 @@ MUTANTS = [
     ModelMutant(
         "images standardised together",
         "stem 0",
-        with_function("capsnet_jax.stem.standardize_images", _all_images_together),
+        with_function("capsnet_jax.nn.stem.standardize_images", _all_images_together),
         TWO_LABELS,
     ),
     ModelMutant(
         "channels of an image standardised apart",
         "stem 0",
-        with_function("capsnet_jax.stem.standardize_images", _each_channel_apart),
+        with_function("capsnet_jax.nn.stem.standardize_images", _each_channel_apart),
         TWO_LABELS,
     ),
     ModelMutant(
@@ -216,13 +216,13 @@ MUTANTS = [
     ModelMutant(
         "only the first of two labels wanted",
         "margin loss",
-        with_function("capsnet_jax.losses.multi_hot", _of_first_label),
+        with_function("capsnet_jax.nn.losses.multi_hot", _of_first_label),
         TWO_LABELS,
     ),
     ModelMutant(
         "targets of two labels that sum to 1",
         "margin loss",
-        with_function("capsnet_jax.losses.multi_hot", _sum_to_one),
+        with_function("capsnet_jax.nn.losses.multi_hot", _sum_to_one),
         TWO_LABELS,
     ),
     ModelMutant(

@@ -1,0 +1,175 @@
+"""The command `capsnet export`: the model of a run as one file that runs without this package."""
+
+import importlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from jax.export import deserialize
+from jaxtyping import Float
+
+from capsnet_jax.errors import UsageError
+from capsnet_jax.interchange.stablehlo import encode_and_decode, to_stablehlo
+from capsnet_jax.interchange.weights import to_torch
+from capsnet_jax.nn.model import CapsNet
+from capsnet_jax.runs.folder import Run, load_run
+
+Outputs = Mapping[str, Float[np.ndarray, "..."]]
+
+TOLERANCE = 1e-5  # of the largest value; measured are 2e-6 and less
+NUM_IMAGES = 17  # so many that the model itself routes without votes, and convolves by spectra where that is faster
+
+
+@dataclass(frozen=True)
+class Export:
+    """Writes the model of a run as one file, weights inside, that runs without this package on any number of images.
+
+    Images [b height width channels] of float32 in [0, 1] become poses [b classes dim] and activations [b classes] of
+    the class capsules and, if the model has a decoder, reconstructions [b height width channels] from the most active
+    capsule. The file is run once on random images, and kept only if it agrees with the model."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    format: Literal["stablehlo", "onnx"] = "stablehlo"
+    """stablehlo, for jax.export.deserialize; or onnx, for onnxruntime and others (pip install 'capsnet-jax[onnx]')."""
+    output: Path | None = None
+    """The file, which ends as the format is called; by default model.stablehlo or model.onnx in the run's folder."""
+    best: bool = False
+    """Take the weights that did best on the validation images, and not the last ones."""
+
+    def run(self) -> None:
+        """Writes the file, and prints its name, its size and how far it is from the model.
+
+        Raises:
+            UsageError: the folder has no run, the file cannot be written or differs from the model, or the model cannot
+                be expressed in this format.
+        """
+        run, model = load_run(self.run_dir, best=self.best)
+        path = self.output or self.run_dir / f"model.{self.format}"
+        if path.is_dir() or not path.parent.is_dir():
+            what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+            raise UsageError(f"The output {path} {what}; expected the name of a file.")
+        if path.suffix != f".{self.format}":
+            raise UsageError(f"The output is {path}; expected a name that ends in .{self.format}.")
+        unchecked = path.with_name(f"{path.name}.partial")
+        try:
+            if self.format == "onnx":
+                write_onnx(run, model, unchecked)
+            else:
+                unchecked.write_bytes(to_stablehlo(model))
+            error = error_of_file(unchecked, self.format, model)
+            if not error <= TOLERANCE:
+                raise UsageError(
+                    f"The file {path} was not kept, as it differs from the model by {error:.1e} of the largest value; "
+                    f"expected {TOLERANCE:.0e} at most."
+                )
+            unchecked.replace(path)
+        finally:
+            unchecked.unlink(missing_ok=True)
+        size = path.stat().st_size / 1e6
+        print(
+            f"{path}: {size:.1f} MB, differs from the model by {error:.1e} of the largest value "
+            f"(on {NUM_IMAGES} random images)."
+        )
+
+
+def write_onnx(run: Run, model: CapsNet, path: Path) -> None:
+    """Writes the PyTorch twin, with the weights of the model, as an ONNX file.
+
+    Raises:
+        UsageError: a package is not installed, or the routing has no twin or does what ONNX cannot express.
+    """
+    for package in ("torch", "onnxscript"):
+        import_for_onnx(package)
+    import torch  # only here: the package runs without
+
+    import capsnet_torch
+    from capsnet_torch.onnx import NotInOnnxError
+    from capsnet_torch.onnx import write_onnx as write_twin
+    from capsnet_torch.routing import ROUTINGS
+
+    routing = run.config.model.routing.partition(",")[0]
+    if routing not in ROUTINGS:
+        raise UsageError(
+            f"Routing {routing} has no twin in PyTorch, from which ONNX is written; expected {', '.join(ROUTINGS)}."
+        )
+    twin = capsnet_torch.CapsNet.of_config(run.image_shape, run.num_classes, vars(run.config.model))
+    twin.load_state_dict({name: torch.from_numpy(array) for name, array in to_torch(model).items()})
+    try:
+        write_twin(twin, run.image_shape, path)
+    except NotInOnnxError as error:
+        raise UsageError(f"The model of routing {routing} cannot be written as ONNX: {error}") from error
+
+
+def error_of_file(path: Path, format: str, model: CapsNet) -> float:
+    """How far an exported file is from the model on seeded random images, as by `largest_error`.
+
+    Args:
+        path: of the file.
+        format: "stablehlo" or "onnx".
+        model: that the file was written from.
+
+    Raises:
+        UsageError: onnxruntime, which runs ONNX files, is not installed.
+    """
+    images = np.random.default_rng(0).random((NUM_IMAGES, *model.image_shape), np.float32)
+    actual = run_onnx(path, images) if format == "onnx" else run_stablehlo(path, images)
+    # Reconstructed as by the file: of two classes that are all but equally active, rounding decides.
+    labels = actual["activations"].argmax(axis=1)
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(partial(encode_and_decode, model))(images, labels)
+    return largest_error(actual, jax.device_get(expected))
+
+
+def run_stablehlo(path: Path, images: Float[np.ndarray, "b height width channels"]) -> Outputs:
+    """What the program in a StableHLO file makes of images."""
+    return jax.device_get(deserialize(bytearray(path.read_bytes())).call(images))
+
+
+def run_onnx(path: Path, images: Float[np.ndarray, "b height width channels"]) -> Outputs:
+    """What an ONNX file makes of images, by onnxruntime on CPU.
+
+    Raises:
+        UsageError: onnxruntime is not installed.
+    """
+    session = import_for_onnx("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"images": images}), strict=True))
+
+
+def largest_error(actual: Outputs, expected: Outputs) -> float:
+    """The largest error of any output, as a share of that output's largest expected value.
+
+    Returns:
+        The error; infinite if an output is missing, of another shape or dtype, or not finite on either side.
+    """
+    if actual.keys() != expected.keys():
+        return math.inf
+    errors = []
+    for name, values in expected.items():
+        same_kind = (actual[name].shape, actual[name].dtype) == (values.shape, values.dtype)
+        if not (same_kind and np.isfinite(actual[name]).all() and np.isfinite(values).all()):
+            return math.inf
+        error, scale = float(np.abs(actual[name] - values).max()), float(np.abs(values).max())
+        errors.append(error / scale if scale > 0 else math.inf if error > 0 else 0.0)
+    return max(errors)
+
+
+def import_for_onnx(package: str) -> Any:
+    """A package that exporting to ONNX needs.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UsageError(
+            f"--format onnx needs {package}, which is not installed: pip install 'capsnet-jax[onnx]'."
+        ) from error

@@ -1,0 +1,1 @@
+"""The network: layers, the model made of them, and its losses."""

@@ -1,0 +1,1 @@
+"""What stays on disk: run folders, checkpoints, metrics and comparisons."""

@@ -1,0 +1,207 @@
+"""Checkpoints by Orbax: written beside training, complete or not there at all, and checked when they are read."""
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from capsnet_jax.config import differences
+from capsnet_jax.errors import UsageError
+from capsnet_jax.train.loop import Snapshot
+from capsnet_jax.train.sharding import wait_for_all
+
+LONG = 200  # letters of an error
+UNKNOWN = -1.0  # accuracy on validation of a checkpoint that was not evaluated; below all others
+
+
+class Checkpoints:
+    """The checkpoints of a run; the last ones and the one that is best on validation are kept.
+
+    Args:
+        folder: is made if it does not exist.
+        keep: number of last ones that are kept.
+        depends_on: what a checkpoint must agree with to be gone on from, in types that JSON has.
+        warn: is told, in a sentence, of every checkpoint that cannot be used.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, depends_on: Mapping[str, Any], warn: Callable[[str], None] = print):
+        self.folder, self._depends_on, self._warn = folder.absolute(), dict(depends_on), warn
+        self._saved: int | None = None  # the last one known to be whole, and the one on its way
+        self._saving: int | None = None
+        # LatestN and BestN side by side, as max_to_keep with best_fn would give up the latest for the best.
+        policy = AnyPreservationPolicy(
+            [LatestN(keep), BestN(get_metric_fn=_validation, n=1, keep_checkpoints_without_metrics=False)]
+        )
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_validation, preservation_policy=policy, cleanup_tmp_directories=True, create=True
+        )
+        self._unusable: dict[int, str] = {}  # reasons, by step
+        for step in _steps_of_unreadable_metrics(self.folder):  # which Orbax would not begin with
+            self._unusable[step] = "its metrics cannot be read"
+            self._set_aside(step)
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        except OSError as error:
+            raise UsageError(f"The folder {self.folder} of checkpoints cannot be used: {error}.") from error
+
+    def save(self, snapshot: Snapshot, *, validation: float | None = None) -> None:
+        """Begins to write a checkpoint; it is copied before this returns, so that training may go on.
+
+        Args:
+            snapshot: where training stands.
+            validation: accuracy on validation images, if it was evaluated now.
+
+        Raises:
+            UsageError: this one or the one before cannot be written.
+        """
+        arrays = _named_arrays(snapshot)
+        step = int(np.ravel(snapshot.state.step)[0])
+        record = {
+            "sums": snapshot.sums.tolist(),
+            "depends_on": self._depends_on,
+            "checksums": {name: zlib.crc32(array.tobytes()) for name, array in arrays.items()},
+        }
+        self.wait()
+        self._saving = step
+        with self._explained():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(arrays),
+                    record=ocp.args.JsonSave({"text": _text(record), "checksum": _checksum(record)}),
+                ),
+                metrics={"validation": UNKNOWN if validation is None else validation},
+            )
+
+    def wait(self) -> None:
+        """Waits until the checkpoint on its way is whole.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        with self._explained():
+            self._manager.wait_until_finished()
+        self._saved, self._saving = self._saving or self._saved, None
+
+    def restore(self, like: Snapshot) -> Snapshot | None:
+        """The last checkpoint that is whole, or None if there are none. Those after it are renamed, and told of.
+
+        Args:
+            like: any snapshot of the same training.
+
+        Raises:
+            UsageError: a checkpoint is of another config, or there are some and none can be used; all stay then.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                snapshot = self._read(step, like)
+            except UsageError:
+                raise
+            except Exception as error:  # Orbax raises anything, from KeyError to what tensorstore calls ValueError
+                self._unusable[step] = _first_line(error)
+            else:
+                # They would be in the way of those that will be written at their steps again.
+                for later in self._unusable.keys() & set(self._manager.all_steps()):
+                    self._set_aside(later)
+                self._manager.reload()
+                self._saved = step
+                return snapshot
+        if self._unusable:
+            reasons = "; ".join(f"{step}: {reason}" for step, reason in self._unusable.items())
+            raise UsageError(
+                f"None of the checkpoints in {self.folder} can be used; mend the folder, or move it away: {reasons}."
+            )
+        return None
+
+    def close(self) -> None:
+        """Waits for what is being written, and lets go of the folder."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _read(self, step: int, like: Snapshot) -> Snapshot:
+        restored = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+        record = json.loads(restored.record["text"])
+        if _checksum(record) != restored.record["checksum"]:
+            raise ValueError("the checksum of its record is wrong")
+        changes = differences(record["depends_on"], self._depends_on)
+        if changes:
+            raise UsageError(f"The checkpoint {self.folder / str(step)} is of another config: {'; '.join(changes)}.")
+        template = {name: np.empty(array.shape, array.dtype) for name, array in _named_arrays(like).items()}
+        if template.keys() != record["checksums"].keys():
+            raise ValueError(f"it lacks or adds {sorted(template.keys() ^ record['checksums'].keys())}")
+        state = ocp.args.Composite(state=ocp.args.StandardRestore(template))
+        arrays = self._manager.restore(step, args=state).state
+        for name, checksum in record["checksums"].items():
+            if zlib.crc32(arrays[name].tobytes()) != checksum:
+                raise ValueError(f"the checksum of {name} is wrong")
+        structure = jax.tree.structure(like.state)
+        return Snapshot(jax.tree.unflatten(structure, [arrays[name] for name in template]), np.array(record["sums"]))
+
+    def _set_aside(self, step: int) -> None:
+        """Renames a checkpoint that cannot be used."""
+        place = self.folder / str(step)
+        aside = next(
+            path for number in range(1000) if not (path := self.folder / f"unreadable-{step}-{number}").exists()
+        )
+        wait_for_all(f"unreadable-{step}")
+        if jax.process_index() == 0:
+            place.rename(aside)
+            self._warn(f"The checkpoint {place} cannot be used and is now {aside.name}: {self._unusable[step]}")
+        wait_for_all(f"aside-{step}")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Makes one sentence of what goes wrong in writing."""
+        try:
+            yield
+        except Exception as error:  # as in reading
+            saved = "there is none before it" if self._saved is None else f"that of step {self._saved} is whole"
+            raise UsageError(
+                f"The checkpoint {self.folder / str(self._saving)} cannot be written, and {saved}; "
+                f"--resume when that is mended: {_first_line(error)}"
+            ) from error
+
+
+def _named_arrays(snapshot: Snapshot) -> dict[str, np.ndarray]:
+    """Copies of the arrays of the state in the host's memory, by where they are in it."""
+    leaves = jax.tree.leaves_with_path(jax.device_get(snapshot.state))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.array(leaf, order="C") for path, leaf in leaves}
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    # The last clause of a long one is what the operating system says.
+    return line if len(line) <= LONG else line.rsplit(": ", 1)[-1]
+
+
+def _validation(metrics: Mapping[str, float]) -> float:
+    return metrics["validation"]
+
+
+def _steps_of_unreadable_metrics(folder: Path) -> list[int]:
+    steps = []
+    for path in folder.glob("[0-9]*/metrics/metrics"):
+        if not path.parents[1].name.isdigit():  # one that is not whole
+            continue
+        try:
+            float(json.loads(path.read_text())["validation"])
+        except (ValueError, KeyError, TypeError):  # among the first are wrong JSON and wrong Unicode
+            steps.append(int(path.parents[1].name))
+    return steps
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, sort_keys=True)
+
+
+def _checksum(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(_text(record).encode())

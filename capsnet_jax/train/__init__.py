@@ -1,0 +1,1 @@
+"""Training: a step, the loop around it, and evaluation."""

@@ -1,0 +1,61 @@
+"""From the name of a routing to what a layer calls, with the options and weights that its arguments say it has."""
+
+import inspect
+import json
+import typing
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from jaxtyping import AbstractArray
+from torch import nn
+
+from capsnet_torch.capsules import Routed
+from capsnet_torch.routing import ROUTINGS
+
+GIVEN = ("votes", "activations", "poses", "softmax")  # by the layer
+
+
+class Routing:
+    """A routing of a batch, as "name,option=value" or a function; see `capsnet_jax.routing.registry.Routing`."""
+
+    def __init__(self, routing: str | Callable[..., Routed], *, num_iterations: int):
+        settings: list[str] = []
+        if isinstance(routing, str):
+            name, *settings = routing.split(",")
+            routing = ROUTINGS[name]
+        self.function = routing
+        self.options: dict[str, Any] = {}
+        bound = routing.keywords if isinstance(routing, partial) else {}
+        if "num_iterations" in self.parameters and "num_iterations" not in bound:
+            self.options["num_iterations"] = num_iterations
+        for option, _, text in (setting.partition("=") for setting in settings):
+            value = json.loads(text.lower())  # true, false or a number
+            self.options[option] = float(value) if isinstance(self.parameters[option].default, float) else value
+
+    def __call__(self, votes: torch.Tensor, activations: torch.Tensor, **given: Any) -> Routed:
+        given = {name: value for name, value in given.items() if name in self.parameters}
+        return self.function(votes, activations, **(self.options | given))
+
+    @cached_property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        return dict(inspect.signature(self.function).parameters)
+
+    def new_weights(self, **sizes: int) -> nn.ParameterDict:
+        """The weights that the routing learns, each full of the constant that it starts from."""
+        weights = nn.ParameterDict()
+        for name, parameter in self.parameters.items():
+            initial = self.options.get(name, parameter.default)
+            axes = _axes(parameter)
+            if axes is not None and initial is not None:
+                weights[name] = nn.Parameter(torch.full([sizes[axis] for axis in axes], float(initial)))
+        return weights
+
+
+def _axes(parameter: inspect.Parameter) -> list[str] | None:
+    """The axes of an argument annotated as a tensor; None if it is not a weight."""
+    for kind in typing.get_args(parameter.annotation):
+        if isinstance(kind, type) and issubclass(kind, AbstractArray) and parameter.name not in GIVEN:
+            return kind.dim_str.split()
+    return None

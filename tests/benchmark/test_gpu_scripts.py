@@ -1,0 +1,106 @@
+"""The shell scripts for a GPU: what they do, in how much time, and what they go on with. All without torch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_cli import SMALL
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(script: str, *arguments: object, **variables: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", BENCHMARKS / script, *map(str, arguments)],
+        env=os.environ | {name: str(value) for name, value in variables.items()},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def fake_python(tmp_path):
+    """Stands for the interpreter; it does what a line of shell says, and writes its arguments down."""
+
+    def write(line: str) -> Path:
+        path = tmp_path / "python"
+        path.write_text(f'#!/usr/bin/env bash\necho "$@" >>{tmp_path}/calls\n{line}\n')
+        path.chmod(0o755)
+        return path
+
+    return write
+
+
+PARTS = ["epoch", "float32", "bfloat16", "parts", "votes", "parity", "scaling"]
+
+
+def test_all_parts_for_the_gpu_are_done_though_one_fails(fake_python, tmp_path):
+    python = fake_python('[[ "$*" != *verify* ]] || exit 3')
+    result = run("gpu.sh", tmp_path / "out", PYTHON=python)
+    assert result.returncode == 1
+    *_, folder = [line for line in result.stdout.splitlines() if line.startswith("===")]
+    assert folder == f"=== {tmp_path / 'out'}"
+    summary = [line.split(maxsplit=3) for line in result.stdout.split(folder)[1].strip().splitlines()]
+    assert [line[0] for line in summary] == PARTS
+    assert [line[3] for line in summary] == [*["ok"] * 5, "failed with status 3", "ok"]
+    assert (tmp_path / "out" / "gpu.log").read_text() == result.stdout
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == len(PARTS)
+    assert "--batch-size 256" in calls[1]
+    assert f"--json {tmp_path / 'out'}/gpu-float32.json --precision float32" in calls[1]
+    assert "verify --device gpu --preset readable --all-routings" in calls[5]
+
+
+def test_only_parts_that_are_named_are_done_in_less_than_ten_minutes(fake_python, tmp_path):
+    result = run("gpu.sh", tmp_path, "votes", "epoch", PYTHON=fake_python("true"))
+    assert result.returncode == 0
+    assert [line.split()[0] for line in result.stdout.splitlines()[-2:]] == ["epoch", "votes"]
+    assert "--routing-implementation votes" in (tmp_path / "calls").read_text()
+    lines = (BENCHMARKS / "gpu.sh").read_text().splitlines()
+    limits = [int(line.split()[2]) for line in lines if line.startswith(("part ", "bench "))]
+    assert len(limits) == len(PARTS)
+    assert sum(limits) + 5 * len(PARTS) < 600
+
+
+@pytest.mark.parametrize(
+    ("line", "limit", "status"),
+    [("exit 0", 60, 0), ("exit 2", 60, 2), ("exec sleep 60", 1, 75), ("trap 'exit 143' TERM; sleep 2", 1, 75)],
+)
+def test_a_long_run_tells_whether_there_is_more_to_do(line, limit, status, fake_python, tmp_path):
+    (tmp_path / "run.seconds").write_text("700\n50\n")
+    for seed in (4, 5):
+        (tmp_path / "run" / f"seed-{seed}").mkdir(parents=True)
+    result = run("official.sh", tmp_path / "run", "--seeds", "2", PYTHON=fake_python(line), LIMIT=limit)
+    assert result.returncode == status
+    *before, seconds = map(int, (tmp_path / "run.seconds").read_text().split())
+    assert before == [700, 50]
+    assert seconds < 50
+    total = 750 + seconds
+    assert result.stdout.splitlines()[-1] == f"{total} s so far, {total // 2} s for each seed"
+    (call,) = (tmp_path / "calls").read_text().splitlines()
+    assert call.endswith(f"train.py --preset official --dataset mnist --run-dir {tmp_path / 'run'} --resume --seeds 2")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_a_long_run_goes_on_where_it_was_stopped(tmp_path):
+    options = [*SMALL, "--epochs", "200", "--batch-size", "32", "--seeds", "2"]
+    variables = {"PYTHON": sys.executable, "PRESET": "digits", "DATASET": "digits", "JAX_PLATFORMS": "cpu"}
+    stopped = 0
+    result = run("official.sh", tmp_path / "run", *options, LIMIT=30, **variables)
+    while result.returncode == 75 and stopped < 20:
+        stopped += 1
+        result = run("official.sh", tmp_path / "run", *options, LIMIT=30, **variables)
+    assert result.returncode == 0, result.stderr
+    assert stopped > 0
+    assert "Going on after step" in result.stdout
+    assert "from 2 seeds on 355 images" in result.stdout
+    for seed in (0, 1):
+        lines = (tmp_path / "run" / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()
+        epochs = [json.loads(line)["epoch"] for line in lines if json.loads(line)["kind"] == "epoch"]
+        assert epochs == [*range(1, 201)]
+    assert len((tmp_path / "run.seconds").read_text().split()) == stopped + 1

@@ -1,0 +1,217 @@
+"""The command that turns one kind of file of weights into another, and every damaged file that it refuses."""
+
+import dataclasses
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.numpy
+
+from capsnet_jax.cli.main import main
+from capsnet_jax.config import Config, ModelConfig
+from capsnet_jax.interchange.state_files import read_state
+from capsnet_jax.runs.folder import Run
+from tests.conftest import IMAGE_SHAPE, SMALL
+from tests.interchange.damages import DAMAGED_STATES, Bomb
+from tests.interchange.test_state_files import ARCHITECTURES, CONVOLUTIONAL, assert_same, new_run, random_state
+
+SMALL_RUN = Run(Path("run"), Config(ModelConfig(**SMALL, primary_stride=2)), IMAGE_SHAPE, tuple("0123456789"))
+
+
+@pytest.fixture(scope="module")
+def state():
+    return random_state(SMALL_RUN)
+
+
+@pytest.fixture
+def run_dir(state, tmp_path):
+    """A run of known images, without metrics."""
+    run = SMALL_RUN._replace(folder=tmp_path / "run", class_names=tuple("abcdefghij"), data_checksum=7)
+    run.write_config()
+    safetensors.numpy.save_file(state, run.folder / "model.safetensors")
+    return run.folder
+
+
+def convert(*arguments: object) -> int:
+    return main(["convert", *map(str, arguments)])
+
+
+def error_of(capsys) -> str:
+    """The one line that a refusal prints, and nothing else."""
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("capsnet: error: ")
+    assert error.endswith(".\n")
+    assert error.count("\n") == 1
+    return error.removeprefix("capsnet: error: ").rstrip("\n")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("model", [*ARCHITECTURES.values(), CONVOLUTIONAL], ids=[*ARCHITECTURES, "convolutional"])
+def test_there_and_back_changes_no_bit(model, dtype, tmp_path, capsys):
+    run = new_run(model, tmp_path / "run")
+    state = random_state(run, dtype)
+    run.write_config()
+    safetensors.numpy.save_file(state, run.folder / "model.safetensors")
+    (tmp_path / "config.json").write_text((run.folder / "config.json").read_text())
+    encoder, decoder, whole = (tmp_path / f"{name}.safetensors" for name in ("encoder", "decoder", "whole"))
+    if model.decoder_hidden:
+        assert convert(run.folder, "--to", encoder, decoder) == 0
+        assert convert(encoder, decoder, "--to", whole) == 0
+    else:
+        assert convert(run.folder, "--to", whole) == 0
+    assert convert(whole, "--to", tmp_path / "back") == 0
+    assert_same(read_state([whole]), state)
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (run.folder / "model.safetensors").read_bytes()
+    assert (tmp_path / "back" / "config.json").read_text() == (run.folder / "config.json").read_text()
+
+
+def test_a_line_for_each_file_tells_how_much_is_in_it(run_dir, state, tmp_path, capsys):
+    encoder = sum(array.size for name, array in state.items() if name.startswith("encoder"))
+    decoder = sum(array.size for name, array in state.items() if name.startswith("decoder"))
+    assert convert(run_dir, "--to", tmp_path / "e.safetensors", tmp_path / "d.safetensors") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/e.safetensors: 5 entries, {encoder:,} weights in float32",
+        f"{tmp_path}/d.safetensors: 4 entries, {decoder:,} weights in float32",
+    ]
+    assert convert(run_dir, "--to", tmp_path / "copy") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/copy/model.safetensors: 9 entries, {encoder + decoder:,} weights in float32",
+        f"{tmp_path}/copy/README.md: model card",
+        f"{tmp_path}/copy/config.json: options",
+    ]
+    assert f"{encoder + decoder:,} weights in float32" in (tmp_path / "copy" / "README.md").read_text()
+
+
+def test_without_a_config_sizes_are_those_of_the_weights_and_the_rest_is_a_presets(state, tmp_path, capsys):
+    safetensors.numpy.save_file(state, tmp_path / "a.safetensors")
+    for preset, scale in (("readable", 0.01), ("digits", 1.0)):
+        assert convert(tmp_path / "a.safetensors", "--to", tmp_path / preset, "--preset", preset) == 0
+        fields = json.loads((tmp_path / preset / "config.json").read_text())
+        assert fields["model"]["primary_scale"] == scale
+        assert fields["model"]["decoder_hidden"] == [12, 14]
+        assert fields["model"]["primary_stride"] == 2
+        assert (fields["image_shape"], fields["class_names"]) == ([9, 11, 1], list("0123456789"))
+    capsys.readouterr()
+    assert convert(tmp_path / "a.safetensors", "--to", tmp_path / "default") == 0
+    assert capsys.readouterr().err == (
+        "Scale 0.01, 'none' as squash and routing dynamic are taken from preset readable, "
+        "as weights do not tell them.\n"
+    )
+    assert (tmp_path / "default" / "config.json").read_text() == (tmp_path / "readable" / "config.json").read_text()
+
+
+def test_a_config_beside_a_file_is_used_unless_a_preset_is_given(run_dir, tmp_path, capsys):
+    best = run_dir / "best.safetensors"
+    best.write_bytes((run_dir / "model.safetensors").read_bytes())
+    assert convert(best, "--to", tmp_path / "as_it_is") == 0
+    assert convert(best, "--to", tmp_path / "by_preset", "--preset", "digits") == 0
+    assert (tmp_path / "as_it_is" / "config.json").read_text() == (run_dir / "config.json").read_text()
+    assert json.loads((tmp_path / "by_preset" / "config.json").read_text())["class_names"] == list("0123456789")
+
+
+def test_a_model_without_decoder_needs_the_shape_of_its_images(tmp_path, capsys):
+    model = dataclasses.replace(SMALL_RUN.config.model, decoder_hidden=None)
+    state = random_state(SMALL_RUN._replace(config=Config(model)))
+    path = tmp_path / "a.safetensors"
+    safetensors.numpy.save_file(state, path)
+    assert convert(path, "--to", tmp_path / "folder") == 2
+    assert "expected --image-shape HEIGHT WIDTH CHANNELS, or a config.json beside them." in error_of(capsys)
+    assert convert(path, "--to", tmp_path / "folder", "--image-shape", 9, 11, 1) == 0
+    capsys.readouterr()
+    assert convert(tmp_path / "folder", "--to", tmp_path / "e.safetensors", tmp_path / "d.safetensors") == 2
+    assert error_of(capsys) == f"The model has no decoder to write into {tmp_path}/d.safetensors; expected one file."
+    assert not (tmp_path / "e.safetensors").exists()
+
+
+@pytest.mark.parametrize("beside", ["config", "no config"])
+@pytest.mark.parametrize(("damage", "message"), DAMAGED_STATES.values(), ids=DAMAGED_STATES)
+def test_a_damaged_state_is_refused_by_name_and_nothing_is_written(
+    damage, message, beside, run_dir, state, tmp_path, capsys
+):
+    path = run_dir / "model.safetensors"
+    path.write_bytes(safetensors.numpy.save(damage(state)))
+    if beside == "no config":
+        (run_dir / "config.json").unlink()
+    for target in ("target", "target.safetensors"):
+        assert convert(path, "--to", tmp_path / target) == 2
+        error = error_of(capsys)
+        assert error.startswith(f"{path}")
+        assert message in error
+        assert not (tmp_path / target).exists()
+
+
+def test_a_damaged_file_is_refused_and_a_pickle_not_executed(run_dir, tmp_path, capsys):
+    path, trace = run_dir / "model.safetensors", tmp_path / "trace"
+    whole = path.read_bytes()
+    bomb = pickle.dumps(Bomb(str(trace)))
+    for content in (b"", whole[:100], whole[:-1], whole + b"\0", bomb):
+        path.write_bytes(content)
+        assert convert(path, "--to", tmp_path / "target") == 2
+        assert error_of(capsys).startswith(f"{path} is not a safetensors file that can be read: ")
+        assert not (tmp_path / "target").exists()
+    assert not trace.exists()
+    pickle.loads(bomb)
+    assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--to", "run"], "has a config.json already; expected a folder without"),
+        (["run", "--to", "card"], "has a README.md already; expected a folder without"),
+        (["run", "--to", "file.txt"], "is a file; expected the name of a folder, or one that ends in"),
+        (["run", "--to"], "Got 0 names of weights"),
+        (["--to", "copy"], "Got 0 names of weights"),
+        (["run", "--to", "copy", "--image-shape", "8", "8", "1"], "--image-shape is (8, 8, 1), and in run/config.json"),
+        (["run", "--to", "mine.pt"], "mine.pt exists already; expected the name of a new file"),
+        (["run", "--to", "new.safetensors", "file.txt/d.safetensors"], "d.safetensors cannot be written"),
+        (["run", "--to", "copy", "--preset", "huge"], "Unknown preset 'huge'; expected readable, digits"),
+        (["run", "--to", "copy", "--preset", "digits", "--image-shape", "9", "12", "1"], "--image-shape is (9, 12, 1)"),
+        (["nothing", "--to", "copy"], "nothing does not exist; expected a file or folder of weights"),
+        (["card", "--to", "copy"], "card has no model.safetensors"),
+        (["run/model.safetensors", "run/model.safetensors", "--to", "copy"], "is given twice"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_converted_is_refused_in_a_sentence(arguments, message, run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / "README.md").write_text("mine")
+    (tmp_path / "file.txt").write_text("mine")
+    (tmp_path / "mine.pt").write_text("mine")
+    assert convert(*arguments) == 2
+    assert message in error_of(capsys)
+    assert sorted(os.listdir(tmp_path)) == ["card", "file.txt", "mine.pt", "run"]
+    assert sorted(os.listdir(run_dir)) == ["config.json", "model.safetensors"]
+
+
+def test_without_torch_a_file_of_torch_says_what_to_install(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "capsnet_torch.state_files", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "model.pt").write_bytes(b"")
+    for source, target in ((tmp_path / "model.pt", tmp_path / "folder"), (run_dir, tmp_path / "new.pt")):
+        assert convert(source, "--to", target) == 2
+        assert "need PyTorch, which is not installed: pip install 'capsnet-jax[torch]'." in error_of(capsys)
+    assert (tmp_path / "model.pt").read_bytes() == b""
+
+
+def test_a_converted_run_is_evaluated_as_the_run_itself(idx_folder, tmp_path, capsys):
+    sizes = ["--stem-channels", "6", "--stem-kernel", "3", "--primary-groups", "2", "--primary-kernel", "3"]
+    sizes += ["--primary-scale", "1", "--decoder-hidden", "12", "14", "--batch-size", "8", "--epochs", "2"]
+    data = ["--dataset", "mnist", "--data-dir", str(idx_folder)]
+    assert main(["train", *data, *sizes, "--run-dir", str(tmp_path / "run")]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert convert(tmp_path / "run", "--to", tmp_path / "copy") == 0
+    assert main(["evaluate", str(tmp_path / "copy")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == last
+    card = (tmp_path / "copy" / "README.md").read_text()
+    measured = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["test_accuracy"]
+    assert last.startswith(f"test accuracy {measured:.4f} on ")
+    assert f"      value: {measured:.4f}\n" in card
+    # Weights that are not the last ones were not measured last.
+    (tmp_path / "run" / "best.safetensors").write_bytes((tmp_path / "run" / "model.safetensors").read_bytes())
+    assert convert(tmp_path / "run" / "best.safetensors", "--to", tmp_path / "best") == 0
+    assert "Nothing was measured" in (tmp_path / "best" / "README.md").read_text()

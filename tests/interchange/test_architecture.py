@@ -1,0 +1,119 @@
+"""What tells a model by its weights alone."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from capsnet_jax import UsageError
+from capsnet_jax.config import Config
+from capsnet_jax.interchange.architecture import run_of_state
+from capsnet_jax.presets import PRESETS
+from capsnet_jax.runs.folder import Run
+from tests.interchange.test_state_files import (
+    ARCHITECTURES,
+    FROM_CONFIG,
+    PLAIN,
+    assert_same,
+    new_run,
+    random_state,
+)
+
+
+@pytest.fixture(scope="module")
+def state():
+    return random_state(new_run(PLAIN))
+
+
+@pytest.mark.parametrize("model", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_weights_tell_all_sizes_of_their_model(model):
+    run = new_run(model)
+    state = random_state(run)
+    told = {name: getattr(model, name) for name in FROM_CONFIG}
+    known = Config(dataclasses.replace(PRESETS["digits"].model, **told), PRESETS["digits"].data)
+    found = run_of_state(state, known, Path("run"))
+    assert found == run._replace(config=dataclasses.replace(known, model=model))
+
+
+@pytest.mark.parametrize("preset", ["readable", "digits", "official", "paper", "efficient"])
+def test_a_preset_is_found_again_from_its_weights(preset):
+    config = PRESETS[preset]
+    run = Run(Path("run"), config, (28, 28, 1), tuple("0123456789"))
+    assert run_of_state(random_state(run), config, Path("run")) == run
+
+
+def test_without_a_decoder_the_shape_of_images_must_be_given():
+    run = new_run(dataclasses.replace(PLAIN, decoder_hidden=None))
+    state = random_state(run)
+    with pytest.raises(UsageError, match=r"have no decoder.* expected --image-shape HEIGHT WIDTH CHANNELS, or a"):
+        run_of_state(state, run.config, run.folder)
+    assert run_of_state(state, run.config, run.folder, image_shape=(19, 22, 2)) == run
+    with pytest.raises(UsageError, match=r"image2primary_capsules.0.weight is of 2 channels; .* \(19, 22, 1\)"):
+        run_of_state(state, run.config, run.folder, image_shape=(19, 22, 1))
+
+
+def test_a_stride_is_not_guessed():
+    """19 x 22 images: a stem of 3 leaves 17 x 20; under a kernel of 9, strides 6 to 8 all make 2 x 2."""
+    run = new_run(dataclasses.replace(PLAIN, primary_kernel=9, primary_stride=6))
+    state = random_state(run)
+    assert run_of_state(state, run.config, run.folder) == run
+    with pytest.raises(UsageError, match="do not tell the stride of the primary capsules: 6, 7, 8 make 12 of images"):
+        run_of_state(state, Config(), run.folder)
+
+
+def test_where_two_activations_explain_the_weights_the_config_decides():
+    """Of 6 channels, 3 groups of 2 at 1 x 2 positions, or 2 groups of 2 + 1 at 1 x 3."""
+    norm = dataclasses.replace(PLAIN, primary_groups=3, primary_dim=2, primary_stride=4)
+    sigmoid = dataclasses.replace(norm, primary_groups=2, primary_activation="sigmoid", primary_stride=2)
+    runs = [new_run(model)._replace(image_shape=(5, 9, 2)) for model in (norm, sigmoid)]
+    state, other = map(random_state, runs)
+    assert_same(state, other)
+    for run in runs:
+        assert run_of_state(state, run.config, run.folder) == run
+
+
+def change(state, **changes):
+    """The state with other shapes."""
+    names = {"classes": "encoder.primary2digit_capsules.input_caps2U.weight", "pixels": "decoder.4.weight"}
+    names |= {"stem": "encoder.image2primary_capsules.0.weight"}
+    return state | {names[name]: np.zeros(shape, np.float32) for name, shape in changes.items()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: change(state, classes=(191, 4, 5, 5)), "are of 191 primary capsules, which no stride makes"),
+        (lambda state: change(state, classes=(192, 4, 5)), r"input_caps2U.weight is \(192, 4, 5\); expected 4 axes"),
+        (lambda state: change(state, pixels=(7, 1, 19, 22)), r"0.weight is of 2 channels; .* shape \(19, 22, 1\)"),
+        (lambda state: change(state, stem=(12, 2, 3, 4)), r"capsules.0.weight has a kernel of 3 x 4; expected"),
+        (lambda state: {name: state[name] for name in state if "caps2U" not in name}, r"lack encoder.*caps2U.weight"),
+        (lambda state: {name: state[name] for name in state if name != "decoder.4.weight"}, r"lack decoder.4.weight\."),
+        (lambda state: {name: state[name] for name in state if "capsules.2" not in name}, r"lack .*capsules.2.weight"),
+        (lambda state: {f"module.{name}": state[name] for name in state}, r"but module.encoder.*; expected the names"),
+        (
+            lambda state: state | {"encoder.hidden_capsules.0.weight": np.zeros((9, 3, 4, 2, 4), np.float32)},
+            r"encoder.hidden_capsules.0.weight is of convolutional capsules, .* expected a config.json beside them",
+        ),
+    ],
+)  # fmt: skip
+def test_weights_that_tell_no_model_are_refused_by_name(state, damage, message):
+    with pytest.raises(UsageError, match=message):
+        run_of_state(damage(state), new_run(PLAIN).config, Path("run"))
+
+
+def test_images_too_small_for_the_given_kernels_are_refused(state):
+    small = change(state, pixels=(7, 2, 4, 22))
+    with pytest.raises(UsageError, match=re.escape("Images of 4 x 22 are too small")):
+        run_of_state(small, new_run(PLAIN).config, Path("run"))
+
+
+def test_a_run_found_from_weights_can_be_written_and_read(state, tmp_path):
+    run = run_of_state(state, new_run(PLAIN).config, tmp_path / "run")
+    run.write_config()
+    fields = json.loads((run.folder / "config.json").read_text())
+    assert fields["image_shape"] == [19, 22, 2]
+    assert fields["class_names"] == list("01234")
+    assert fields["data_checksum"] == 0

@@ -1,0 +1,85 @@
+"""Batch normalisation: the batch in training, running means in evaluation, and nothing in between."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from capsnet_jax import CapsNet
+from capsnet_jax.config import TrainingConfig
+from capsnet_jax.interchange.weights import from_torch, to_torch
+from capsnet_jax.train.evaluation import evaluate, make_count_correct
+from capsnet_jax.train.fit import fit
+from tests.conftest import IMAGE_SHAPE, SMALL
+
+CONFIG = TrainingConfig(epochs=2, batch_size=8, learning_rate=0.01)
+RUNNING = ["encoder.image2primary_capsules.2.running_mean", "encoder.image2primary_capsules.2.running_var"]
+
+
+@pytest.fixture
+def model() -> CapsNet:
+    return CapsNet(IMAGE_SHAPE, 10, **SMALL, batch_norm=True, rngs=nnx.Rngs(0))
+
+
+def images(count: int) -> jnp.ndarray:
+    return jnp.asarray(np.random.default_rng(1).random((count, *IMAGE_SHAPE)), jnp.float32)
+
+
+def test_features_of_a_batch_have_mean_0_and_deviation_1_in_training_alone(model):
+    features = np.asarray(model.encoder.stem(images(30)), np.float64)
+    assert np.abs(features.mean(axis=(0, 1, 2))).max() > 0.01
+    model.train()
+    features = np.asarray(model.encoder.stem(images(30)), np.float64)
+    np.testing.assert_allclose(features.mean(axis=(0, 1, 2)), 0, atol=1e-5)
+    variance = features.var(axis=(0, 1, 2))
+    alive = variance > 0  # not a ReLU of zeros
+    assert alive.sum() > 3
+    assert np.all((variance[alive] < 1) & (variance[alive] > 0.5))  # 1 but for the epsilon, as features vary little
+
+
+def test_running_means_follow_the_batches_as_documented(model):
+    before = {name: to_torch(model)[name] for name in RUNNING}
+    convolution = model.encoder.stem.convolutions[0]
+    features = np.asarray(nnx.relu(convolution(images(30))), np.float64)
+    model.train()
+    model.encode(images(30))
+    for name, batch in zip(RUNNING, (features.mean(axis=(0, 1, 2)), features.var(axis=(0, 1, 2))), strict=True):
+        np.testing.assert_allclose(to_torch(model)[name], 0.99 * before[name] + 0.01 * batch, rtol=1e-4)
+
+
+def test_an_evaluated_example_does_not_see_its_batch_mates(model):
+    together = model.encode(images(5)).poses[0]
+    alone = model.encode(images(5)[:1]).poses[0]
+    np.testing.assert_allclose(alone, together, rtol=1e-5, atol=1e-7)
+
+
+def test_a_trained_model_evaluates_as_its_training_said(model, small_dataset):
+    """Running means come back from the compiled steps, and go through weights on disk."""
+    *_, last = fit(model, small_dataset, dataclasses.replace(CONFIG, epochs=3))
+    state = to_torch(model)
+    for name in RUNNING:
+        assert np.abs(state[name] - (1 if name.endswith("var") else 0)).max() > 1e-3
+    other = CapsNet(IMAGE_SHAPE, 10, **SMALL, batch_norm=True, rngs=nnx.Rngs(1))
+    counter = {"encoder.image2primary_capsules.2.num_batches_tracked": np.array(18)}  # PyTorch keeps one
+    from_torch(other, state | counter)
+    graphdef, values = nnx.split(other)
+    again = evaluate(make_count_correct(graphdef), values, small_dataset.test_images, small_dataset.test_labels)
+    assert again == last.test
+
+
+def test_evaluation_counts_what_running_means_predict_whatever_the_batch(model, small_dataset):
+    """Right answers are those of the evaluated model; in training mode, batches of two would give others."""
+    *_, _ = fit(model, small_dataset, dataclasses.replace(CONFIG, epochs=10))
+    shown, labels = small_dataset.test_images, small_dataset.test_labels
+    count_correct = make_count_correct(nnx.graphdef(model))
+    counted = [evaluate(count_correct, nnx.state(model), shown, labels, batch_size=size) for size in (2, 23)]
+
+    def right(start: int, stop: int) -> int:
+        predicted = model.encode(jnp.asarray(shown[start:stop]) / jnp.float32(255)).activations.argmax(axis=1)
+        return int(np.sum(predicted == labels[start:stop]))
+
+    assert [result.num_correct for result in counted] == [right(0, 23)] * 2
+    model.train()
+    assert sum(right(start, start + 2) for start in range(0, 23, 2)) != counted[0].num_correct

@@ -1,0 +1,85 @@
+"""Every formulation of the convolution is the one of XLA, forward and gradients."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from capsnet_jax.nn.fast.convolution import convolve, matrix_product, native, positions_after
+
+# height, width, channels; kernel height, kernel width; stride; features
+CASES = [
+    (20, 20, 3, 9, 9, 2, 5),
+    (11, 13, 2, 3, 4, 1, 3),
+    (12, 17, 1, 5, 2, 3, 4),
+    (6, 6, 4, 6, 6, 2, 2),
+    (7, 8, 3, 1, 1, 2, 6),
+    (10, 7, 2, 4, 3, 5, 3),
+]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 5e-6)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients_are_those_of_xla(case, dtype, tolerance):
+    height, width, channels, kernel_height, kernel_width, stride, features = case
+    rng = np.random.default_rng(sum(case))
+    with jax.enable_x64(dtype == "float64"):
+        images = jnp.asarray(rng.normal(size=(3, height, width, channels)), dtype)
+        kernel = jnp.asarray(rng.normal(size=(kernel_height, kernel_width, channels, features)), dtype)
+        outputs = positions_after((height, width), (kernel_height, kernel_width), stride)
+        cotangent = jnp.asarray(rng.normal(size=(3, *outputs, features)), dtype)
+        actual, expected = (
+            value_and_pull(formulation, stride, images, kernel, cotangent) for formulation in (convolve, native)
+        )
+        for name, ours, theirs in zip(("value", "images", "kernel"), actual, expected, strict=True):
+            assert ours.shape == theirs.shape, name
+            assert ours.dtype == theirs.dtype == dtype, name
+            assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max(), name
+
+
+@pytest.mark.parametrize("formulation", [convolve, matrix_product, native])
+def test_in_bfloat16_it_is_nearly_the_same_and_cotangents_are_in_bfloat16(formulation):
+    rng = np.random.default_rng(7)
+    images, kernel, cotangent = (
+        jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((3, 10, 11, 4), (3, 4, 4, 5), (3, 4, 4, 5))
+    )
+    exact = [array.astype(jnp.float32) for array in (images, kernel, cotangent)]
+    expected = value_and_pull(native, 2, *exact)
+    for ours, theirs in zip(value_and_pull(formulation, 2, images, kernel, cotangent), expected, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert np.abs(ours.astype(jnp.float32) - theirs).max() <= 1e-2 * np.abs(theirs).max()
+
+
+def test_under_jit_and_vmap_it_is_the_same():
+    rng = np.random.default_rng(1)
+    images, kernels = jnp.asarray(rng.normal(size=(2, 3, 8, 9, 2))), jnp.asarray(rng.normal(size=(2, 3, 3, 2, 4)))
+    mapped = jax.jit(jax.vmap(lambda image, kernel: convolve(image, kernel, 2)))(images, kernels)
+    for one, image, kernel in zip(mapped, images, kernels, strict=True):
+        np.testing.assert_allclose(one, native(image, kernel, 2), rtol=1e-5, atol=1e-5)
+
+
+# Images and kernel, with stride 2; the second is the reference model's, which a CPU does by spectra if it is alone.
+@pytest.mark.parametrize("shapes", [((1, 9, 9, 8), (3, 3, 8, 4)), ((64, 20, 20, 256), (9, 9, 256, 256))], ids=str)
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_on_cpu_it_is_matrix_products_and_elsewhere_the_native_convolution(shapes, num_devices, monkeypatch):
+    monkeypatch.setattr("jax.device_count", lambda: num_devices)
+    arguments = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    traced = jax.jit(jax.grad(lambda *args: convolve(*args, 2).sum(), argnums=(0, 1))).trace(*arguments)
+    on_cpu, on_gpu = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda"))
+    assert "stablehlo.convolution" in on_gpu
+    assert "stablehlo.convolution" not in on_cpu
+    assert "stablehlo.dot_general" in on_cpu
+    by_patches = f"x{math.prod(shapes[1][:3])}xf32>" in on_cpu  # rows of all that is under the kernel
+    assert by_patches == (num_devices == 2 or shapes[1] == (3, 3, 8, 4))
+
+
+def value_and_pull(formulation, stride, images, kernel, cotangent):
+    """Features and both gradients."""
+
+    def pulled(images, kernel, cotangent):
+        value, pull = jax.vjp(lambda *args: formulation(*args, stride), images, kernel)
+        return value, *pull(cotangent)
+
+    return jax.jit(pulled, compiler_options={"xla_backend_optimization_level": 0})(images, kernel, cotangent)

@@ -1,0 +1,207 @@
+"""A convolution by spectra is the convolution, however it is cut; and where a CPU takes it for the matrix product."""
+
+import re
+from functools import partial
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from capsnet_jax.nn.fast import convolution
+from capsnet_jax.nn.fast.convolution import convolve, matrix_product, native
+from capsnet_jax.nn.fast.fourier import LARGEST_TILE, fourier, make_transforms, num_products, possible_tilings
+
+# height, width, channels; kernel height, kernel width; stride; features; number of tiles along height and width
+CASES = [
+    (20, 20, 3, 9, 9, 2, 5, (1, 1)),
+    (12, 17, 1, 5, 2, 3, 4, (3, 2)),  # of 1 and 3 features each: no feature is left over
+    (11, 13, 2, 3, 4, 1, 3, (2, 4)),  # the last tiles reach beyond the 9 x 10 features
+    (6, 6, 4, 6, 6, 2, 2, (1, 1)),  # one feature
+    (10, 7, 2, 4, 3, 5, 3, (2, 1)),  # pixels that no kernel sees, and phases of the kernel of zeros alone
+    (9, 8, 6, 1, 3, 2, 2, (1, 2)),
+]
+QUICKLY_COMPILED = {"xla_backend_optimization_level": 0}
+PRIMARY = (64, 20, 20, 256), (9, 9, 256, 256), 2  # the second convolution of the reference model, at batch 64
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 5e-6)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients_are_those_of_xla(case, dtype, tolerance):
+    with jax.enable_x64(dtype == "float64"):
+        images, kernel, cotangent = operands(case, dtype)
+        expected = results(native, case, images, kernel, cotangent)
+        actual = results(fourier, case, images, kernel, cotangent)
+        assert_all_close(actual, expected, tolerance)
+        assert [str(array.dtype) for array in actual] == [dtype] * 3
+
+
+@pytest.mark.parametrize(("products_at_once", "parts"), [(17, 1), (6, 3), (0, 17)])
+def test_a_few_products_at_once_make_the_same_sums(products_at_once, parts, monkeypatch):
+    """All of them; the last part filled up with zeros; and one by one."""
+    case = (9, 8, 6, 3, 4, 2, 5, (2, 1))
+    with jax.enable_x64(True):
+        images, kernel, cotangent = operands(case, "float64")
+        assert num_products(*tilings_of(case)) == 17
+        bytes_of_product = (
+            8 * 2**2 * images.shape[3] * (2 * len(images) + kernel.shape[3])
+        )  # of 2 x 2 phases, in 2 tiles
+        monkeypatch.setattr("capsnet_jax.nn.fast.fourier.SPECTRA_BYTES", products_at_once * bytes_of_product)
+        program = jax.make_jaxpr(partial(fourier, stride=2, tilings=tilings_of(case)))(images, kernel)
+        assert [int(length) for length in re.findall(r"\blength=(\d+)", str(program))] == [parts - 1]
+        expected = results(native, case, images, kernel, cotangent)
+        assert_all_close(results(fourier, case, images, kernel, cotangent), expected, 1e-12)
+
+
+def test_under_vmap_it_is_the_same():
+    case = (8, 9, 2, 3, 3, 2, 4, (2, 1))
+    with jax.enable_x64(True):
+        sets = [operands(case, "float64", seed) for seed in (0, 1)]
+        stacked = [jnp.stack(arrays) for arrays in zip(*sets, strict=True)]
+        pulled = partial(value_and_pull, partial(fourier, stride=2, tilings=tilings_of(case)))
+        mapped = jax.jit(jax.vmap(pulled), compiler_options=QUICKLY_COMPILED)(*stacked)
+        for index, arrays in enumerate(sets):
+            assert_all_close([array[index] for array in mapped], results(native, case, *arrays), 1e-12)
+
+
+def test_full_size_is_accurate_in_float32():
+    """All channels of the reference model, against NumPy's sums in float64."""
+    rng = np.random.default_rng(1)
+    images, kernel, cotangent = (
+        rng.random((1, 20, 20, 256)),
+        rng.uniform(-1, 1, PRIMARY[1]) / 144,
+        rng.normal(size=(6, 6, 256)),
+    )
+    patches = np.lib.stride_tricks.sliding_window_view(images[0], (9, 9), axis=(0, 1))[::2, ::2]  # [6 6 channels 9 9]
+    of_images = np.zeros_like(images)
+    for row, column in np.ndindex(9, 9):
+        of_images[0, row : row + 11 : 2, column : column + 11 : 2] += cotangent @ kernel[row, column].T
+    expected = (
+        np.tensordot(patches, kernel, [(3, 4, 2), (0, 1, 2)])[None],
+        of_images,
+        np.moveaxis(np.tensordot(patches, cotangent, [(0, 1), (0, 1)]), 0, 2),
+    )
+    formulation = chosen(*PRIMARY)
+    assert formulation.func is fourier
+    arrays = [jnp.asarray(array, "float32") for array in (images, kernel, cotangent[None])]
+    assert_all_close(jax.jit(partial(value_and_pull, formulation))(*arrays), expected, 5e-6)
+
+
+def test_the_tilings_are_all_that_fit():
+    assert [*possible_tilings(outputs=7, kernel=9, stride=2)] == [
+        (7, 1, 5),
+        (4, 2, 5),
+        (3, 3, 5),
+        (2, 4, 5),
+        (2, 5, 5),
+        (2, 6, 5),
+        (1, 7, 5),
+    ]
+    large = [*possible_tilings(outputs=30, kernel=5, stride=1)]
+    assert large[0] == (15, 2, 5)  # one tile would be of 34 pixels
+    assert all(tiling.pixels == tiling.outputs + tiling.taps - 1 <= LARGEST_TILE for tiling in large)
+    assert not [*possible_tilings(outputs=3, kernel=25, stride=1)]
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (1, 2), (2, 2), (3, 2), (4, 3)], ids=str)
+@pytest.mark.parametrize("columns", [(1, 1), (2, 1), (1, 4), (4, 2)], ids=str)
+def test_transforms_are_of_a_convolution_in_as_few_products_as_told(rows, columns):
+    """Against explicit loops, of odd and even sizes, of one pixel, and of tiles that are all kernel."""
+    (outputs, taps), (other_outputs, other_taps) = rows, columns
+    tilings = [next(possible_tilings(outputs, taps, 1)) for outputs, taps in (rows, columns)]
+    assert [(tiling.outputs, tiling.taps) for tiling in tilings] == [rows, columns]
+    rng = np.random.default_rng(4)
+    pixels = rng.normal(size=(outputs + taps - 1, other_outputs + other_taps - 1))
+    kernel = rng.normal(size=(taps, other_taps))
+    expected = np.zeros((outputs, other_outputs))
+    for i, j, p, q in product(range(outputs), range(other_outputs), range(taps), range(other_taps)):
+        expected[i, j] += kernel[p, q] * pixels[i + p, j + q]
+    transforms = make_transforms(*tilings)
+    products = (transforms.images @ pixels.ravel()) * (transforms.kernel @ kernel.ravel())
+    np.testing.assert_allclose(products @ transforms.features, expected.ravel(), rtol=0, atol=1e-13)
+    assert num_products(*tilings) == len(products)
+    assert len(products) <= 3 * pixels.size / 2 + 2  # not 4 for each of two mirrored frequencies
+
+
+def test_a_cpu_takes_it_where_it_needs_less():
+    assert chosen(*PRIMARY).func is fourier
+    assert chosen((64, 28, 28, 1), (9, 9, 1, 256), 1).func is matrix_product  # the stem of the reference model
+    assert chosen((64, 20, 20, 256), (1, 1, 256, 256), 1).func is matrix_product
+    assert chosen((64, 20, 20, 256), (2, 2, 256, 256), 2).func is matrix_product  # one tap in each phase
+    assert chosen((64, 90, 90, 256), (75, 75, 256, 256), 1).func is matrix_product  # no tile is that large
+    assert chosen(*PRIMARY, dtype="bfloat16").func is matrix_product
+
+
+def test_on_several_devices_a_cpu_takes_the_matrix_product(monkeypatch):
+    monkeypatch.setattr("jax.device_count", lambda: 2)
+    assert chosen(*PRIMARY).func is matrix_product
+
+
+def test_with_either_a_convolution_is_the_same(monkeypatch):
+    """Values and gradients of `convolve`, whatever it takes."""
+    case = (11, 13, 8, 3, 4, 1, 3, (2, 2))
+    taken = {
+        "fourier": partial(fourier, stride=1, tilings=tilings_of(case)),
+        "matrix product": partial(matrix_product, stride=1),
+    }
+    with jax.enable_x64(True):
+        images, kernel, cotangent = operands(case, "float64")
+        expected = results(native, case, images, kernel, cotangent)
+        for name, formulation in taken.items():
+            monkeypatch.setattr(convolution, "cheapest_on_cpu", lambda *_, formulation=formulation: formulation)
+            pulled = partial(value_and_pull, lambda images, kernel: convolve(images, kernel, 1))
+            lowered = jax.jit(pulled).lower(images, kernel, cotangent)
+            has_patches = "x96xf64>" in lowered.as_text()  # rows of all that is under the kernel
+            assert has_patches == (name == "matrix product")
+            assert_all_close(lowered.compile(QUICKLY_COMPILED)(images, kernel, cotangent), expected, 1e-12)
+
+
+def operands(case, dtype, seed=0):
+    """Images, kernel and what the gradients of the features are."""
+    height, width, channels, kernel_height, kernel_width, stride, features, _ = case
+    rng = np.random.default_rng(sum(case[:-1]) + seed)
+    outputs = (height - kernel_height) // stride + 1, (width - kernel_width) // stride + 1
+    shapes = (3, height, width, channels), (kernel_height, kernel_width, channels, features), (3, *outputs, features)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def tilings_of(case):
+    """Of the numbers of tiles that the case asks for."""
+    (height, width, _, *kernel), stride, tiles = case[:5], case[5], case[7]
+    tilings = []
+    for pixels, taps, number in zip((height, width), kernel, tiles, strict=True):
+        (tiling,) = (
+            each for each in possible_tilings((pixels - taps) // stride + 1, taps, stride) if each.tiles == number
+        )
+        tilings.append(tiling)
+    return tuple(tilings)
+
+
+def results(formulation, case, *arrays):
+    """Features and both gradients."""
+    options = {"stride": case[5]} | ({"tilings": tilings_of(case)} if formulation is fourier else {})
+    pulled = partial(value_and_pull, partial(formulation, **options))
+    return jax.jit(pulled, compiler_options=QUICKLY_COMPILED)(*arrays)
+
+
+def value_and_pull(formulation, images, kernel, cotangent):
+    value, pull = jax.vjp(formulation, images, kernel)
+    return value, *pull(cotangent)
+
+
+def assert_all_close(actual, expected, tolerance):
+    for name, ours, theirs in zip(("features", "of images", "of kernel"), actual, expected, strict=True):
+        assert ours.shape == theirs.shape, name
+        error = np.abs(np.asarray(ours) - np.asarray(theirs)).max() / np.abs(theirs).max()
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+def chosen(images, kernel, stride, dtype="float32"):
+    """What is cheapest on a CPU for arrays of these shapes, which do not come to be."""
+    formulations = []
+    jax.eval_shape(
+        lambda *arrays: formulations.append(convolution.cheapest_on_cpu(*arrays, stride)),
+        *(jax.ShapeDtypeStruct(shape, dtype) for shape in (images, kernel)),
+    )
+    return formulations[0]

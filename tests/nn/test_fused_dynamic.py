@@ -1,0 +1,266 @@
+"""Dynamic routing without votes is dynamic routing: values, gradients and gradients of those, in less memory."""
+
+import importlib
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from capsnet_jax import CapsNet, Capsules, UsageError
+from capsnet_jax.nn.layers import CapsuleLayer, fused_function
+from capsnet_jax.routing import dynamic, fused_dynamic, get_routing
+from tests.conftest import IMAGE_SHAPE, SMALL
+
+BATCH, INPUTS, DIM, OUTPUTS, SIZE = 3, 10, 4, 5, 6
+QUICKLY_COMPILED = {"xla_backend_optimization_level": 0}
+ARGUMENTS = {
+    "poses": (BATCH, INPUTS, DIM),
+    "weight": (INPUTS, DIM, OUTPUTS, SIZE),
+    "prior_logits": (INPUTS, OUTPUTS),
+    "capsule_bias": (OUTPUTS, SIZE),
+}
+PLAIN, LEARNED = ("poses", "weight"), tuple(ARGUMENTS)
+
+# What there is a gradient of, and options.
+CASES = [
+    (PLAIN, {"num_iterations": 1}),
+    (LEARNED, {"num_iterations": 1, "leaky": True}),
+    (PLAIN, {"num_iterations": 2, "leaky": True, "prior_logits": 0.7, "capsule_bias": 0.1}),
+    (PLAIN, {"num_iterations": 3}),
+    (LEARNED, {"num_iterations": 3, "detach": True}),
+    (LEARNED, {"num_iterations": 4}),
+    (("poses", "weight", "prior_logits"), {"num_iterations": 4, "leaky": True, "detach": True}),
+]
+
+
+@pytest.fixture
+def set_chunk(monkeypatch):
+    """Sets how many input capsules are done at once, here or in the default case all of them."""
+    module = importlib.import_module("capsnet_jax.nn.fast.fused_dynamic")  # its name in the package is the function's
+
+    def set_chunk(capsules: int) -> None:
+        for name in ("CHUNK_ON_CPU", "CHUNK_ELSEWHERE"):
+            monkeypatch.setattr(module, name, capsules * 4 * DIM * OUTPUTS * (BATCH + SIZE))
+
+    return set_chunk
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients_are_those_of_dynamic(case, set_chunk):
+    """In chunks of 4, 4 and 2 input capsules."""
+    set_chunk(4)
+    names, options = case
+    with jax.enable_x64(True):
+        arguments = make_arguments(names)
+        assert_all_close(
+            values_and_gradients(partial(fused_dynamic, **options), arguments),
+            values_and_gradients(partial(by_votes, **options), arguments),
+        )
+
+
+@pytest.mark.parametrize(("chunk", "lengths"), [(10, {10}), (5, {5}), (4, {4, 2}), (1, {1}), (0, {1})])
+def test_chunks_change_nothing(chunk, lengths, set_chunk):
+    set_chunk(chunk)
+    with jax.enable_x64(True):
+        arguments = make_arguments(LEARNED)
+        program = str(jax.make_jaxpr(lambda arguments: fused_dynamic(**arguments))(arguments))
+        slices = re.findall(rf"slice_sizes=\((\d+), {DIM}, {OUTPUTS}, {SIZE}\)", program)
+        assert {int(length) for length in slices} == lengths
+        if chunk != 4:  # as above
+            assert_all_close(values_and_gradients(fused_dynamic, arguments), values_and_gradients(by_votes, arguments))
+
+
+def test_under_vmap_each_model_is_what_it_is_alone(set_chunk):
+    """As models from several seeds are trained side by side."""
+    set_chunk(4)
+    with jax.enable_x64(True):
+        seeds = [make_arguments(LEARNED, seed) for seed in (0, 1)]
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *seeds)
+        mapped = jax.jit(jax.vmap(results_of(fused_dynamic)), compiler_options=QUICKLY_COMPILED)(stacked)
+        for seed, arguments in enumerate(seeds):
+            ours = jax.tree.map(lambda array, seed=seed: array[seed], mapped)
+            assert_all_close(ours, values_and_gradients(by_votes, arguments))
+
+
+def test_gradients_of_gradients_are_those_of_dynamic(set_chunk):
+    set_chunk(4)
+
+    def second(function):
+        def squares_of_gradients(arguments):
+            _, gradients = results_of(partial(function, num_iterations=2))(arguments)
+            return sum(jnp.sum(gradient**2) for gradient in gradients.values())
+
+        return jax.jit(jax.grad(squares_of_gradients), compiler_options=QUICKLY_COMPILED)(make_arguments(LEARNED))
+
+    with jax.enable_x64(True):
+        assert_all_close(second(fused_dynamic), second(by_votes))
+
+
+def test_in_bfloat16_products_are_nearly_the_same_and_all_else_is_in_float32(set_chunk):
+    set_chunk(4)
+    arguments = {name: jnp.asarray(array, jnp.bfloat16) for name, array in make_arguments(LEARNED).items()}
+    arguments["poses"] = arguments["poses"].astype("float32")
+    routed, gradients = values_and_gradients(fused_dynamic, arguments)
+    exact = {name: array.astype("float32") for name, array in arguments.items()}
+    expected = values_and_gradients(by_votes, exact)
+    assert {array.dtype for array in routed} == {jnp.dtype("float32")}
+    assert {name: gradient.dtype for name, gradient in gradients.items()} == {
+        name: array.dtype for name, array in arguments.items()
+    }
+    in_float32 = jax.tree.map(lambda array: array.astype("float32"), (routed, gradients))
+    assert_all_close(in_float32, expected, tolerance=3e-2)
+
+
+def test_gradients_are_finite_at_any_scale():
+    gradients = jax.jit(jax.grad(lambda scale, poses, weight: fused_dynamic(scale * poses, weight).poses.sum(), (1, 2)))
+    arguments = make_arguments(PLAIN)
+    for scale in (0.0, 1e-30, 1e-10, 1e5, 1e10):
+        assert all(np.isfinite(gradient).all() for gradient in gradients(scale, *arguments.values())), scale
+
+
+def test_memory_is_of_outputs_and_copies_of_the_poses():
+    """Beyond arguments and gradients; votes of the same batch would take 84 and 671 MB, without their gradient."""
+    batch, dim, outputs, size = 16, 8, 10, 16
+
+    def needed(inputs: int) -> int:
+        shapes = (batch, inputs, dim), (inputs, dim, outputs, size)
+        gradients = jax.jit(jax.grad(lambda poses, weight: jnp.sum(fused_dynamic(poses, weight).poses ** 2), (0, 1)))
+        arguments = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+        return gradients.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    of_few, of_many = needed(8_192), needed(65_536)
+    assert 0 < of_many <= 4 * batch * 65_536 * outputs * size / 8
+    # Poses and their gradient are transposed as a whole; JAX 0.10 puts the latter where the result goes, 0.12 does not.
+    assert of_many - of_few <= 2 * 4 * batch * (65_536 - 8_192) * dim + 1_024
+
+
+@pytest.mark.parametrize("routing", ["dynamic", "dynamic,leaky=true,prior_logits=0.5,capsule_bias=0.1"])
+def test_a_layer_computes_the_same_with_either(routing):
+    """Couplings, too, which `route` returns; "auto" is of votes for so few examples."""
+    layers = {
+        implementation: CapsuleLayer(
+            INPUTS, DIM, OUTPUTS, SIZE, routing=routing, implementation=implementation, rngs=nnx.Rngs(0)
+        )
+        for implementation in ("votes", "fused", "auto")
+    }
+    poses = make_arguments(PLAIN)["poses"]
+    capsules = Capsules(poses, jnp.ones(poses.shape[:2]))
+    traced = {name: jax.jit(layer.route).trace(capsules) for name, layer in layers.items()}
+    has_votes = {name: f"[{BATCH},{INPUTS},{OUTPUTS},{SIZE}]" in str(each.jaxpr) for name, each in traced.items()}
+    assert has_votes == {"votes": True, "fused": False, "auto": True}
+    fused, votes = (traced[name].lower().compile(QUICKLY_COMPILED)(capsules)._asdict() for name in ("fused", "votes"))
+    for name, expected in votes.items():
+        np.testing.assert_allclose(fused[name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert np.ptp(fused["couplings"]) > 0.2
+
+
+def test_it_has_the_options_of_dynamic(set_chunk):
+    """Iterations and options that are bound to the routing reach it."""
+    set_chunk(4)
+    arguments = make_arguments(PLAIN)
+    expected = jax.jit(partial(by_votes, leaky=True, num_iterations=2))(**arguments)
+    for routing in (
+        "dynamic,leaky=true",
+        partial(dynamic, leaky=True),
+        "capsnet_jax.routing.dynamic:dynamic,leaky=true",
+    ):
+        fused = fused_function(get_routing(routing, num_iterations=2), "fused", 3)
+        np.testing.assert_allclose(jax.jit(fused)(**arguments).couplings, expected.couplings, rtol=1e-4)
+
+
+def test_what_is_taken_where_the_user_does_not_say(monkeypatch):
+    assert fused_function(get_routing("dynamic"), "auto", 16) is not None
+    assert fused_function(get_routing("dynamic"), "auto", 15) is None
+    assert fused_function(get_routing("dynamic"), "fused", 1) is not None
+    assert fused_function(get_routing("dynamic"), "votes", 16) is None
+    assert fused_function(get_routing("em"), "auto", 16) is None
+    assert fused_function(get_routing("em"), "votes", 16) is None
+    monkeypatch.setattr("jax.device_count", lambda: 2)
+    assert fused_function(get_routing("dynamic"), "auto", 16) is None
+    assert fused_function(get_routing("dynamic"), "fused", 16) is not None
+
+
+@pytest.mark.parametrize("num_iterations", [0, -2])
+def test_no_iteration_is_an_error(num_iterations):
+    arguments = make_arguments(PLAIN)
+    with pytest.raises(UsageError, match=rf"dynamic: num_iterations is {num_iterations}, and must be at least 1"):
+        fused_dynamic(**arguments, num_iterations=num_iterations)
+    with pytest.raises(UsageError, match=rf"dynamic: num_iterations is {num_iterations}, and must be at least 1"):
+        CapsuleLayer(
+            INPUTS,
+            DIM,
+            OUTPUTS,
+            SIZE,
+            num_iterations=num_iterations,
+            implementation="fused",
+            rngs=nnx.Rngs(0),
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"routing_implementation": "fast"}, "routing_implementation is 'fast'; expected auto, votes, fused"),
+        ({"routing_implementation": "fused", "routing": "em"}, "Routing em has no .*without votes.*dynamic"),
+    ],
+)
+def test_an_implementation_that_there_is_not_is_an_error(options, message):
+    with pytest.raises(UsageError, match=message):
+        CapsNet(IMAGE_SHAPE, 10, **SMALL, **options, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("implementation", ["votes", "fused"])
+def test_another_number_of_capsules_than_there_are_weights_for_is_an_error(implementation):
+    layer = CapsuleLayer(INPUTS, DIM, OUTPUTS, SIZE, implementation=implementation, rngs=nnx.Rngs(0))
+    for inputs in (INPUTS - 1, INPUTS + 1):
+        poses = jnp.ones((BATCH, inputs, DIM))
+        with pytest.raises((TypeError, ValueError)):
+            layer(Capsules(poses, poses[..., 0]))
+
+
+def make_arguments(names, seed=0):
+    """Seeded, and such that some couplings are several times others."""
+    rng = np.random.default_rng(seed)
+    values = {name: jnp.asarray(0.8 * rng.normal(size=shape)) for name, shape in ARGUMENTS.items()}
+    return {name: values[name] for name in names}
+
+
+def by_votes(poses, weight, **options):
+    """Dynamic routing of each example's votes."""
+    votes = jnp.einsum("bid,idoh->bioh", poses, weight)
+    return jax.vmap(lambda votes: dynamic(votes, jnp.ones(len(votes), votes.dtype), **options))(votes)
+
+
+def results_of(function):
+    """From arguments to what is routed, and the gradients of a weighted sum over all of that."""
+    rng = np.random.default_rng(7)
+    shapes = (BATCH, OUTPUTS, SIZE), (BATCH, OUTPUTS), (BATCH, INPUTS, OUTPUTS)
+    coefficients = [rng.normal(size=shape) for shape in shapes]
+
+    def weighted_sum(arguments):
+        routed = function(**arguments)
+        terms = zip(coefficients, routed, strict=True)
+        return sum(jnp.sum(coefficient.astype(array.dtype) * array) for coefficient, array in terms), routed
+
+    def results(arguments):
+        gradients, routed = jax.grad(weighted_sum, has_aux=True)(arguments)
+        return routed, gradients
+
+    return results
+
+
+def values_and_gradients(function, arguments):
+    return jax.jit(results_of(function), compiler_options=QUICKLY_COMPILED)(arguments)
+
+
+def assert_all_close(actual, expected, tolerance=1e-12):
+    pairs = zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
+    for (name, ours), theirs in pairs:
+        assert ours.shape == theirs.shape, name
+        assert ours.dtype == theirs.dtype, name
+        error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+        assert error <= tolerance, f"{jax.tree_util.keystr(name)}: {error:.1e}"

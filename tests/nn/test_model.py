@@ -1,0 +1,213 @@
+"""Layers and model: sizes that come by themselves, stacking, and errors."""
+
+import inspect
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from capsnet_jax import CapsNet, Capsules, Routed, UsageError
+from capsnet_jax.config import ModelConfig
+from capsnet_jax.nn.conv_capsules import ConvCapsules
+from capsnet_jax.nn.layers import CapsuleLayer
+from capsnet_jax.nn.losses import margin_loss
+
+SMALL = {
+    "stem_channels": 6,
+    "stem_kernel": 3,
+    "primary_groups": 2,
+    "primary_dim": 4,
+    "primary_kernel": 3,
+    "class_dim": 5,
+}
+
+
+def test_the_defaults_are_the_reference_model():
+    model = nnx.eval_shape(lambda: CapsNet(rngs=nnx.Rngs(0)))
+    assert model.encoder.capsule_layers[0].weight.shape == (1152, 8, 10, 16)
+    assert sum(param.size for param in jax.tree.leaves(nnx.state(model))) == 8_214_272
+
+
+def test_config_and_model_have_the_same_defaults():
+    arguments = inspect.signature(CapsNet.__init__).parameters
+    for name, value in vars(ModelConfig()).items():
+        assert arguments[name].default == value, name
+    rest = arguments.keys() - vars(ModelConfig()).keys()
+    assert rest == {"self", "image_shape", "num_classes", "param_dtype", "rngs"}
+
+
+@pytest.mark.parametrize(
+    ("image_shape", "stride", "positions"), [((13, 16, 3), 2, 5 * 6), ((9, 5, 1), 1, 5 * 1), ((10, 12, 1), 3, 2 * 3)]
+)
+def test_the_number_of_primary_capsules_is_inferred(image_shape, stride, positions):
+    model = CapsNet(image_shape, 4, **SMALL, primary_stride=stride, rngs=nnx.Rngs(0))
+    assert model.encoder.capsule_layers[0].weight.shape == (2 * positions, 4, 4, 5)
+    images = jax.ShapeDtypeStruct((2, *image_shape), "float32")
+    capsules = jax.eval_shape(model.encode, images)
+    assert capsules.poses.shape == (2, 4, 5)
+    assert jax.eval_shape(model.decode, capsules.poses, jnp.array([0, 3])).shape == images.shape
+
+
+def test_a_capsule_is_the_channels_of_one_group_at_one_position():
+    """Position-coded: the pixel under a capsule is seen in that capsule and in no other."""
+    model = CapsNet(
+        (9, 11, 1), 4, **(SMALL | {"stem_kernel": 1, "primary_kernel": 1}), primary_stride=1, rngs=nnx.Rngs(0)
+    )
+    dark, lit = jnp.zeros((1, 9, 11, 1)), jnp.zeros((1, 9, 11, 1)).at[0, 5, 7].set(1)
+    before, after = (model.encoder.primary_capsules(model.encoder.stem(images)).poses for images in (dark, lit))
+    changed = np.flatnonzero(np.abs(after - before).max(axis=2)[0])
+    np.testing.assert_array_equal(changed, [(5 * 11 + 7) * 2, (5 * 11 + 7) * 2 + 1])
+
+
+def test_capsule_layers_stack_and_train():
+    """Three lines make three layers; from capsules of clusters they learn the clusters."""
+    rngs = nnx.Rngs(0)
+    layers = nnx.List(
+        [
+            CapsuleLayer(24, 8, 32, 8, rngs=rngs),
+            CapsuleLayer(32, 8, 16, 12, rngs=rngs),
+            CapsuleLayer(16, 12, 10, 16, rngs=rngs),
+        ]
+    )
+    rng = np.random.default_rng(0)
+    labels = jnp.asarray(np.arange(40) % 10, jnp.int32)
+    poses = jnp.asarray(3 * rng.normal(size=(10, 24, 8))[labels] + 0.5 * rng.normal(size=(40, 24, 8)), jnp.float32)
+    graphdef, params = nnx.split(layers)
+
+    def activations(params):
+        capsules = Capsules(poses, jnp.linalg.norm(poses, axis=-1))
+        for layer in nnx.merge(graphdef, params):
+            capsules = layer(capsules)
+        return capsules.activations
+
+    def loss(params):
+        predictions = activations(params)
+        return margin_loss(predictions, labels).mean(), jnp.mean(predictions.argmax(axis=1) == labels)
+
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def step(params, opt_state):
+        (value, accuracy), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state, value, accuracy
+
+    opt_state = optimizer.init(params)
+    losses = []
+    for _ in range(100):
+        params, opt_state, value, accuracy = step(params, opt_state)
+        losses.append(float(value))
+    assert losses[-1] < 0.1 * losses[0]
+    assert accuracy == 1
+
+
+def test_hidden_capsules_make_layers_of_these_sizes():
+    model = CapsNet((9, 9, 1), 4, **SMALL, hidden_capsules=((7, 3), (6, 2)), rngs=nnx.Rngs(0))
+    shapes = [layer.weight.shape for layer in model.encoder.capsule_layers]
+    assert shapes == [(18, 4, 7, 3), (7, 3, 6, 2), (6, 2, 4, 5)]
+
+
+def test_another_routing_reaches_every_layer():
+    calls = []
+
+    def first_votes(votes, activations):
+        calls.append(votes.shape)
+        return Routed(votes[0], jnp.ones(votes.shape[1]), jnp.ones(votes.shape[:2]))
+
+    model = CapsNet((9, 9, 1), 4, **SMALL, hidden_capsules=((7, 3),), routing=first_votes, rngs=nnx.Rngs(0))
+    calls.clear()
+    capsules = model.encode(jnp.ones((2, 9, 9, 1)))
+    assert calls == [(18, 7, 3), (7, 4, 5)]
+    np.testing.assert_array_equal(capsules.activations, np.ones((2, 4)))
+
+
+def test_too_small_an_image_is_an_error_that_tells_the_smallest():
+    with pytest.raises(UsageError, match=r"Images of 16 x 30 are too small.* at least 17 x 17"):
+        CapsNet((16, 30, 1), rngs=nnx.Rngs(0))
+
+
+def test_no_iteration_is_an_error_when_the_model_is_made():
+    with pytest.raises(UsageError, match="num_iterations is 0"):
+        CapsNet((9, 9, 1), 4, **SMALL, num_iterations=0, rngs=nnx.Rngs(0))
+
+
+def test_an_image_of_another_shape_is_an_error():
+    model = CapsNet((9, 9, 1), 4, **SMALL, rngs=nnx.Rngs(0))
+    with pytest.raises(UsageError, match=r"\(9, 10, 1\).*\(9, 9, 1\)"):
+        model.encode(jnp.zeros((2, 9, 10, 1)))
+
+
+def test_images_are_standardized_for_the_encoder_alone():
+    options = SMALL | {"decoder_hidden": (12, 14)}
+    plain = CapsNet((9, 9, 2), 4, **options, rngs=nnx.Rngs(0))
+    standardizing = CapsNet((9, 9, 2), 4, **options, standardize_images=True, rngs=nnx.Rngs(0))
+    images = np.random.default_rng(3).random((2, 9, 9, 2)).astype(np.float32)
+    mean, deviation = (getattr(images, name)(axis=(1, 2, 3), keepdims=True) for name in ("mean", "std"))
+    poses = standardizing.encode(jnp.asarray(images)).poses
+    expected = plain.encode(jnp.asarray((images - mean) / deviation)).poses
+    np.testing.assert_allclose(poses, expected, rtol=1e-4, atol=1e-6)
+    # So neither brightness nor contrast matters.
+    np.testing.assert_allclose(standardizing.encode(jnp.asarray(0.3 + 0.5 * images)).poses, poses, rtol=1e-3, atol=1e-6)
+    labels = jnp.array([3, 1])
+    np.testing.assert_array_equal(standardizing.decode(poses, labels), plain.decode(poses, labels))
+
+
+def test_an_image_is_reconstructed_from_the_capsules_of_all_its_labels():
+    model = CapsNet((9, 9, 1), 4, **SMALL, decoder_hidden=(12, 14), rngs=nnx.Rngs(0))
+    labels = np.array([[3, 1], [0, 2]])
+    poses = jnp.asarray(np.random.default_rng(4).normal(size=(2, 4, 5)), jnp.float32)
+    grads = jax.grad(lambda poses: jnp.square(model.decode(poses, jnp.asarray(labels))).sum())(poses)
+    for example, of_example in enumerate(labels):
+        matters = np.abs(grads[example]).max(axis=1) > 0
+        np.testing.assert_array_equal(np.flatnonzero(matters), sorted(of_example))
+
+
+RECOMPUTING = {"dense": partial(CapsuleLayer, 36), "convolutional": partial(ConvCapsules, (6, 3), 2, kernel_size=2)}
+
+
+@pytest.mark.parametrize("kind", RECOMPUTING)
+def test_recomputed_routing_is_the_same_function_that_keeps_less(kind):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(5)
+        capsules = Capsules(jnp.asarray(rng.normal(size=(2, 36, 4))), jnp.asarray(rng.uniform(size=(2, 36))))
+        results, kept = [], []
+        for recompute in (False, True):
+            layer = RECOMPUTING[kind](
+                4,
+                3,
+                7,
+                routing="em,min_variance=0.1",
+                num_iterations=2,
+                recompute=recompute,
+                param_dtype="float64",
+                rngs=nnx.Rngs(0),
+            )
+            graphdef, params = nnx.split(layer)
+
+            def poses(params, capsules, graphdef=graphdef):
+                return nnx.merge(graphdef, params)(capsules).poses
+
+            def loss(*args, poses=poses):
+                return jnp.square(poses(*args) - 1).sum()
+
+            results.append(jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, capsules))
+            residuals = jax.eval_shape(lambda *args, poses=poses: jax.vjp(poses, *args)[1], params, capsules)
+            floats = [leaf for leaf in jax.tree.leaves(residuals) if leaf.dtype == jnp.float64]
+            kept.append(sum(leaf.size for leaf in floats))
+    for plain, recomputed in zip(*map(jax.tree.leaves, results), strict=True):
+        assert np.abs(plain).max() > 1e-3
+        assert np.abs(recomputed - plain).max() <= 1e-12 * np.abs(plain).max()
+    # What is kept is what the layer was given, its weights and the capsules below; otherwise votes are kept, too.
+    assert kept[1] <= sum(leaf.size for leaf in jax.tree.leaves((params, capsules)))
+    num_votes = {"dense": 36 * 3, "convolutional": 5 * 2 * 2 * 2 * 2 * 3}[kind]
+    assert kept[0] - kept[1] > 2 * num_votes * 7
+
+
+def test_the_model_recomputes_in_every_layer():
+    model = CapsNet((9, 9, 1), 4, **SMALL, conv_capsules=((3, 4, 2, 1),), recompute_routing=True, rngs=nnx.Rngs(0))
+    names = [equation.primitive.name for equation in jax.make_jaxpr(model.encode)(jnp.ones((2, 9, 9, 1))).eqns]
+    assert sum(name.startswith("remat") for name in names) == len(model.encoder.capsule_layers) == 2

@@ -1,0 +1,116 @@
+"""Every preset: the published number of weights, a training step that moves every one of them, and less loss."""
+
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from capsnet_jax import CapsNet
+from capsnet_jax.presets import PRESETS
+from capsnet_jax.train.optimizer import create_optimizer, learning_rate
+from capsnet_jax.train.step import create_state, make_train_step
+
+# On MNIST, in all and without the decoder.
+COUNTS = {
+    "readable": (8_214_272, 6_804_224),
+    "official": (8_215_728, 6_804_384),  # published: 8.2 and 6.8 million; the sums of the authors' code
+    "paper": (8_215_728, 6_804_384),
+    "efficient": (1_573_168, 161_824),  # published: 161 thousand
+    "em": (68_444, 68_444),
+}
+
+
+def shapes(preset: str, image_shape=(28, 28, 1), num_classes=10) -> CapsNet:
+    return nnx.eval_shape(lambda: CapsNet(image_shape, num_classes, **vars(PRESETS[preset].model), rngs=nnx.Rngs(0)))
+
+
+def count(module: nnx.Module) -> int:
+    return sum(param.size for param in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+@pytest.mark.parametrize("preset", COUNTS)
+def test_the_number_of_weights_is_the_published_one(preset):
+    model = shapes(preset)
+    assert (count(model), count(model.encoder)) == COUNTS[preset]
+
+
+def test_em_has_68_thousand_weights_on_the_images_it_was_made_for():
+    """Table 1 of the paper: A = 64, B = 8, C = D = 16, on crops of pairs of smallNORB."""
+    assert count(shapes("em", (32, 32, 2), 5)) == 68_754
+
+
+def test_every_preset_is_counted_or_too_large_for_mnist():
+    assert PRESETS.keys() - COUNTS.keys() == {"digits"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_step_moves_every_weight_and_steps_lower_the_loss(preset):
+    config = PRESETS[preset]
+    image_shape = (8, 8, 1) if preset == "digits" else (28, 28, 1)
+    model = CapsNet(image_shape, 10, **vars(config.model), rngs=nnx.Rngs(0))
+    optimizer = create_optimizer(config.training, steps_per_epoch=100)
+    graphdef, state = create_state(model, optimizer)
+    step = jax.jit(
+        make_train_step(
+            graphdef,
+            optimizer,
+            loss=config.training.loss,
+            reconstruction_weight=config.training.reconstruction_weight,
+            reconstruction_error=config.training.reconstruction_error,
+        )
+    )
+    rng = np.random.default_rng(0)
+    images, labels = jnp.asarray(rng.random((4, *image_shape)), jnp.float32), jnp.array([7, 0, 3, 3])
+    losses = []
+    for _ in range(8):
+        before, (state, loss) = state, step(state, images, labels)
+        losses.append(float(loss.total))
+        if len(losses) == 2:  # in the first, what starts at zero may hold others still
+            for (path, old), (_, new) in zip(*(nnx.to_flat_state(s.params) for s in (before, state)), strict=True):
+                assert np.all(np.isfinite(new[...])), path
+                # A bias of ReLU units may belong to dead ones, but not all of them are.
+                assert np.any(old[...] != new[...]), path
+    assert np.all(np.isfinite(losses))
+    assert losses[-1] < losses[0]
+
+
+def test_official_and_paper_differ_in_one_number():
+    official, paper = (PRESETS[name].to_json() for name in ("official", "paper"))
+    assert (official["training"].pop("reconstruction_weight"), paper["training"].pop("reconstruction_weight")) == (
+        0.01,
+        0.0005,
+    )
+    assert official == paper
+
+
+def test_official_weights_are_drawn_as_by_the_authors():
+    model = CapsNet(**vars(PRESETS["official"].model), rngs=nnx.Rngs(0))
+    encoder, decoder = model.encoder, model.decoder
+    stem, primary = encoder.stem.convolutions[0], encoder.primary_capsules.convolution
+    for weight, deviation in (
+        (stem.kernel, 0.05),
+        (primary.kernel, 0.1),
+        (encoder.capsule_layers[0].weight, 0.1),
+        (decoder.from_capsules, 0.1),
+        (decoder.hidden_weight, 0.1),
+        (decoder.to_pixels, 0.1),
+    ):
+        values = np.asarray(weight[...], np.float64)
+        assert np.abs(values).max() <= 2 * deviation
+        # A normal cut at two deviations has 0.8796 of its deviation; five standard errors for this size.
+        assert abs(values.std() / (0.8796 * deviation) - 1) < 5 * 0.7 / values.size**0.5
+    biases = [stem.bias, primary.bias, decoder.first_bias, decoder.hidden_bias, decoder.pixel_bias]
+    for bias in (*biases, encoder.capsule_layers[0].routing_weights["capsule_bias"]):
+        np.testing.assert_array_equal(bias[...], np.float32(0.1))
+
+
+def test_the_learning_rate_falls_as_published():
+    """0.96 every 2,000 steps, down to 1e-6: what Adam's first step, of one learning rate, shows."""
+    rates = [float(learning_rate(PRESETS["official"].training, 468)(step)) for step in (0, 1000, 2000, 300_000, 10**6)]
+    np.testing.assert_allclose(rates, [1e-3, 1e-3 * 0.96**0.5, 0.96e-3, 1e-3 * 0.96**150, 1e-6], rtol=1e-5)
+    assert all(later < earlier for earlier, later in pairwise(rates))
+    assert float(learning_rate(PRESETS["readable"].training, 937)(5000)) == np.float32(1e-3)

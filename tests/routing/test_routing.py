@@ -1,0 +1,126 @@
+"""What every routing promises, on dynamic routing; and how routings are found."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from capsnet_jax import Capsules, UsageError
+from capsnet_jax.nn.layers import CapsuleLayer
+from capsnet_jax.routing import ROUTINGS, dynamic, get_routing
+
+INPUTS, OUTPUTS, SIZE = 11, 5, 6
+VOTES = jnp.asarray(np.random.default_rng(0).normal(size=(INPUTS, OUTPUTS, SIZE)), jnp.float32)
+ACTIVATIONS = jnp.asarray(np.random.default_rng(1).uniform(size=INPUTS), jnp.float32)
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2, 4])
+def test_couplings_are_shares_and_activations_are_norms_below_1(num_iterations):
+    routed = dynamic(VOTES, ACTIVATIONS, num_iterations=num_iterations)
+    np.testing.assert_allclose(routed.couplings.sum(axis=1), 1, rtol=1e-6)
+    assert np.all(routed.couplings > 0)
+    np.testing.assert_allclose(routed.activations, np.linalg.norm(routed.poses, axis=1), rtol=1e-6)
+    assert np.all(routed.activations < 1)
+
+
+def test_one_iteration_is_a_squashed_mean():
+    total = np.asarray(VOTES, np.float64).sum(axis=0) / OUTPUTS
+    norm = np.linalg.norm(total, axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        dynamic(VOTES, ACTIVATIONS, num_iterations=1).poses, norm * total / (1 + norm**2), rtol=1e-5
+    )
+
+
+def test_a_capsule_gets_more_of_the_votes_that_agree():
+    """Two inputs vote alike for output 0, a third against them; it turns to output 1."""
+    votes = jnp.array([[[3.0, 0], [1, 0]], [[3, 0], [1, 0]], [[-3, 0], [1, 0]]])
+    couplings = dynamic(votes, jnp.ones(3)).couplings
+    assert np.all(couplings[:2, 0] > 0.8)
+    assert couplings[2, 0] < 0.1
+
+
+def test_order_of_inputs_does_not_matter_and_outputs_follow_theirs():
+    inputs, outputs = np.random.default_rng(2).permutation(INPUTS), np.random.default_rng(3).permutation(OUTPUTS)
+    routed = dynamic(VOTES, ACTIVATIONS)
+    permuted = dynamic(VOTES[inputs][:, outputs], ACTIVATIONS[inputs])
+    np.testing.assert_allclose(permuted.poses, routed.poses[outputs], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(permuted.couplings, routed.couplings[inputs][:, outputs], rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0, 1e-30, 1e-10, 1e5, 1e10])
+def test_gradients_are_finite_at_any_scale(scale):
+    grads = jax.grad(lambda votes: dynamic(votes, ACTIVATIONS).poses.sum())(scale * VOTES)
+    assert np.all(np.isfinite(grads))
+
+
+def test_an_example_does_not_see_its_batch_mates():
+    layer = CapsuleLayer(INPUTS, 4, OUTPUTS, SIZE, rngs=nnx.Rngs(0))
+    poses = jnp.asarray(np.random.default_rng(4).normal(size=(3, INPUTS, 4)), jnp.float32)
+    together = layer(Capsules(poses, jnp.linalg.norm(poses, axis=-1))).poses
+    changed = layer(Capsules(poses.at[1:].multiply(-5), jnp.ones((3, INPUTS)))).poses
+    np.testing.assert_array_equal(changed[0], together[0])
+    assert np.abs(changed[1] - together[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("num_iterations", [0, -2])
+def test_no_iteration_is_an_error(num_iterations):
+    with pytest.raises(UsageError, match=rf"num_iterations is {num_iterations}, and must be at least 1"):
+        dynamic(VOTES, ACTIVATIONS, num_iterations=num_iterations)
+
+
+def test_a_routing_is_found_by_name_by_module_or_given():
+    for routing in ("dynamic", "capsnet_jax.routing.dynamic:dynamic", dynamic):
+        found = get_routing(routing, num_iterations=2)
+        np.testing.assert_array_equal(
+            found(VOTES, ACTIVATIONS).poses, dynamic(VOTES, ACTIVATIONS, num_iterations=2).poses
+        )
+
+
+def test_a_routing_without_iterations_is_called_without():
+    assert get_routing(partial(dynamic, num_iterations=1), num_iterations=5) is not None
+    plain = get_routing(lambda votes, activations: dynamic(votes, activations, num_iterations=1), num_iterations=5)
+    np.testing.assert_array_equal(
+        plain(VOTES, ACTIVATIONS).couplings, np.full((INPUTS, OUTPUTS), 1 / OUTPUTS, np.float32)
+    )
+
+
+@pytest.mark.parametrize("name", ["dynamo", "capsnet_jax.ops:nothing", "no_such_module:dynamic"])
+def test_an_unknown_routing_is_an_error_that_names_it(name):
+    with pytest.raises(UsageError, match=name):
+        get_routing(name, num_iterations=3)
+
+
+def test_the_error_lists_the_names():
+    with pytest.raises(UsageError, match=", ".join(ROUTINGS)):
+        get_routing("dynamo", num_iterations=3)
+
+
+def test_learned_weights_are_what_is_annotated_as_an_array():
+    from jaxtyping import Array, Float
+
+    def mixed(u, a, *, mix: Float[Array, "h h"] | float = 0.5, top: int | None = None, **others):
+        return dynamic(u @ jnp.broadcast_to(mix, (SIZE, SIZE)), a)
+
+    routing = get_routing(mixed)
+    assert routing.weights == {"mix": (("h", "h"), 0.5)}
+    assert not routing.takes("others")
+    layer = CapsuleLayer(INPUTS, 4, OUTPUTS, SIZE, routing=mixed, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(layer.routing_weights["mix"][...], np.full((SIZE, SIZE), 0.5, np.float32))
+
+
+def test_options_are_of_the_type_of_their_annotation(tmp_path, monkeypatch):
+    (tmp_path / "typed.py").write_text(
+        "def f(votes, activations, *, top: int | None = None, sharp=2.0, name: str = 'a', flag: bool = False): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = dict(get_routing("typed:f, top=3, sharp=4, name=b, flag=True").options)
+    assert options == {"top": 3, "sharp": 4.0, "name": "b", "flag": True}
+    assert [type(options[name]) for name in ("top", "sharp")] == [int, float]
+
+
+def test_a_partial_with_unknown_keywords_is_an_error():
+    with pytest.raises(UsageError, match=r"binds \['leak'\]; expected keywords among num_iterations"):
+        get_routing(partial(dynamic, leak=True))

@@ -1,0 +1,255 @@
+"""Checkpoints: exact, or not used; what is damaged is told of, and the one before it serves."""
+
+import re
+import resource
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from capsnet_jax import CapsNet, UsageError
+from capsnet_jax.cli.main import main
+from capsnet_jax.config import TrainingConfig
+from capsnet_jax.runs.checkpoint import Checkpoints
+from capsnet_jax.runs.folder import read_run
+from capsnet_jax.train.loop import Snapshot, Trainer
+from tests.cli.test_cli import SMALL as SMALL_OPTIONS
+from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset, write_idx_folder
+
+CONFIG = TrainingConfig(epochs=2, batch_size=8, ema_decay=0.9, clip_norm=0.5)
+DEPENDS_ON = {"model": {"routing": "dynamic"}, "seeds": [3]}
+# What Orbax leaves open when a file is not what it expected is its own affair.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def checkpoints(
+    folder: Path, *, keep: int = 9, depends_on=DEPENDS_ON, warnings: list[str] | None = None
+) -> Checkpoints:
+    warn = print if warnings is None else warnings.append
+    return Checkpoints(folder, keep=keep, depends_on=depends_on, warn=warn)
+
+
+def assert_same(one: Snapshot, other: Snapshot) -> None:
+    leaves = [jax.tree.leaves_with_path(snapshot.state) for snapshot in (one, other)]
+    assert [path for path, _ in leaves[0]] == [path for path, _ in leaves[1]]
+    for (path, ours), (_, theirs) in zip(*leaves, strict=True):
+        assert ours.dtype == theirs.dtype, path
+        np.testing.assert_array_equal(ours, theirs, err_msg=str(path))
+    np.testing.assert_array_equal(one.sums, other.sums)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with checkpoints of steps 1 and 2; the trainer; and the two snapshots."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    trainer = Trainer(
+        lambda seed: CapsNet(IMAGE_SHAPE, 10, **SMALL, batch_norm=True, rngs=nnx.Rngs(seed)),
+        make_small_dataset(),
+        CONFIG,
+    )
+    snapshots, store = [], checkpoints(folder)
+    for _, _ in zip(range(2), trainer.run(), strict=False):
+        store.save(trainer.snapshot)
+        snapshots.append(jax.device_get(trainer.snapshot))
+    store.close()
+    return folder, trainer, snapshots
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of the folder, to be damaged."""
+    return shutil.copytree(saved[0], tmp_path / "checkpoints")
+
+
+def test_the_last_checkpoint_comes_back_to_the_last_bit(saved, folder):
+    _, trainer, snapshots = saved
+    restored = checkpoints(folder).restore(trainer.snapshot)
+    assert_same(restored, snapshots[1])
+    assert restored.state.step == 2
+    assert np.abs(restored.sums).min() > 0
+    with pytest.raises(AssertionError):
+        assert_same(restored, snapshots[0])
+
+
+def test_an_empty_folder_has_none(saved, tmp_path):
+    assert checkpoints(tmp_path / "new").restore(saved[1].snapshot) is None
+
+
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "missing": lambda path: path.unlink(),
+    "flipped": lambda path: path.write_bytes(flipped(path.read_bytes())),
+}
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes(byte ^ 0xFF for byte in content[middle : middle + 4]) + content[middle + 4 :]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_whatever_file_is_damaged_the_checkpoint_is_exact_or_the_one_before_it_is_taken(damage, saved, tmp_path):
+    original, trainer, snapshots = saved
+    files = sorted(path.relative_to(original) for path in (original / "2").rglob("*") if path.is_file())
+    fallen_back = 0
+    for number, file in enumerate(files):
+        folder = shutil.copytree(original, tmp_path / str(number))
+        DAMAGES[damage](folder / file)
+        warnings: list[str] = []
+        restored = checkpoints(folder, warnings=warnings).restore(trainer.snapshot)
+        # Some files are of no consequence; none makes a wrong state pass for a right one.
+        assert_same(restored, snapshots[0 if warnings else 1])
+        if warnings:
+            fallen_back += 1
+            assert f"The checkpoint {folder / '2'} cannot be used and is now unreadable-2-0: " in warnings[0]
+            assert sorted(path.name for path in folder.iterdir()) == ["1", "unreadable-2-0"]
+    assert fallen_back >= 3
+
+
+def test_flipped_bytes_of_weights_are_noticed_by_their_checksum(saved, folder):
+    """Orbax itself would hand them over."""
+    largest = max(
+        (path for path in (folder / "2" / "state").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+    )
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 3] ^= 1
+    largest.write_bytes(content)
+    warnings: list[str] = []
+    assert checkpoints(folder, warnings=warnings).restore(saved[1].snapshot).state.step == 1
+    # Or by the decompressor, if the byte is not of a weight but of a header between them.
+    assert "the checksum of " in warnings[0] or "corruption" in warnings[0]
+
+
+def test_if_none_can_be_used_none_is_touched(saved, folder):
+    """As if it was not the files that are at fault, but the disk that they are read from."""
+    for step in "12":
+        shutil.rmtree(folder / step / "state")
+    with pytest.raises(UsageError, match=r"None of the checkpoints in .* can be used; .*: 2: .*; 1: "):
+        checkpoints(folder).restore(saved[1].snapshot)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_an_empty_checkpoint_is_skipped(saved, folder):
+    (folder / "7").mkdir()
+    warnings: list[str] = []
+    assert_same(checkpoints(folder, warnings=warnings).restore(saved[1].snapshot), saved[2][1])
+    assert f"The checkpoint {folder / '7'} cannot be used" in warnings[0]
+
+
+def test_a_half_written_checkpoint_is_not_seen(saved, folder):
+    shutil.copytree(folder / "2", folder / "3.orbax-checkpoint-tmp")
+    warnings: list[str] = []
+    assert_same(checkpoints(folder, warnings=warnings).restore(saved[1].snapshot), saved[2][1])
+    assert warnings == []
+
+
+def test_training_goes_on_where_a_damaged_checkpoint_was(saved, folder):
+    """The step of that checkpoint comes again, and is saved again."""
+    shutil.rmtree(folder / "2" / "state")
+    _, trainer, snapshots = saved
+    store = checkpoints(folder, warnings=[])
+    trainer = trainer.with_seeds(trainer.seeds)
+    trainer.snapshot = trainer.on_devices(store.restore(trainer.snapshot))
+    next(trainer.run())
+    store.save(trainer.snapshot)
+    store.close()
+    assert_same(checkpoints(folder).restore(trainer.snapshot), snapshots[1])
+
+
+def test_a_checkpoint_of_another_config_is_refused_by_name(saved, folder):
+    other = {"model": {"routing": "em"}, "seeds": [3]}
+    with pytest.raises(UsageError, match=r"checkpoints/2 is of another config: routing was dynamic and is em\."):
+        checkpoints(folder, depends_on=other).restore(saved[1].snapshot)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_the_last_ones_and_the_best_are_kept(saved, tmp_path):
+    trainer, store = saved[1], checkpoints(tmp_path / "kept", keep=2)
+    trainer = trainer.with_seeds(trainer.seeds)
+    accuracies = {2: 0.5, 3: 0.9, 5: 0.7}
+    for progress in trainer.run():
+        store.save(trainer.snapshot, validation=accuracies.get(progress.step))
+        if progress.step == 4:  # in between, the process ends and another one goes on
+            store.close()
+            store = checkpoints(tmp_path / "kept", keep=2)
+        if progress.step == 6:
+            break
+    store.close()
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["3", "5", "6"]
+
+
+def test_a_full_disk_is_one_sentence_and_earlier_checkpoints_stay(saved, folder):
+    """A limit on the size of files stands for the disk."""
+    trainer, store = saved[1], checkpoints(folder)
+    assert store.restore(trainer.snapshot).state.step == 2
+    later = trainer.with_seeds(trainer.seeds)
+    for progress in later.run():
+        if progress.step == 3:
+            break
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        store.save(later.snapshot)
+        with pytest.raises(UsageError) as error:
+            store.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"{folder / '3'} cannot be written, and that of step 2 is whole; --resume when" in str(error.value)
+    assert str(error.value).count("\n") == 0
+    assert_same(checkpoints(folder).restore(trainer.snapshot), saved[2][1])
+
+
+def train(idx_folder: Path, run_dir: Path, *more: str) -> int:
+    data = ["--dataset", "mnist", "--data-dir", str(idx_folder)]
+    return main(["train", *data, *SMALL_OPTIONS, "--run-dir", str(run_dir), "--resume", *more])
+
+
+def test_a_run_is_not_gone_on_with_by_other_options(idx_folder, tmp_path, capsys):
+    assert train(idx_folder, tmp_path / "run", "--epochs", "1") == 0
+    assert train(idx_folder, tmp_path / "run", "--learning-rate", "0.02", "--num-iterations", "2") == 2
+    message = "cannot be resumed, as learning_rate was 0.01 and is 0.02; num_iterations was 3 and is 2."
+    assert message in capsys.readouterr().err
+    # More epochs are no other run.
+    assert train(idx_folder, tmp_path / "run", "--epochs", "3") == 0
+    assert "Going on after step 6 of 18" in capsys.readouterr().out
+    assert main(["train", "--run-dir", str(tmp_path / "run"), "--resume"]) == 0
+    assert "Going on after step 18 of 18" in capsys.readouterr().out
+    assert train(idx_folder, tmp_path / "run", "--epochs", "2") == 2
+    assert "epochs is 2, 12 steps, with 18 steps done" in capsys.readouterr().err
+    assert read_run(tmp_path / "run").config.training.epochs == 3
+
+
+def test_a_run_is_not_gone_on_with_by_other_images(idx_folder, tmp_path, capsys):
+    """Wherever they are; and the folder may have moved."""
+    assert train(idx_folder, tmp_path / "run", "--epochs", "1") == 0
+    moved = idx_folder.rename(tmp_path / "moved")
+    assert train(moved, tmp_path / "run", "--epochs", "2") == 0
+    dataset = make_small_dataset()
+    labels = dataset.train_labels.copy()
+    labels[3] = (labels[3] + 1) % 10
+    other = write_idx_folder(tmp_path / "other", dataset._replace(train_labels=labels))
+    capsys.readouterr()
+    assert train(other, tmp_path / "run", "--epochs", "3") == 2
+    assert re.search(r"cannot be resumed, as data_checksum was \d+ and is \d+\.", capsys.readouterr().err)
+
+
+def test_checkpoints_of_another_preset_are_refused(idx_folder, tmp_path, capsys):
+    """Copied into the folder of a run that has none of its own."""
+    assert train(idx_folder, tmp_path / "one", "--epochs", "1") == 0
+    assert train(idx_folder, tmp_path / "other", "--epochs", "1", "--class-dim", "6") == 0
+    shutil.rmtree(tmp_path / "other" / "checkpoints")
+    shutil.copytree(tmp_path / "one" / "checkpoints", tmp_path / "other" / "checkpoints")
+    capsys.readouterr()
+    assert main(["train", "--run-dir", str(tmp_path / "other"), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert "checkpoints/6 is of another config: class_dim was 5 and is 6." in error
+    assert (tmp_path / "other" / "checkpoints" / "6").exists()
+
+
+def test_a_cosine_is_not_prolonged(idx_folder, tmp_path, capsys):
+    assert train(idx_folder, tmp_path / "run", "--epochs", "1", "--schedule", "cosine") == 0
+    assert train(idx_folder, tmp_path / "run", "--epochs", "2", "--schedule", "cosine") == 2
+    assert "epochs was 1 and is 2" in capsys.readouterr().err

@@ -1,0 +1,231 @@
+"""Folders of runs from several seeds: told, gone on with and reported together, and never mixed with others."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import signal
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from capsnet_jax import UsageError
+from capsnet_jax.cli.main import main
+from capsnet_jax.config import Config
+from capsnet_jax.runs import seeds
+from capsnet_jax.runs.folder import Run
+from capsnet_jax.runs.metrics import MetricsLog
+from capsnet_jax.runs.seeds import SeedFolders, read_seeds, saved_options
+from tests.cli.test_cli import SMALL, contents
+from tests.conftest import IMAGE_SHAPE, make_small_dataset, write_idx_folder
+from tests.runs.test_kill import metrics
+
+SEEDS = (0, 1, 2)
+OPTIONS = ["--seeds", "3", "--validation", "0.2", "--ema-decay", "0.9"]  # epochs are of five steps
+
+
+def printed(*arguments: str) -> list[str]:
+    """The lines that the command prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        assert main(arguments) == 0
+    return stdout.getvalue().splitlines()
+
+
+def options_of(data: Path, folder: Path) -> list[str]:
+    data_set = ["--dataset", "mnist", "--data-dir", str(data)]
+    return ["train", *data_set, *SMALL, *OPTIONS, "--run-dir", str(folder)]
+
+
+class Trained(NamedTuple):
+    """The folder of three runs, what their training printed, and how many were trained side by side."""
+
+    folder: Path
+    lines: list[str]
+    at_once: int
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_idx_folder(tmp_path_factory.mktemp("data") / "idx", make_small_dataset())
+
+
+@pytest.fixture(scope="module", params=[3, 1])
+def trained(request, data, tmp_path_factory):
+    """With memory for all three, or for no more than one."""
+    folder = tmp_path_factory.mktemp("trained") / "runs"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seeds, "available_memory", lambda: math.inf if request.param == 3 else 0)
+        return Trained(folder, printed(*options_of(data, folder)), request.param)
+
+
+def test_each_seed_has_a_run_of_its_own_and_they_are_told_together(trained):
+    accuracies = []
+    for seed, line in zip(SEEDS, trained.lines[-4:-1], strict=True):
+        told = printed("evaluate", str(trained.folder / f"seed-{seed}"))[-1]
+        assert line == f"seed {seed}: {told}"
+        epochs = [one for one in metrics(trained.folder / f"seed-{seed}") if one["kind"] == "epoch"]
+        accuracies.append(epochs[-1]["test_accuracy"])
+        assert told.startswith(f"test accuracy {accuracies[-1]:.4f} on 23 images")
+    mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
+    assert deviation > 0
+    assert trained.lines[-1] == (
+        f"test accuracy {mean:.4f} +- {deviation:.4f} from 3 seeds on 23 images "
+        f"(error {100 - 100 * mean:.2f} +- {100 * deviation:.2f} %)"
+    )
+
+
+def test_the_folder_of_all_remembers_the_seeds_and_how_many_train_side_by_side(trained):
+    assert json.loads((trained.folder / "seeds.json").read_text()) == {"seeds": [0, 1, 2], "at_once": trained.at_once}
+    assert sorted(path.name for path in trained.folder.iterdir()) == [
+        "checkpoints",
+        "seed-0",
+        "seed-1",
+        "seed-2",
+        "seeds.json",
+    ]
+    groups = ["seeds-0-2"] if trained.at_once == 3 else ["seeds-0-0", "seeds-1-1", "seeds-2-2"]
+    assert sorted(path.name for path in (trained.folder / "checkpoints").iterdir()) == groups
+    for seed in SEEDS:
+        config = json.loads((trained.folder / f"seed-{seed}" / "config.json").read_text())
+        assert config["training"]["seed"] == seed
+        assert sorted(path.name for path in (trained.folder / f"seed-{seed}").iterdir()) == [
+            "best.safetensors",
+            "config.json",
+            "metrics.jsonl",
+            "model.safetensors",
+            "reconstructions.png",
+        ]
+
+
+def test_report_tells_of_all_in_the_folder(trained, tmp_path):
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in printed("report", str(trained.folder), "--output", str(tmp_path / "curves.png"))[2:]
+    ]
+    assert [row[0] for row in rows] == [
+        *(str(trained.folder / f"seed-{seed}") for seed in SEEDS),
+        f"{trained.folder}, 3 seeds",
+    ]
+    errors = re.search(r"\(error (.*) %\)", trained.lines[-1])
+    assert rows[-1][5] == errors[1]
+
+
+def test_stopped_and_gone_on_with_they_end_as_if_left_alone(trained, data, tmp_path, monkeypatch, capsys):
+    """Stopped within the second epoch, of all seeds or of the second; then there is more or less memory than before."""
+    folder = tmp_path / "stopped"
+    write, stopped = MetricsLog.write, 0 if trained.at_once == 3 else 1
+
+    def signalling(self, progress, seed):
+        if (progress.step, seed.seed) == (7, stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return write(self, progress, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(seeds, "available_memory", lambda: math.inf if trained.at_once == 3 else 0)
+        patch.setattr(MetricsLog, "write", signalling)
+        assert main(options_of(data, folder)) == 143
+    assert f"after step 7. To go on: capsnet train --resume --run-dir {folder}" in capsys.readouterr().err
+    monkeypatch.setattr(seeds, "available_memory", lambda: 0 if trained.at_once == 3 else math.inf)
+    lines = printed("train", "--resume", "--run-dir", str(folder))
+    assert [line for line in lines if line.startswith("Going on")] == (
+        ["Going on after step 7 of 10"]
+        if trained.at_once == 3
+        else ["Going on after step 10 of 10", "Going on after step 7 of 10"]
+    )
+    assert lines[-4:] == trained.lines[-4:]
+    for seed in SEEDS:
+        ours, theirs = folder / f"seed-{seed}", trained.folder / f"seed-{seed}"
+        assert metrics(ours) == metrics(theirs)
+        for name in ("model.safetensors", "best.safetensors"):
+            assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    assert (folder / "seeds.json").read_text() == (trained.folder / "seeds.json").read_text()
+
+
+ALREADY = "holds runs already; give a new one, or --resume, too."
+
+
+@pytest.mark.parametrize("trained", [3], indirect=True)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resume", "--seeds", "2"], "are from seeds 0, 1, 2, and not 0, 1."),
+        (["--resume", "--seeds", "4"], "are from seeds 0, 1, 2, and not 0, 1, 2, 3."),
+        (["--resume", "--seed", "1"], "are from seeds 0, 1, 2, and not 1, 2, 3."),
+        (["--resume", "--seeds", "1"], "are from seeds 0, 1, 2, and not 0."),
+        (["--resume", "--learning-rate", "0.02"], "seed-0 cannot be resumed, as learning_rate was 0.01 and is"),
+        (["--seeds", "3"], ALREADY),
+        (["--seeds", "1"], ALREADY),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_other_runs_in_their_folder_are_refused_and_leave_nothing(trained, data, options, message, capsys):
+    before = contents(trained.folder)
+    assert main([*options_of(data, trained.folder), *options]) == 2
+    error = capsys.readouterr().err
+    assert f"{trained.folder}" in error
+    assert message in error
+    assert error.count("\n") == 1
+    assert contents(trained.folder) == before
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path / "runs", Config(), IMAGE_SHAPE, ("a", "b"))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_several_seeds_in_the_folder_of_one_are_refused(resume, run):
+    run.write_config()
+    before = contents(run.folder)
+    with pytest.raises(UsageError, match=r"runs holds a run from one seed; give a new one\."):
+        SeedFolders(run, SEEDS).check(resume=resume)
+    assert contents(run.folder) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_one_of_several_seeds_is_refused(resume, run):
+    SeedFolders(run, SEEDS).create()
+    before = contents(run.folder)
+    alone = run._replace(folder=run.folder / "seed-1")
+    with pytest.raises(UsageError, match=r"runs/seed-1 is one of the runs in .*runs; expected that as --run-dir\."):
+        SeedFolders(alone, (1,)).check(resume=resume)
+    assert contents(run.folder) == before
+
+
+def test_how_many_train_side_by_side_is_known_when_they_are_resumed(run):
+    folders = SeedFolders(run, (5, 6, 7))
+    folders.check(resume=False)
+    folders.create()
+    # A crash before it is found loses nothing, not even the number of seeds.
+    assert read_seeds(run.folder) == ([5, 6, 7], 0)
+    assert saved_options(run.folder)["seeds"] == 3
+    assert saved_options(run.folder)["config"].training.seed == 5
+    for before, found in ((0, 2), (2, 2)):
+        folders = SeedFolders(run, (5, 6, 7))
+        folders.check(resume=True)
+        folders.create()
+        assert folders.at_once == before
+        folders.keep_together(found)
+        assert read_seeds(run.folder) == ([5, 6, 7], 2)
+
+
+def test_a_single_seed_has_the_folder_for_itself(run):
+    folders = SeedFolders(run, (5,))
+    folders.check(resume=False)
+    folders.create()
+    folders.keep_together(1)
+    assert [path.name for path in run.folder.iterdir()] == ["config.json"]
+    assert folders.run(5) == run
+    assert folders.checkpoints((5,)) == run.folder / "checkpoints"
+
+
+@pytest.mark.parametrize("text", ["", "[", "[0, 1]", '{"seeds": [0, 1]}', '{"seeds": 3, "at_once": 1}'])
+def test_a_file_of_seeds_that_cannot_be_read_is_named(text, run):
+    run.folder.mkdir()
+    (run.folder / "seeds.json").write_text(text)
+    with pytest.raises(UsageError, match=r"runs/seeds.json cannot be read: "):
+        SeedFolders(run, SEEDS).check(resume=True)

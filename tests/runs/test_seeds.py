@@ -1,0 +1,95 @@
+"""Training from several seeds: each is what it would be alone, side by side or in groups."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from capsnet_jax import CapsNet
+from capsnet_jax.config import TrainingConfig
+from capsnet_jax.runs import seeds
+from capsnet_jax.runs.seeds import groups_of_seeds
+from capsnet_jax.train.fit import fit
+from capsnet_jax.train.loop import Trainer
+from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset
+
+CONFIG = TrainingConfig(epochs=2, batch_size=8, learning_rate=0.003)
+AUGMENT = ("shift=0.2",)
+
+
+def new_model(seed: int) -> CapsNet:
+    return CapsNet(IMAGE_SHAPE, 10, **SMALL, rngs=nnx.Rngs(seed))
+
+
+def new_trainer(config: TrainingConfig = CONFIG, **options) -> Trainer:
+    return Trainer(new_model, make_small_dataset(), config, augment=AUGMENT, **options)
+
+
+def losses(progress, index: int) -> list[float]:
+    """Of each chunk, from one of the seeds."""
+    return [step.seeds[index].chunk["total"] for step in progress]
+
+
+@pytest.fixture(scope="module")
+def together():
+    """Three seeds side by side: the trainer, and what it told."""
+    trainer = new_trainer(seeds=(0, 1, 2))
+    return trainer, list(trainer.run())
+
+
+def test_seeds_side_by_side_equal_runs_of_their_own(together):
+    trainer, progress = together
+    for index, seed in enumerate((0, 1, 2)):
+        model = new_model(seed)
+        alone = list(fit(model, make_small_dataset(), dataclasses.replace(CONFIG, seed=seed), augment=AUGMENT))
+        np.testing.assert_allclose(losses(progress, index), losses(alone, 0), rtol=1e-4)
+        assert [step.seeds[index].test for step in progress] == [step.test for step in alone]
+        for weight, expected in zip(
+            nnx.to_flat_state(trainer.weights(index)), nnx.to_flat_state(nnx.state(model, nnx.Param)), strict=True
+        ):
+            scale = np.abs(expected[1][...]).max()
+            np.testing.assert_allclose(weight[1][...], expected[1][...], atol=2e-3 * scale, err_msg=str(weight[0]))
+    assert losses(progress, 0) != losses(progress, 1)
+
+
+def test_what_is_told_of_all_is_the_mean(together):
+    _, progress = together
+    last = progress[-1]
+    assert last.losses["total"] == pytest.approx(np.mean([seed.epoch["total"] for seed in last.seeds]))
+    assert last.seeds[1].epoch["total"] == pytest.approx(np.mean(losses(progress[6:], 1)))
+    assert last.test == tuple(np.sum([seed.test for seed in last.seeds], axis=0))
+    assert last.test.num_images == 3 * 23
+
+
+def test_groups_of_two_seeds_and_one_equal_three(together):
+    _, progress = together
+    groups = list(groups_of_seeds(new_trainer(), [0, 1, 2], at_once=2))
+    assert [group.seeds for group in groups] == [(0, 1), (2,)]
+    index = 0
+    for group in groups:
+        alone = list(group.run())
+        for place in range(len(group.seeds)):
+            np.testing.assert_allclose(losses(alone, place), losses(progress, index), rtol=1e-4)
+            index += 1
+
+
+def test_chunks_of_several_steps_change_nothing(together):
+    _, progress = together
+    chunked = list(new_trainer(dataclasses.replace(CONFIG, steps_per_chunk=3), seeds=(0, 1, 2)).run())
+    assert [(step.epoch, step.step) for step in chunked] == [(1, 3), (1, 6), (2, 9), (2, 12)]
+    for index in range(3):
+        means = np.reshape(losses(progress, index), (4, 3)).mean(axis=1)
+        np.testing.assert_allclose(losses(chunked, index), means, rtol=1e-4)
+
+
+def test_as_many_seeds_as_fit_train_at_once(together, monkeypatch):
+    needed = together[0].memory()
+
+    def sizes(available: int) -> list[int]:
+        monkeypatch.setattr(seeds, "available_memory", lambda: available)
+        return [len(group.seeds) for group in groups_of_seeds(together[0], [0, 1, 2])]
+
+    assert sizes(needed) == [3]
+    assert sizes(needed - 1) == [1, 1, 1]
+    assert sizes(0) == [1, 1, 1]

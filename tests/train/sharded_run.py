@@ -1,0 +1,60 @@
+"""Trains in float64, alone or as one of several processes, and writes what came of it; run by test_sharding.
+
+python tests/train/sharded_run.py OUTPUT [COORDINATOR NUM_PROCESSES PROCESS_ID]
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from capsnet_jax import CapsNet
+from capsnet_jax.config import TrainingConfig
+from capsnet_jax.interchange.weights import to_torch
+from capsnet_jax.train.loop import Trainer
+from capsnet_jax.train.sharding import connect
+from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset
+
+CONFIG = TrainingConfig(epochs=2, batch_size=16, learning_rate=0.01, steps_per_chunk=2)
+VARIANTS = {
+    "batch norm": {"batch_norm": True},
+    "seeds, in parts, streamed": {"seeds": (0, 1), "accumulate": 2, "stream": True},
+}
+
+
+def train(variant: str) -> dict[str, np.ndarray]:
+    """Losses of every chunk, right answers after every epoch, and the last weights, of each seed."""
+    options = dict(VARIANTS[variant])
+    model = SMALL | {"batch_norm": options.pop("batch_norm", False)}
+    fields = vars(CONFIG) | {"accumulate": options.pop("accumulate", 1)}
+    trainer = Trainer(
+        lambda seed: CapsNet(IMAGE_SHAPE, 10, **model, param_dtype="float64", rngs=nnx.Rngs(seed)),
+        make_small_dataset(),
+        TrainingConfig(**fields),
+        augment=("shift=0.2", "rotation=20"),
+        **options,
+    )
+    progress = list(trainer.run())
+    results = {
+        "losses": np.array([[list(seed.chunk.values()) for seed in step.seeds] for step in progress]),
+        "right": np.array([step.test for step in progress if step.test is not None]),
+    }
+    for index in range(len(trainer.seeds)):
+        results |= {f"{index} {name}": array for name, array in to_torch(trainer.models()[index]).items()}
+    return results
+
+
+def main() -> None:
+    output, *processes = sys.argv[1:]
+    if processes:
+        coordinator, num_processes, process_id = processes
+        connect(coordinator, int(num_processes), int(process_id))
+    results = {f"{variant}: {name}": array for variant in VARIANTS for name, array in train(variant).items()}
+    if jax.process_index() == 0:
+        np.savez(Path(output), devices=len(jax.devices()), **results)
+
+
+if __name__ == "__main__":
+    main()

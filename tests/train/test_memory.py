@@ -1,0 +1,49 @@
+"""What was freed goes back to the system, and the peak is that of this process."""
+
+import ctypes
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from capsnet_jax.train.memory import compile_lean
+
+BLOCK, NUMBER = 2**16, 2_000  # small enough to be kept by the allocator, 131 MB of them
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="Not the GNU C library.")
+def test_compiling_gives_back_what_was_freed_before():
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    blocks = [libc.malloc(ctypes.c_size_t(BLOCK)) for _ in range(NUMBER)]
+    last = libc.malloc(ctypes.c_size_t(BLOCK))  # above all others, which therefore stay
+    for block in blocks:
+        ctypes.memset(block, 1, BLOCK)
+    before = resident()
+    for block in blocks:
+        libc.free(block)
+    assert before - resident() < BLOCK * NUMBER / 2
+    program = compile_lean(jax.jit(lambda x: 2 * x + 1), jnp.arange(3.0))
+    assert before - resident() > BLOCK * NUMBER / 2
+    assert program(jnp.arange(3.0)).tolist() == [1, 3, 5]
+    libc.free(last)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells the peak of a parent for that of a child.")
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
+    parent = """
+import subprocess, sys
+large = b"1" * 600_000_000
+small = "from capsnet_jax.train.memory import peak_memory; print(peak_memory())"
+subprocess.run([sys.executable, "-c", small], check=True)
+"""
+    told = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    assert 50e6 < int(told.stdout) < 500e6

@@ -1,0 +1,111 @@
+"""The same training on one device, on eight, and in two processes: equal in float64 to the last digits."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from capsnet_jax import UsageError
+from capsnet_jax.cli.main import main
+from capsnet_jax.train import sharding
+from tests.cli.test_cli import SMALL
+
+ROOT = Path(__file__).parents[2]
+# In one process, as all are compared with the same run on one device.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sharding")]
+
+
+def environment(num_devices: int) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={num_devices}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_ENABLE_X64": "true", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def in_processes(commands: list[list[str]], num_devices: int, *, status: int = 0) -> list[str]:
+    """Runs the commands side by side, to end with this status; returns what each printed."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=environment(num_devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for command in commands
+    ]
+    outputs = [process.communicate(timeout=500)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == status, output
+    return outputs
+
+
+def results_of(output: Path, num_devices: int, num_processes: int = 1) -> dict[str, np.ndarray]:
+    script, port = str(ROOT / "tests" / "sharded_run.py"), free_port()
+    joined = [[f"127.0.0.1:{port}", str(num_processes), str(number)] for number in range(num_processes)]
+    commands = [[script, str(output), *(arguments if num_processes > 1 else [])] for arguments in joined]
+    in_processes(commands, num_devices)
+    with np.load(output) as results:
+        return dict(results)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, np.ndarray]:
+    return results_of(tmp_path_factory.mktemp("alone") / "results.npz", num_devices=1)
+
+
+@pytest.mark.parametrize(("num_devices", "num_processes"), [(8, 1), (1, 2)], ids=["8 devices", "2 processes"])
+def test_training_is_the_same_however_many_devices_share_it(num_devices, num_processes, alone, tmp_path):
+    shared = results_of(tmp_path / "results.npz", num_devices, num_processes)
+    assert (alone.pop("devices", 1), shared.pop("devices")) == (1, num_devices * num_processes)
+    assert alone.keys() == shared.keys()
+    errors = {name: np.abs(shared[name] - expected).max() / np.abs(expected).max() for name, expected in alone.items()}
+    losses, weights = (
+        max(errors[name] for name in errors if name.endswith("losses") == is_loss) for is_loss in (True, False)
+    )
+    print(f"\nlosses are off by at most {losses:.1e}, weights by {weights:.1e}")  # as docs/scaling.md has it
+    assert {name: error for name, error in errors.items() if not error <= 1e-12} == {}
+    first, last = alone["batch norm: losses"][[0, -1], 0, 0]
+    assert last < 0.97 * first
+
+
+def test_devices_that_do_not_divide_a_batch_are_an_error(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sharding.jax, "devices", lambda: [jax.local_devices()[0]] * 6)
+    with pytest.raises(UsageError, match="accumulate is 32, and must be a multiple of the 6 devices"):
+        sharding.data_mesh(32)
+    assert main(["train", "--run-dir", str(tmp_path / "run")]) == 2
+    assert "batch_size / accumulate is 32, and must be a multiple of the 6 devices" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_distributed_run_is_one_run(idx_folder, tmp_path):
+    """Two processes by the command, gone on with by two more."""
+
+    def run(epochs: int, *more: str, status: int = 0) -> list[str]:
+        data = ["--dataset", "mnist", "--data-dir", str(idx_folder), "--run-dir", str(tmp_path / "run")]
+        program = "import sys; from capsnet_jax.cli.main import main; sys.exit(main())"
+        joined = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2"]
+        options = ["train", *data, *SMALL, "--epochs", str(epochs), *joined, *more]
+        commands = [["-c", program, *options, "--process-id", number] for number in "01"]
+        return in_processes(commands, num_devices=1, status=status)
+
+    primary, other = run(1)
+    assert "epoch 1/1  step 6 " in primary
+    assert "epoch" not in other
+    primary, other = run(2, "--resume")
+    assert "Going on after step 6 of 12" in primary
+    assert "epoch" not in other
+    for output in run(3, status=2):  # none of them waits for another
+        assert "holds a run already; give a new one, or --resume, too" in output
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 14
+    assert main(["evaluate", str(tmp_path / "run")]) == 0

@@ -1,0 +1,228 @@
+"""What a training step does: batches in parts, averaged weights, bfloat16, images of several classes."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from capsnet_jax import CapsNet
+from capsnet_jax.cli.train import picture
+from capsnet_jax.config import TrainingConfig
+from capsnet_jax.data import make_dataset
+from capsnet_jax.train import loop as trainer
+from capsnet_jax.train.evaluation import evaluate
+from capsnet_jax.train.loop import Trainer
+from capsnet_jax.train.step import TrainState, compute_losses, create_state, make_train_step
+from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset
+
+
+def float64_batch() -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(5)
+    return jnp.asarray(rng.random((8, *IMAGE_SHAPE))), jnp.asarray(rng.integers(0, 10, 8), jnp.int32)
+
+
+def in_parts(accumulate: int, *, steps: int = 2, **options) -> tuple[TrainState, np.ndarray]:
+    """State and metrics after some steps with the same batch, in float64."""
+    with jax.enable_x64(True):
+        model = CapsNet(IMAGE_SHAPE, 10, **SMALL, **options, param_dtype="float64", rngs=nnx.Rngs(0))
+        # With an epsilon that does not make much of gradients that are nearly zero.
+        optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.01, eps=1e-4))
+        graphdef, state = create_state(model, optimizer)
+        train_step = jax.jit(make_train_step(graphdef, optimizer, accumulate=accumulate, reconstruction_weight=10.0))
+        metrics = []
+        for _ in range(steps):
+            state, of_step = train_step(state, *float64_batch())
+            metrics.append(np.stack(of_step))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float64")}
+    return state, np.stack(metrics)
+
+
+@pytest.fixture(scope="module")
+def in_one():
+    return in_parts(1)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_a_batch_in_parts_is_the_same_batch(accumulate, in_one):
+    state, metrics = in_parts(accumulate)
+    expected_state, expected_metrics = in_one
+    np.testing.assert_allclose(metrics, expected_metrics, rtol=1e-12)
+    assert np.all(metrics[0, :3] > metrics[1, :3])
+    for (path, leaf), expected in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(expected_state), strict=True):
+        np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-12 * np.abs(expected).max(), err_msg=str(path))
+
+
+def test_the_norm_that_is_told_is_that_of_the_gradient_before_clipping(in_one):
+    with jax.enable_x64(True):
+        model = CapsNet(IMAGE_SHAPE, 10, **SMALL, param_dtype="float64", rngs=nnx.Rngs(0))
+        graphdef, params = nnx.split(model)
+        images, labels = float64_batch()
+        is_label = np.arange(10) == labels[:, None]
+
+        def loss(params):
+            model = nnx.merge(graphdef, params)
+            poses, activations = model.encode(images)
+            margins = jnp.where(is_label, jax.nn.relu(0.9 - activations) ** 2, jax.nn.relu(activations - 0.1) ** 2 / 2)
+            return margins.sum() / 8 + 10 * jnp.mean((model.decode(poses, labels) - images) ** 2)
+
+        gradients = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params))]
+    norm = np.sqrt(sum(np.sum(gradient**2) for gradient in gradients))
+    assert norm > 0.5
+    _, metrics = in_one
+    np.testing.assert_allclose(metrics[0, -1], norm, rtol=1e-12)
+
+
+def test_batch_normalisation_sees_each_part_by_itself():
+    """Its running means follow the parts one after the other; the first is every other image."""
+    state, _ = in_parts(2, steps=1, batch_norm=True)
+    with jax.enable_x64(True):
+        model = CapsNet(IMAGE_SHAPE, 10, **SMALL, param_dtype="float64", rngs=nnx.Rngs(0))
+        features = np.asarray(nnx.relu(model.encoder.stem.convolutions[0](float64_batch()[0])))
+    mean, variance = np.zeros(6), np.ones(6)
+    for part in (features[::2], features[1::2]):
+        mean = 0.99 * mean + 0.01 * part.mean(axis=(0, 1, 2))
+        variance = 0.99 * variance + 0.01 * part.var(axis=(0, 1, 2))
+    norm = state.batch_stats["encoder"]["stem"]["norms"][0]
+    np.testing.assert_allclose(norm["mean"][...], mean, rtol=1e-12)
+    np.testing.assert_allclose(norm["var"][...], variance, rtol=1e-12)
+    assert np.abs(mean - 0.01 * features.mean(axis=(0, 1, 2))).max() > 1e-4
+
+
+class Evaluated:
+    """Evaluates, and notes by what."""
+
+    def __init__(self, monkeypatch):
+        self.states = []
+
+        def noting(count_correct, state, *args, **options):
+            self.states.append(jax.device_get(state))
+            return evaluate(count_correct, state, *args, **options)
+
+        monkeypatch.setattr(trainer, "evaluate", noting)
+
+
+def new_trainer(config: TrainingConfig, dataset=None, **options) -> Trainer:
+    return Trainer(
+        lambda seed: CapsNet(IMAGE_SHAPE, 10, **SMALL, **options, rngs=nnx.Rngs(seed)),
+        make_small_dataset() if dataset is None else dataset,
+        config,
+    )
+
+
+ALL_AT_ONCE = TrainingConfig(epochs=4, batch_size=50, learning_rate=0.02)  # a step is an epoch, in whatever order
+
+
+def test_the_average_of_the_weights_is_evaluated_and_kept(monkeypatch):
+    """In step t the factor is (1 + t) / (10 + t), and then no more than that of the config."""
+    evaluated = Evaluated(monkeypatch)
+    config = dataclasses.replace(ALL_AT_ONCE, ema_decay=0.2)
+    averaging = new_trainer(config, batch_norm=True)
+    average = jax.tree.map(np.float64, jax.device_get(averaging.snapshot.state.params))
+    for decay, _ in zip((1 / 10, 2 / 11, 0.2, 0.2), averaging.run(), strict=True):
+        state = jax.device_get(averaging.snapshot.state)
+        average = jax.tree.map(lambda old, new, decay=decay: decay * old + (1 - decay) * new, average, state.params)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), state.average, average)
+        # These, and the running means, are what is evaluated ...
+        expected = nnx.merge_state(state.average, state.batch_stats)
+        jax.tree.map(np.testing.assert_array_equal, evaluated.states[-1], expected)
+    # ... and what is kept.
+    kept = nnx.state(averaging.models()[0], (nnx.Param, nnx.BatchStat))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(kept), expected)
+    differences = jax.tree.map(lambda one, other: np.abs(one - other).max(), state.average, state.params)
+    assert min(jax.tree.leaves(differences)) > 1e-4
+    assert len(evaluated.states) == 4
+
+
+def test_bfloat16_is_for_training_alone(monkeypatch, small_dataset):
+    """Weights and evaluation are float32; the losses fall, and begin nearly where those of float32 do."""
+    evaluated = Evaluated(monkeypatch)
+    config = dataclasses.replace(ALL_AT_ONCE, epochs=30, precision="bfloat16")
+    rounding = new_trainer(config)
+    images, labels = small_dataset.train_images / np.float32(255), small_dataset.train_labels
+    exact = compute_losses(rounding.models()[0], jnp.asarray(images), jnp.asarray(labels), reconstruction_weight=10.0)
+    losses = [progress.losses["total"] for progress in rounding.run()]
+    assert losses[0] != exact.total
+    assert losses[0] == pytest.approx(float(exact.total), rel=1e-2)
+    assert losses[-1] < 0.7 * losses[0]
+    state = rounding.snapshot.state
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, evaluated.states))} == {np.dtype("float32")}
+    batch = small_dataset.test_images, small_dataset.test_labels, np.ones(23, bool)
+    assert "bf16" not in str(jax.make_jaxpr(rounding._count_correct)(state.weights, *batch))
+    batch = images[None], labels[None], None, jax.random.key(0)
+    assert "bf16" in str(jax.make_jaxpr(rounding._programs.train_chunk)(state, *batch))
+
+
+def pairs_dataset():
+    """A bright row and a bright column say the two classes of an image; the order of its labels says nothing."""
+    rng = np.random.default_rng(3)
+    splits = []
+    for count in (50, 23):
+        labels = np.stack([rng.integers(0, 5, count), rng.integers(5, 10, count)], axis=1)
+        images = rng.integers(0, 60, (count, *IMAGE_SHAPE), dtype=np.uint8)
+        for image, (row, column) in zip(images, labels, strict=True):
+            image[row] = image[:, column] = 255
+        splits += [images, rng.permuted(labels, axis=1)]
+    return make_dataset(*splits, num_classes=10)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """A data set, what was learnt of it, and how: after each epoch the classes of the two most active capsules."""
+    dataset = pairs_dataset()
+    learning = new_trainer(
+        TrainingConfig(epochs=20, batch_size=8, learning_rate=0.01, reconstruction_weight=0.1), dataset
+    )
+    epochs = []
+    for progress in learning.run():
+        if progress.ends_epoch:
+            activations = np.asarray(learning.models()[0].encode(jnp.asarray(dataset.test_images) / 255).activations)
+            epochs.append((progress, np.argsort(-activations)[:, :2].tolist()))
+    return dataset, learning.models()[0], epochs
+
+
+def test_an_image_of_two_classes_is_right_if_both_are(pairs):
+    dataset, _, epochs = pairs
+    half_right = 0
+    for progress, predictions in epochs:
+        hits = [len(set(both) & set(labels)) for both, labels in zip(predictions, dataset.test_labels, strict=True)]
+        assert progress.test == (hits.count(2), 23)
+        half_right += hits.count(1)
+    last, _ = epochs[-1]
+    assert last.test.accuracy > 0.8
+    assert last.losses["accuracy"] > 0.8
+    assert half_right > 23
+
+
+def test_an_image_of_two_classes_is_pictured_with_a_capsule_of_each(pairs):
+    """Five images, twice each; the labels of the second are changed so that one prediction, or both, are wrong."""
+    dataset, model, epochs = pairs
+    _, predictions = epochs[-1]
+    labels = dataset.test_labels.copy()
+    labels[:5] = predictions[:5]
+    absent = [sorted(set(range(10)) - set(both)) for both in predictions]
+    labels[1], labels[2] = (predictions[1][1], absent[1][0]), absent[2][:2]
+    upper, lower = np.reshape(picture(model, dataset._replace(test_labels=labels)).axes, (2, 10))
+    expected_titles = [
+        *predictions[0],
+        absent[1][0],
+        predictions[1][1],
+        *absent[2][:2],
+        *predictions[3],
+        *predictions[4],
+    ]
+    assert [axis.get_title() for axis in upper] == list(map(str, expected_titles))
+    assert [axis.get_xlabel() for axis in lower] == [str(label) for both in predictions[:5] for label in both]
+    wrong = [axis.xaxis.label.get_color() == "red" for axis in lower]
+    assert wrong == [False, False, True, False, True, True, False, False, False, False]
+    images = jnp.asarray(dataset.test_images) / 255
+    poses = model.encode(images).poses
+    for column, axes in enumerate(zip(upper, lower, strict=True)):
+        image, place = divmod(column, 2)
+        alone = model.decode(poses[image : image + 1], jnp.array(predictions[image][place : place + 1]))
+        for axis, expected in zip(axes, (images[image], alone[0]), strict=True):
+            np.testing.assert_allclose(axis.images[0].get_array(), expected[..., 0], atol=1e-6)
