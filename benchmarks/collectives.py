@@ -50,7 +50,7 @@ def main() -> None:
     images = rng.integers(0, 256, (options.batch_size, 28, 28, 1), dtype=np.uint8)
     labels = np.arange(options.batch_size) % 10
     trainer = Trainer(
-        lambda seed: CapsNet((28, 28, 1), 10, **vars(config.model), rngs=nnx.Rngs(seed)),
+        lambda seed: CapsNet.from_config(config.with_sizes((28, 28, 1), 10).model, rngs=nnx.Rngs(seed)),
         make_dataset(images, labels, images[:10], labels[:10], num_classes=10),
         dataclasses.replace(config.training, batch_size=options.batch_size),
         augment=config.data.augment,

@@ -98,7 +98,7 @@ def new_trainer(config: Config, train_images: int, test_images: int, size: int) 
     for count in (train_images, test_images):
         arrays += [rng.integers(0, 256, (count, size, size, 1), dtype=np.uint8), rng.integers(0, 10, count)]
     return Trainer(
-        lambda seed: CapsNet((size, size, 1), 10, **vars(config.model), rngs=nnx.Rngs(seed)),
+        lambda seed: CapsNet.from_config(config.with_sizes((size, size, 1), 10).model, rngs=nnx.Rngs(seed)),
         make_dataset(*arrays, num_classes=10),
         config.training,
         augment=("shift=0.1",),

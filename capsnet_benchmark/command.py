@@ -64,7 +64,7 @@ class Benchmark:
             UsageError: an option is wrong, PyTorch is not installed, the file cannot be written, or a process failed.
         """
         config = self.validated_config()
-        flops = training_flops(config.model, self.image_shape, self.num_classes)
+        flops = training_flops(config.model)
         load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         options = {name: value for name, value in vars(self).items() if name not in ("json", "measure")}
         came_from: dict[str, Any] = {}
@@ -104,7 +104,8 @@ class Benchmark:
             raise UsageError(f"measure is decoder, and the model of {self.preset} has none.")
         model = dataclasses.replace(config.model, routing_implementation=self.routing_implementation)
         training = dataclasses.replace(config.training, batch_size=self.batch_size, precision=self.precision)
-        return dataclasses.replace(config, model=model, training=training)
+        config = dataclasses.replace(config, model=model, training=training)
+        return config.with_sizes(self.image_shape, self.num_classes)
 
     def take_samples(self, config: Config) -> Iterator[tuple[Samples, str, str]]:
         """After each measurement the samples so far, the platform ("cpu" or "gpu") and the name of the device."""

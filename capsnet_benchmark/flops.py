@@ -4,11 +4,10 @@ import math
 from itertools import pairwise
 
 from capsnet_jax.config import ModelConfig
-from capsnet_jax.nn.encoder import grid_of_primary_capsules
-from capsnet_jax.nn.fast.convolution import positions_after
+from capsnet_jax.ops import positions_after
 
 
-def training_flops(config: ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> int:
+def training_flops(config: ModelConfig) -> int:
     """Floating-point operations of a training step for each image.
 
     Of each layer forward, and twice that backward: for the gradients by its weights and by what it sees. The latter is
@@ -18,11 +17,11 @@ def training_flops(config: ModelConfig, image_shape: tuple[int, int, int], num_c
     Raises:
         UsageError: the images are smaller than what the convolutions need.
     """
-    forward = forward_flops(config, image_shape, num_classes)
+    forward = forward_flops(config)
     return 3 * sum(forward) - forward[0]
 
 
-def forward_flops(config: ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> list[int]:
+def forward_flops(config: ModelConfig) -> list[int]:
     """Floating-point operations of each layer for an image, from the lowest convolution: twice its multiplications.
 
     A convolution has positions x kernel area x channels in x channels out of them; a vote as many as its pose
@@ -32,19 +31,14 @@ def forward_flops(config: ModelConfig, image_shape: tuple[int, int, int], num_cl
     Raises:
         UsageError: the images are smaller than what the convolutions need.
     """
-    channels = image_shape[2]
+    height, width, channels = config.image_shape
     primary_channels = config.primary_groups * (config.primary_dim + (config.primary_activation == "sigmoid"))
     convolutions = [
-        *((out, kernel, 1) for out, kernel in config.stem_below),
-        (config.stem_channels, config.stem_kernel, config.stem_stride),
+        *config.stem_convolutions,
         (primary_channels, config.primary_kernel, config.primary_stride),
     ]
-    grid_of_primary_capsules(
-        image_shape,
-        [(kernel, stride) for _, kernel, stride in convolutions],
-        [(kernel, stride) for _, _, kernel, stride in config.conv_capsules],
-    )
-    grid = image_shape[0], image_shape[1]
+    _ = config.primary_grid  # refuses images that are too small
+    grid = height, width
     multiplications = []
     for number, (out, kernel, stride) in enumerate(convolutions, 1):
         grid = positions_after(grid, (kernel, kernel), stride)
@@ -59,11 +53,11 @@ def forward_flops(config: ModelConfig, image_shape: tuple[int, int, int], num_cl
         multiplications.append(math.prod(grid) * kernel**2 * groups * out * dim * out_dim // rows)
         groups, dim = out, out_dim
     capsules = math.prod(grid) * groups
-    for out, out_dim in (*config.hidden_capsules, (num_classes, config.class_dim)):
+    for out, out_dim in (*config.hidden_capsules, (config.num_classes, config.class_dim)):
         multiplications.append(capsules * out * dim * out_dim // rows)
         capsules, dim = out, out_dim
 
     if config.decoder_hidden is not None:
-        widths = (num_classes * config.class_dim, *config.decoder_hidden, math.prod(image_shape))
+        widths = (config.num_classes * config.class_dim, *config.decoder_hidden, math.prod(config.image_shape))
         multiplications += [below * above for below, above in pairwise(widths)]
     return [2 * number for number in multiplications]

@@ -14,13 +14,13 @@ from capsnet_benchmark.jax_epoch import Calls, dispatch, parts_of_epoch, whole_e
 from capsnet_benchmark.jax_gradient import forward_and_backward, random_like
 from capsnet_jax.capsules import Capsules
 from capsnet_jax.config import Config
-from capsnet_jax.data import make_dataset, to_unit_range
+from capsnet_jax.data import make_dataset
 from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.errors import UsageError
 from capsnet_jax.nn.layers import CapsuleLayer
 from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.nn.precision import for_products
-from capsnet_jax.ops import mask_by_label
+from capsnet_jax.ops import mask_by_label, to_unit_range
 from capsnet_jax.train.loop import Trainer
 from capsnet_jax.train.memory import compile_lean, peak_memory
 from capsnet_jax.train.optimizer import create_optimizer
@@ -120,16 +120,14 @@ class Work:
         )
 
     def stem(self) -> Calls:
-        stem = self._new_model().encoder.stem
+        stem = self._new_model().stem
         stem.train()
         return self._gradient(stem, lambda stem, images: stem(images), (), (self._images,))
 
     def primary(self) -> Calls:
-        encoder = self._in_precision_model().encoder
+        encoder = self._in_precision_model()
         features = random_like(jax.eval_shape(encoder.stem, self._images))
-        return self._gradient(
-            self._new_model().encoder.primary_capsules, lambda layer, features: layer(features), (features,)
-        )
+        return self._gradient(self._new_model().primary_capsules, lambda layer, features: layer(features), (features,))
 
     def votes(self) -> Calls:
         layer, capsules = self._last_layer()
@@ -189,7 +187,7 @@ class Work:
         return [(lambda: product(left, right), 1)]
 
     def _new_model(self) -> CapsNet:
-        return CapsNet(self._image_shape, self._num_classes, **vars(self._config.model), rngs=nnx.Rngs(0))
+        return CapsNet.from_config(self._config.model, rngs=nnx.Rngs(0))
 
     def _new_trainer(self) -> Trainer:
         """On random images; on CPU, with as few test images as are evaluated at once."""
@@ -226,13 +224,13 @@ class Work:
         """The layer, and random capsules of the shapes that it is given."""
 
         def below(images: jax.Array) -> Capsules:
-            encoder = self._in_precision_model().encoder
+            encoder = self._in_precision_model()
             capsules = encoder.primary_capsules(encoder.stem(images))
             for layer in list(encoder.capsule_layers)[:-1]:
                 capsules = layer(capsules)
             return capsules
 
-        return self._new_model().encoder.capsule_layers[-1], random_like(jax.eval_shape(below, self._images))
+        return self._new_model().capsule_layers[-1], random_like(jax.eval_shape(below, self._images))
 
     def _gradient(self, layer: Any, function: Callable[..., Any], inputs: Any, fixed: Any = ()) -> Calls:
         return [(forward_and_backward(layer, function, inputs, fixed, in_precision=self._in_precision), 1)]

@@ -1,13 +1,27 @@
 """Everything a run depends on, as frozen dataclasses; the one home of every default."""
 
 import dataclasses
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+from tyro.conf import Suppress  # of what the command line takes from the data set
+from tyro.constructors import PrimitiveConstructorSpec
+
+from capsnet_jax.capsules import Routed
 from capsnet_jax.errors import UsageError
+
+_TEXT: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="STR",
+    instance_from_str=lambda arguments: arguments[0],
+    is_instance=lambda value: isinstance(value, str),
+    str_from_instance=lambda value: [value],
+)
+"""How the command line reads a routing: by its name; a function is for Python only."""
 
 
 def _at_least(config: Any, smallest: int, *names: str) -> None:
@@ -17,16 +31,24 @@ def _at_least(config: Any, smallest: int, *names: str) -> None:
             raise UsageError(f"{name} is {value}, and must be at least {smallest}.")
 
 
-def _among_choices(config: Any) -> None:
-    for name, kind in get_type_hints(type(config)).items():
-        if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
-            raise UsageError(f"{name} is {getattr(config, name)!r}; expected {', '.join(get_args(kind))}.")
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _among_choices(config: type, fields: Mapping[str, Any]) -> None:
+    for name, kind in get_type_hints(config).items():
+        if get_origin(kind) is Literal and name in fields and fields[name] not in get_args(kind):
+            raise UsageError(f"{name} is {fields[name]!r}; expected {', '.join(get_args(kind))}.")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network: the keyword arguments of `CapsNet`, with the same defaults, those of the reference model."""
+    """The network; the defaults are the reference model."""
 
+    image_shape: Suppress[tuple[int, int, int]] = (28, 28, 1)
+    """Height, width and number of channels of the images."""
+    num_classes: Suppress[int] = 10
+    """Number of classes, each with one capsule."""
     stem_below: tuple[tuple[int, int], ...] = ()
     """Number of channels and kernel size of each convolution, of stride 1, below the last one of the stem."""
     stem_channels: int = 256
@@ -69,7 +91,7 @@ class ModelConfig:
     """A bias in the outer layers of the decoder, too."""
     initial_weights: Literal["torch", "official"] = "torch"
     """Distribution of the initial weights: PyTorch's, or that of the authors of dynamic routing."""
-    routing: str = "dynamic"
+    routing: Annotated[str | Callable[..., Routed], _TEXT] = "dynamic"
     """Routing algorithm, or your own as package.module:function; options follow after commas. They are listed above."""
     num_iterations: int = 3
     """Number of routing iterations."""
@@ -81,13 +103,60 @@ class ModelConfig:
     """Votes and routing are computed again in the backward pass: less memory for more time."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "stem_channels", "stem_kernel", "stem_stride", "primary_groups", "primary_dim")
-        _at_least(self, 1, "primary_kernel", "primary_stride", "class_dim", "num_iterations")
-        for name in ("stem_below", "conv_capsules", "hidden_capsules", "decoder_hidden"):
+        _at_least(self, 1, "num_classes", "stem_channels", "stem_kernel", "stem_stride", "primary_groups")
+        _at_least(self, 1, "primary_dim", "primary_kernel", "primary_stride", "class_dim", "num_iterations")
+        for name in ("image_shape", "stem_below", "conv_capsules", "hidden_capsules", "decoder_hidden"):
             sizes = getattr(self, name) or ()
             if any(size < 1 for group in sizes for size in (group if isinstance(group, tuple) else (group,))):
                 raise UsageError(f"{name} is {sizes}, and every size in it must be at least 1.")
-        _among_choices(self)
+        _among_choices(type(self), vars(self))
+
+    @classmethod
+    def of(cls, *sizes: Any, **fields: Any) -> "ModelConfig":
+        """The config with these fields; `image_shape` and `num_classes` may be given by position, tuples as lists.
+
+        Raises:
+            UsageError: there is no such field, or a value is wrong.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        fields |= dict(zip(known, sizes, strict=False))
+        for name in fields:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+                raise UsageError(f"The model has no field {name!r}; the nearest is {nearest!r}.")
+        _among_choices(cls, fields)
+        if len(fields.get("image_shape", cls.image_shape)) != 3:
+            raise UsageError(f"image_shape is {fields['image_shape']}; expected height, width and number of channels.")
+        return cls(**{name: _as_tuples(value) for name, value in fields.items()})
+
+    @property
+    def stem_convolutions(self) -> tuple[tuple[int, int, int], ...]:
+        """Number of channels, kernel size and stride of each convolution of the stem."""
+        last = (self.stem_channels, self.stem_kernel, self.stem_stride)
+        return (*((channels, kernel, 1) for channels, kernel in self.stem_below), last)
+
+    @property
+    def primary_grid(self) -> tuple[int, int]:
+        """Height and width, in positions, of the primary capsules.
+
+        Raises:
+            UsageError: the images are too small for the convolutions.
+        """
+        below = [(kernel, stride) for _, kernel, stride in self.stem_convolutions]
+        below.append((self.primary_kernel, self.primary_stride))
+        kernels = below + [(kernel, stride) for _, _, kernel, stride in self.conv_capsules]
+        smallest = 1
+        for kernel, stride in reversed(kernels):
+            smallest = (smallest - 1) * stride + kernel
+        height, width, _ = self.image_shape
+        if min(height, width) < smallest:
+            raise UsageError(
+                f"Images of {height} x {width} are too small: the convolutions of this model, of kernel sizes "
+                f"{', '.join(str(kernel) for kernel, _ in kernels)}, need at least {smallest} x {smallest}."
+            )
+        for kernel, stride in below:
+            height, width = (height - kernel) // stride + 1, (width - kernel) // stride + 1
+        return height, width
 
 
 @dataclass(frozen=True)
@@ -190,7 +259,7 @@ class TrainingConfig:
             raise UsageError(
                 f"accumulate is {self.accumulate}, and must divide batch_size, which is {self.batch_size}."
             )
-        _among_choices(self)
+        _among_choices(type(self), vars(self))
 
 
 @dataclass(frozen=True)
@@ -200,6 +269,12 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def with_sizes(self, image_shape: tuple[int, int, int], num_classes: int) -> "Config":
+        """The same config for images of this shape in so many classes."""
+        return dataclasses.replace(
+            self, model=dataclasses.replace(self.model, image_shape=image_shape, num_classes=num_classes)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The config in types that JSON has."""
@@ -216,13 +291,10 @@ class Config:
         """
         try:
             model, data = dict(fields["model"]), dict(fields["data"])
-            for name in ("stem_below", "conv_capsules", "hidden_capsules"):
-                model[name] = tuple(tuple(sizes) for sizes in model.get(name, ()))
-            model["decoder_hidden"] = model["decoder_hidden"] and tuple(model["decoder_hidden"])
             data["data_dir"] = None if data["data_dir"] is None else Path(data["data_dir"])
             data["image_size"] = data["image_size"] and tuple(data["image_size"])
             data["augment"] = tuple(data["augment"])
-            return cls(ModelConfig(**model), DataConfig(**data), TrainingConfig(**fields["training"]))
+            return cls(ModelConfig.of(**model), DataConfig(**data), TrainingConfig(**fields["training"]))
         except (KeyError, TypeError) as error:
             raise UsageError(f"Not the config of a run: {error}.") from error
 

@@ -1,10 +1,15 @@
 """The few functions every capsule network is made of; exact, with finite gradients, from zero to 1e15."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, reduce
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from capsnet_jax.errors import UsageError
 
 Labels = Int[Array, " b"] | Int[Array, "b k"]
 """The class of each example, or the k different classes of which each example shows one object."""
@@ -134,6 +139,30 @@ def multi_hot(labels: Labels, num_classes: int, dtype: DTypeLike) -> Float[Array
     return hot if labels.ndim == 1 else reduce(hot, "b k o -> b o", "max")
 
 
+def check_labels(labels: Shaped[Array | np.ndarray, "..."], num_examples: int, num_classes: int) -> None:
+    """Refuses labels that are not class indices of these examples.
+
+    Args:
+        labels: expected to be integers `[b]` or `[b k]`, in [0, num_classes). Their range is checked outside
+            `jax.jit` only, where they have values.
+        num_examples: b.
+        num_classes: number of classes.
+
+    Raises:
+        UsageError: says what was got and what was expected.
+    """
+    if labels.ndim not in (1, 2) or len(labels) != num_examples or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise UsageError(
+            f"Labels are {labels.dtype} of shape {labels.shape}; expected integers of shape ({num_examples},), or "
+            f"({num_examples}, k) for k labels of each image."
+        )
+    if isinstance(labels, jax.core.Tracer):
+        return
+    wrong = np.asarray(labels)[(np.asarray(labels) < 0) | (np.asarray(labels) >= num_classes)]
+    if wrong.size:
+        raise UsageError(f"The label {wrong[0]} is not a class; expected 0 to {num_classes - 1}.")
+
+
 def mask_by_label(poses: Float[Array, "b o h"], labels: Labels) -> Float[Array, "b o h"]:
     """Sets all capsules to zero but those of the labels.
 
@@ -164,3 +193,44 @@ def answers_right(activations: Float[Array, "b o"], labels: Labels) -> Bool[Arra
     _, answers = jax.lax.top_k(activations, num_labels)
     given, wanted = (multi_hot(each, activations.shape[1], activations.dtype) for each in (answers, labels))
     return (given == wanted).all(axis=1)
+
+
+def convolution(
+    images: Float[Array, "b height width channels"],
+    kernel: Float[Array, "kernel_height kernel_width channels features"],
+    stride: int,
+) -> Float[Array, "b out_height out_width features"]:
+    """Cross-correlates images with a kernel, without padding: the convolution of XLA.
+
+    Args:
+        images: at least as high and wide as the kernel.
+        kernel: one filter for each output feature.
+        stride: step of the kernel, in pixels, along both axes.
+
+    Returns:
+        The features where the kernel fits; see `positions_after` for their height and width.
+    """
+    return jax.lax.conv_general_dilated(
+        images, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def positions_after(size: Sequence[int], kernel: Sequence[int], stride: int) -> tuple[int, int]:
+    """Height and width of the result of a convolution without padding.
+
+    Args:
+        size: height and width of the images.
+        kernel: height and width of the kernel.
+        stride: step of the kernel along both axes.
+    """
+    return (size[0] - kernel[0]) // stride + 1, (size[1] - kernel[1]) // stride + 1
+
+
+def to_unit_range(images: Shaped[Array, "b height width channels"]) -> Float[Array, "b height width channels"]:
+    """Converts images of bytes to float32 in [0, 1]; images of floats are returned as they are."""
+    return images / jnp.float32(255) if images.dtype == jnp.uint8 else images
+
+
+def at_least_float32(values: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Casts a smaller dtype up to float32; float32 and float64 stay what they are."""
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))

@@ -3,6 +3,7 @@
 import dataclasses
 
 from capsnet_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
+from capsnet_jax.errors import UsageError
 
 # The authors' code, https://github.com/Sarasra/models, research/capsules; 641 epochs are its 300,000 steps. Its loss is
 # a twentieth of this one, which Adam does not notice.
@@ -33,6 +34,7 @@ PRESETS: dict[str, Config] = {
     # capsnet train: 98 % or more in a minute or two on 2 CPU cores (docs/results.md).
     "digits": Config(
         model=ModelConfig(
+            image_shape=(8, 8, 1),
             stem_channels=64,
             stem_kernel=3,
             primary_groups=8,
@@ -84,6 +86,8 @@ PRESETS: dict[str, Config] = {
     # https://github.com/google-research/google-research, has another scale of the activations.
     "em": Config(
         model=ModelConfig(
+            image_shape=(32, 32, 2),
+            num_classes=5,
             stem_channels=64,
             stem_kernel=5,
             stem_stride=2,
@@ -109,3 +113,14 @@ PRESETS: dict[str, Config] = {
         ),
     ),
 }
+
+
+def get_preset(name: str) -> Config:
+    """The config of a name in `PRESETS`.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"Unknown preset {name!r}; expected {', '.join(PRESETS)}.")
+    return PRESETS[name]

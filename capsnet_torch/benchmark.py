@@ -1,6 +1,5 @@
 """What is measured of the twin; of the JAX model, `capsnet_benchmark.jax_work` measures the same."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -69,11 +68,7 @@ class Work:
         self._compiles = compile_mode != "eager"
         self._compile_mode = BEST_MODE[self.platform] if compile_mode == "best" else compile_mode
         layout = torch.channels_last if on_gpu else torch.contiguous_format
-        height, width, channels = image_shape
-        # Others tell how the JAX model is computed, or what its weights start from.
-        known = inspect.signature(CapsNet).parameters
-        options = {name: value for name, value in config["model"].items() if name in known}
-        model = CapsNet((height, width, channels), num_classes, **options).to(self._on)
+        model = CapsNet.from_config(config["model"]).to(self._on)
         self._model = model.to(memory_format=layout)  # type: ignore[call-overload]  # not in torch's annotations
         self._optimizer = torch.optim.Adam(self._model.parameters(), self._training["learning_rate"], fused=True)
         self._pixels, self._labels = self._new_images(self._training["batch_size"])

@@ -142,16 +142,13 @@ class CapsNet(nn.Module):
         )
 
     @classmethod
-    def of_config(cls, image_shape: tuple[int, int, int], num_classes: int, model: Mapping[str, Any]) -> "CapsNet":
-        """The twin of a JAX model.
+    def from_config(cls, model: Mapping[str, Any]) -> "CapsNet":
+        """Creates the twin of a JAX model.
 
         Args:
-            image_shape: height, width and number of channels.
-            num_classes: number of classes.
             model: the section `model` of a `config.json`, or the fields of a `ModelConfig`.
         """
-        options = {name: value for name, value in model.items() if name not in ONLY_IN_JAX}
-        return cls(image_shape, num_classes, **options)
+        return cls(**{name: value for name, value in model.items() if name not in ONLY_IN_JAX})
 
     def encode(self, images: Float[Tensor, "b channels height width"]) -> Capsules:
         """The class capsules of images in [0, 1]; the predicted class is the one of the largest activation."""

@@ -111,16 +111,16 @@ def _new_pair(subject: Subject, settings: Settings, *, decoder: bool) -> Pair:
 def _heat(foreign: ForeignModule, heats: Sequence[Heat]) -> None:
     """Multiplies their weight of each capsule layer as ours was."""
     for row in weight_table(foreign.pair.jax_model):
-        if row.path[:2] == ("encoder", "capsule_layers") and row.path[-1] == "weight":
+        if row.path[0] == "capsule_layers" and row.path[-1] == "weight":
             with torch.no_grad():
-                foreign.weights[row.name].tensor.mul_(heats[int(row.path[2])].factor)
+                foreign.weights[row.name].tensor.mul_(heats[int(row.path[1])].factor)
 
 
 def _both_sides(foreign: ForeignModule) -> tuple[dict[str, Array], dict[str, Array]]:
     """What is compared of theirs, and all of ours in the order in which it depends on each other, channels first."""
     outputs = foreign.map.outputs
     means = None
-    if foreign.pair.jax_model.encoder.stem.norms:
+    if foreign.pair.jax_model.stem.norms:
         if "poses" in outputs:
             foreign.module.eval()  # before training mode changes the running means
             means = foreign.call().outputs["poses"]

@@ -54,7 +54,7 @@ def heat(pair: Pair) -> list[Heat]:
     Returns:
         How hot each layer is then. Where no factor makes it hot, it is the one with the most uneven couplings.
     """
-    model, twin = pair.jax_model.encoder, pair.torch_model.encoder
+    model, twin = pair.jax_model, pair.torch_model.encoder
     graphdef, state = nnx.split(model)
 
     def primary_capsules(state: nnx.State) -> Capsules:

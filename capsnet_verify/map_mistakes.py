@@ -35,7 +35,7 @@ def mended(foreign: ForeignModule) -> Iterator[tuple[str, Seen]]:
 
 
 def _groups_first(foreign: ForeignModule) -> Iterator[tuple[str, Seen]]:
-    encoder = foreign.pair.jax_model.encoder
+    encoder = foreign.pair.jax_model
     layer, groups = encoder.capsule_layers[0], encoder.primary_capsules.groups
     if not isinstance(layer, CapsuleLayer):
         return

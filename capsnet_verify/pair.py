@@ -15,6 +15,7 @@ import capsnet_torch
 from capsnet_jax.config import ModelConfig, TrainingConfig
 from capsnet_jax.errors import UsageError, in_words
 from capsnet_jax.interchange.weights import from_torch, to_torch, weight_table
+from capsnet_jax.routing import get_routing
 from capsnet_torch.routing import ROUTINGS
 
 
@@ -48,8 +49,6 @@ def new_pair(
     model: ModelConfig,
     training: TrainingConfig,
     *,
-    image_shape: tuple[int, int, int],
-    num_classes: int,
     labels_per_image: int = 1,
     batch_size: int = 3,
     seed: int = 1,
@@ -63,8 +62,6 @@ def new_pair(
         dtype: float64, which needs `jax.enable_x64`, float32 or bfloat16.
         model: its sizes.
         training: what of it decides the loss.
-        image_shape: height, width and number of channels.
-        num_classes: number of classes.
         labels_per_image: number of classes that an image shows.
         batch_size: number of images.
         seed: of the weights and the batch.
@@ -75,22 +72,21 @@ def new_pair(
     Raises:
         UsageError: sizes do not fit, weights are not those of the model, or the sides have not the same weights.
     """
+    image_shape, num_classes = model.image_shape, model.num_classes
     param_dtype = "float64" if dtype == "float64" else "float32"
     # Without drawing its weights, for which JAX would compile a program for each shape.
     jax_model = nnx.eval_shape(
-        lambda: capsnet_jax.CapsNet(
-            image_shape, num_classes, **vars(model), param_dtype=param_dtype, rngs=nnx.Rngs(seed)
-        )
+        lambda: capsnet_jax.CapsNet.from_config(model, param_dtype=param_dtype, rngs=nnx.Rngs(seed))
     )
     options = dict(vars(model))
     if torch_routing is not None:
         options["routing"] = torch_routing
-    elif model.routing.partition(",")[0] not in ROUTINGS:
+    elif get_routing(model.routing).name not in ROUTINGS:
         raise UsageError(f"Routing {model.routing} has no twin in PyTorch; expected --jax-routing and --torch-routing.")
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        torch_model = capsnet_torch.CapsNet.of_config(image_shape, num_classes, options)
+        torch_model = capsnet_torch.CapsNet.from_config(options)
     torch_model = torch_model.to(getattr(torch, param_dtype))
     if torch_routing is not None:
         _try(torch_model, rng.random((2, *image_shape)).astype(param_dtype))

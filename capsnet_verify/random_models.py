@@ -7,7 +7,6 @@ import numpy as np
 
 from capsnet_jax.config import ModelConfig, TrainingConfig
 from capsnet_jax.errors import UsageError
-from capsnet_jax.nn.encoder import grid_of_primary_capsules
 from capsnet_jax.routing import ROUTINGS
 from capsnet_verify.subjects import TELLING_OPTIONS, Subject, of_model
 
@@ -77,10 +76,8 @@ def _random_model(rng: np.random.Generator) -> ModelConfig:
 
 
 def _fits(image_shape: tuple[int, int, int], model: ModelConfig) -> bool:
-    below = [(kernel, 1) for _, kernel in model.stem_below]
-    below += [(model.stem_kernel, model.stem_stride), (model.primary_kernel, model.primary_stride)]
     try:
-        grid_of_primary_capsules(image_shape, below, [(kernel, stride) for *_, kernel, stride in model.conv_capsules])
+        _ = replace(model, image_shape=image_shape).primary_grid
     except UsageError:
         return False
     return True
@@ -89,9 +86,9 @@ def _fits(image_shape: tuple[int, int, int], model: ModelConfig) -> bool:
 def _gradients_pass(model: ModelConfig, num_classes: int) -> bool:
     """Whether layer normalisation is of more than two values, as of two it leaves signs alone, and no gradient."""
     layers = [*((types, dim) for types, dim, *_ in model.conv_capsules), *model.hidden_capsules]
-    if model.routing.startswith("inverted_attention"):  # of each pose
+    if str(model.routing).startswith("inverted_attention"):  # of each pose
         return min(dim for _, dim in [*layers, (num_classes, model.class_dim)]) > 2
-    if model.routing.startswith("variational"):  # over all capsules
+    if str(model.routing).startswith("variational"):  # over all capsules
         return min(number for number, _ in [*layers, (num_classes, model.class_dim)]) > 2
     return True
 

@@ -10,7 +10,7 @@ from capsnet_jax.errors import UsageError
 from capsnet_jax.interchange.architecture import run_of_state
 from capsnet_jax.interchange.state_files import read_state
 from capsnet_jax.interchange.weights import StateDict
-from capsnet_jax.presets import PRESETS
+from capsnet_jax.presets import PRESETS, get_preset
 from capsnet_jax.routing import ROUTINGS
 from capsnet_jax.runs.folder import CONFIG, Run, read_run
 
@@ -26,9 +26,6 @@ SMALL = ModelConfig(
     decoder_hidden=(11, 13),
 )
 SMALL_IMAGES, SMALL_CLASSES = (22, 24, 2), 5
-# Images and classes that a preset is for, where they are not those of MNIST.
-IMAGES = {"digits": (8, 8, 1), "em": (32, 32, 1)}
-CLASSES = {"em": 5}
 
 # Options with which all that is in an algorithm matters: by default little variance makes the Gaussians of EM collapse
 # onto few votes, and weights that are there on demand only are not there.
@@ -59,10 +56,8 @@ def of_preset(name: str) -> Subject:
     Raises:
         UsageError: there is none of this name.
     """
-    if name not in PRESETS:
-        raise UsageError(f"Unknown preset {name!r}; expected {', '.join(PRESETS)}.")
-    classes = tuple(map(str, range(CLASSES.get(name, 10))))
-    return Subject(f"preset {name}", Run(Path(), PRESETS[name], IMAGES.get(name, (28, 28, 1)), classes))
+    config = get_preset(name)
+    return Subject(f"preset {name}", Run(Path(), config, tuple(map(str, range(config.model.num_classes)))))
 
 
 def of_every_preset() -> list[Subject]:
@@ -97,8 +92,8 @@ def of_model(
     labels_per_image: int = 1,
 ) -> Subject:
     """A model of these sizes."""
-    classes = tuple(map(str, range(num_classes)))
-    return Subject(title, Run(Path(), Config(model=model), image_shape, classes, labels_per_image))
+    config = Config(model=model).with_sizes(image_shape, num_classes)
+    return Subject(title, Run(Path(), config, tuple(map(str, range(num_classes))), labels_per_image))
 
 
 def of_config(folder: Path) -> Subject:

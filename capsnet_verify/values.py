@@ -63,11 +63,11 @@ def _jax_values(
         return nnx.merge(graphdef, weights, batch_stats, copy=True)
 
     model = new_model(params)
-    features = model.encoder.stem.features(images)
+    features = model.stem.features(images)
     values = {f"stem {number}": array for number, array in enumerate(features)}
-    capsules = model.encoder.primary_capsules(features[-1])
+    capsules = model.primary_capsules(features[-1])
     values |= {"primary poses": capsules.poses, "primary activations": capsules.activations}
-    for number, layer in enumerate(model.encoder.capsule_layers):
+    for number, layer in enumerate(model.capsule_layers):
         routed = layer.route(capsules)
         seen = capsules.poses if isinstance(layer, CapsuleLayer) else layer.under_kernel(capsules.poses)
         values |= {f"votes {number}": layer.votes(seen), f"couplings {number}": routed.couplings}
@@ -76,7 +76,7 @@ def _jax_values(
     # The model's own composition, in case the one above is not its own.
     capsules = model.encode(images)
     values |= {"encoded poses": capsules.poses, "encoded activations": capsules.activations}
-    if model.encoder.stem.norms:
+    if model.stem.norms:
         at_rest = new_model(params)
         at_rest.eval()
         values[AT_REST] = at_rest.encode(images).poses

@@ -150,8 +150,6 @@ def pair_of(run: Run, settings: Settings, *, state: StateDict | None = None) -> 
         settings.dtype,
         run.config.model,
         run.config.training,
-        image_shape=run.image_shape,
-        num_classes=run.num_classes,
         labels_per_image=run.labels_per_image,
         batch_size=settings.batch_size,
         seed=settings.seed,

@@ -20,10 +20,8 @@ def make_pair(
     """The small model with these options, in both frameworks."""
     return new_pair(
         dtype,
-        replace(SMALL, **options),
+        replace(SMALL, **options | {"image_shape": image_shape, "num_classes": num_classes}),
         TrainingConfig(),
-        image_shape=image_shape,
-        num_classes=num_classes,
         labels_per_image=labels_per_image,
         batch_size=batch_size,
     )

@@ -1,5 +1,6 @@
 """The whole model: every intermediate, loss and gradient, in order, so that the first divergence is the one named."""
 
+import inspect
 from dataclasses import replace
 
 import jax
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+import capsnet_torch
 from capsnet_jax.config import ModelConfig
 from capsnet_jax.interchange.weights import to_torch
+from capsnet_jax.ops import convolution
+from capsnet_torch.model import ONLY_IN_JAX
 from capsnet_verify.checks import VALUES
 from capsnet_verify.report import sentence
 from capsnet_verify.subjects import SMALL, of_model
@@ -103,11 +107,17 @@ def test_agrees_with_the_oracle(float64):
 
 def test_full_size_agrees_at_the_reference_scale():
     """The 8.2 million weights of the reference model as they are drawn: capsules 4e-4 long, gradients from 4.5e-7."""
-    pair = make_pair("float32", image_shape=(28, 28, 1), num_classes=10, batch_size=2, **vars(ModelConfig()))
+    pair = make_pair("float32", batch_size=2, **vars(ModelConfig()))
     assert sum(param.size for param in to_torch(pair.jax_model).values()) == 8_214_272
     ours = in_jax(pair)
     for name, expected in in_torch(pair).items():
         assert_close(name, ours[name], expected, tolerance=VALUES["float32"], floor=1e-7)
+
+
+def test_the_twin_has_the_fields_of_the_config_and_their_defaults():
+    parameters = inspect.signature(capsnet_torch.CapsNet).parameters
+    fields = {name: value for name, value in vars(ModelConfig()).items() if name not in ONLY_IN_JAX}
+    assert {name: parameter.default for name, parameter in parameters.items()} == fields
 
 
 def test_jit_and_the_other_convolution_change_nothing(float64):
@@ -127,10 +137,8 @@ class _Counted:
     calls = 0
 
     def __call__(self, images, kernel, *, stride):
-        from capsnet_jax.nn.fast.convolution import native
-
         self.calls += 1
-        return native(images, kernel, stride)
+        return convolution(images, kernel, stride)
 
 
 def test_channels_last_and_first_are_told_apart(float64):

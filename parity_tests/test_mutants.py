@@ -33,6 +33,6 @@ def test_at_the_reference_scale_a_model_without_routing_would_pass():
     """Why models are made hot: at a primary scale of 0.01 the usual tolerances cannot see whether there is routing."""
     pair = make_pair("float32", primary_scale=0.01)
     right = pair.jax_model.encode(pair.images).poses
-    for layer in pair.jax_model.encoder.capsule_layers:
+    for layer in pair.jax_model.capsule_layers:
         layer.routing = get_routing(lambda votes, activations: models.dynamic(votes, activations, past=jnp.zeros_like))
     np.testing.assert_allclose(pair.jax_model.encode(pair.images).poses, right, atol=1e-5)

@@ -23,7 +23,7 @@ WRITTEN = [*PRESETS, *(name for name in ROUTINGS if name not in {*NOT_IN_ONNX, *
 
 
 def new_run(folder, **options) -> Run:
-    return Run(folder, Config(ModelConfig(**options)), IMAGE_SHAPE, tuple("abcdefghij"))
+    return Run(folder, Config(ModelConfig(**options)).with_sizes(IMAGE_SHAPE, 10), tuple("abcdefghij"))
 
 
 @pytest.mark.parametrize("case", WRITTEN)

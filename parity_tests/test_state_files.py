@@ -19,7 +19,7 @@ STATE = random_state(SMALL_RUN)
 
 def twin(run) -> capsnet_torch.CapsNet:
     """A new model of PyTorch, of the sizes of a run."""
-    return capsnet_torch.CapsNet.of_config(run.image_shape, run.num_classes, vars(run.config.model))
+    return capsnet_torch.CapsNet.from_config(vars(run.config.model))
 
 
 def tensors(state):

@@ -32,7 +32,7 @@ SQUARE = ModelConfig(
 def run(tmp_path_factory):
     """The folder of a run with layers of equal shape, and its weights."""
     folder = tmp_path_factory.mktemp("run")
-    run = Run(folder, Config(SQUARE, training=TrainingConfig(epochs=1)), (12, 13, 1), tuple("abcde"))
+    run = Run(folder, Config(SQUARE, training=TrainingConfig(epochs=1)).with_sizes((12, 13, 1), 5), tuple("abcde"))
     model = run.new_model()
     run.write_config()
     run.save_weights(model)

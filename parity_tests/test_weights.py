@@ -59,7 +59,7 @@ def test_each_weight_arrives_with_the_axes_it_left_with():
     """Values that tell where they stand: a swap of two axes on the way there and back again would show here."""
     pair = make_pair("float32")
     state = to_torch(pair.jax_model)
-    kernel = pair.jax_model.encoder.primary_capsules.convolution.kernel[...]
+    kernel = pair.jax_model.primary_capsules.convolution.kernel[...]
     assert state["encoder.image2primary_capsules.2.weight"][11, 6, 2, 4] == kernel[2, 4, 6, 11]
     assert state["decoder.2.weight"][12, 10] == pair.jax_model.decoder.hidden_weight[...][10, 12]
     assert state["decoder.4.weight"][12, 1, 20, 23] == pair.jax_model.decoder.to_pixels[...][12, 20, 23, 1]

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,10 +84,10 @@ class Compare:
             UsageError: the routing is unknown, or there is something wrong with it or with the config.
         """
         config = self.config
-        options = vars(config.model) | {"routing": routing}
+        model = replace(config.with_sizes(dataset.image_shape, dataset.num_classes).model, routing=routing)
 
         def new_model(seed: int) -> CapsNet:
-            return CapsNet(dataset.image_shape, dataset.num_classes, **options, rngs=nnx.Rngs(seed))
+            return CapsNet.from_config(model, rngs=nnx.Rngs(seed))
 
         return Trainer(new_model, dataset, config.training, augment=config.data.augment, stream=config.data.stream)
 

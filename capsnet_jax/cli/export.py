@@ -18,6 +18,7 @@ from capsnet_jax.errors import UsageError
 from capsnet_jax.interchange.stablehlo import encode_and_decode, to_stablehlo
 from capsnet_jax.interchange.weights import to_torch
 from capsnet_jax.nn.model import CapsNet
+from capsnet_jax.routing import get_routing
 from capsnet_jax.runs.folder import Run, load_run
 
 Outputs = Mapping[str, Float[np.ndarray, "..."]]
@@ -94,12 +95,12 @@ def write_onnx(run: Run, model: CapsNet, path: Path) -> None:
     from capsnet_torch.onnx import write_onnx as write_twin
     from capsnet_torch.routing import ROUTINGS
 
-    routing = run.config.model.routing.partition(",")[0]
+    routing = get_routing(run.config.model.routing).name
     if routing not in ROUTINGS:
         raise UsageError(
             f"Routing {routing} has no twin in PyTorch, from which ONNX is written; expected {', '.join(ROUTINGS)}."
         )
-    twin = capsnet_torch.CapsNet.of_config(run.image_shape, run.num_classes, vars(run.config.model))
+    twin = capsnet_torch.CapsNet.from_config(vars(run.config.model))
     twin.load_state_dict({name: torch.from_numpy(array) for name, array in to_torch(model).items()})
     try:
         write_twin(twin, run.image_shape, path)
@@ -118,7 +119,7 @@ def error_of_file(path: Path, format: str, model: CapsNet) -> float:
     Raises:
         UsageError: onnxruntime, which runs ONNX files, is not installed.
     """
-    images = np.random.default_rng(0).random((NUM_IMAGES, *model.image_shape), np.float32)
+    images = np.random.default_rng(0).random((NUM_IMAGES, *model.config.image_shape), np.float32)
     actual = run_onnx(path, images) if format == "onnx" else run_stablehlo(path, images)
     # Reconstructed as by the file: of two classes that are all but equally active, rounding decides.
     labels = actual["activations"].argmax(axis=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from capsnet_jax.config import DataConfig
-from capsnet_jax.data.dataset import Dataset, central_crop, make_dataset, to_unit_range
+from capsnet_jax.data.dataset import Dataset, central_crop, make_dataset
 from capsnet_jax.data.idx import IDX_DATASETS, NUM_CLASSES, holds_idx, read_idx_folder
 from capsnet_jax.data.synthetic import SYNTHETIC_DATASETS
 from capsnet_jax.errors import UsageError
@@ -19,7 +19,6 @@ __all__ = [
     "configured_dataset",
     "load_dataset",
     "make_dataset",
-    "to_unit_range",
 ]
 
 BUILT_IN_DATASETS = ("digits", *IDX_DATASETS, *SYNTHETIC_DATASETS)

@@ -4,9 +4,8 @@ import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Int32, Shaped
 
 from capsnet_jax.errors import UsageError
 
@@ -188,8 +187,3 @@ def central_crop(
         raise UsageError(f"The crop is {side} x {side}; expected 1 to {min(height, width)}, of {height} x {width}.")
     top, left = (height - side) // 2, (width - side) // 2
     return images[:, top : top + side, left : left + side]
-
-
-def to_unit_range(images: Shaped[Array, "b height width channels"]) -> Float[Array, "b height width channels"]:
-    """Images of a data set as floats in [0, 1]."""
-    return images / jnp.float32(255) if images.dtype == jnp.uint8 else images

@@ -11,7 +11,6 @@ from jaxtyping import Shaped
 
 from capsnet_jax.config import Config, ModelConfig
 from capsnet_jax.errors import UsageError
-from capsnet_jax.nn.encoder import grid_of_primary_capsules
 from capsnet_jax.runs.folder import CONFIG, Run
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -56,6 +55,8 @@ def run_of_state(
     image_shape = _image_shape(shapes, image_shape)
     model = replace(
         config.model,
+        image_shape=image_shape,
+        num_classes=num_classes,
         stem_below=tuple((outputs, kernel) for outputs, _, kernel in stem[:-1]),
         stem_channels=stem[-1][0],
         stem_kernel=stem[-1][2],
@@ -74,8 +75,8 @@ def run_of_state(
     if _has_decoder(shapes):
         widths = _shape(shapes, FROM_CAPSULES, 3)[-1], _shape(shapes, TO_PIXELS, 4)[0]
         model = replace(model, decoder_hidden=widths, decoder_bias="decoder.0.bias" in shapes)
-    model = _with_primary_capsules(model, image_shape, primary[0], first_layer[0])
-    return Run(folder, replace(config, model=model), image_shape, tuple(map(str, range(num_classes))))
+    model = _with_primary_capsules(model, primary[0], first_layer[0])
+    return Run(folder, replace(config, model=model), tuple(map(str, range(num_classes))))
 
 
 def _convolutions(shapes: Shapes) -> list[tuple[int, int, int]]:
@@ -124,33 +125,30 @@ def _image_shape(shapes: Shapes, given: tuple[int, int, int] | None) -> tuple[in
     return told
 
 
-def _with_primary_capsules(
-    model: ModelConfig, image_shape: tuple[int, int, int], channels: int, capsules: int
-) -> ModelConfig:
+def _with_primary_capsules(model: ModelConfig, channels: int, capsules: int) -> ModelConfig:
     """The model with as many primary capsules, in groups that have so many channels together.
 
     What the config says of stride and activation is kept if it can be.
     """
-    stem = [(kernel, 1) for _, kernel in model.stem_below] + [(model.stem_kernel, model.stem_stride)]
     activations: list[Literal["norm", "sigmoid"]] = ["norm", "sigmoid"]
     activations.sort(key=lambda activation: activation != model.primary_activation)
     for activation in activations:
         groups, rest = divmod(channels, model.primary_dim + (activation == "sigmoid"))
         strides = []
-        for stride in (model.primary_stride, *range(1, max(image_shape[:2]))):
-            grid = grid_of_primary_capsules(image_shape, [*stem, (model.primary_kernel, stride)], ())
+        for stride in (model.primary_stride, *range(1, max(model.image_shape[:2]))):
+            grid = replace(model, primary_stride=stride).primary_grid
             if rest == 0 and math.prod(grid) * groups == capsules:
                 strides.append(stride)
         if strides and strides[0] != model.primary_stride and len(strides) > 1 and capsules > groups:
             raise UsageError(
                 f"The weights do not tell the stride of the primary capsules: {', '.join(map(str, strides))} make "
-                f"{capsules} of images of shape {image_shape}; expected a {CONFIG} beside them."
+                f"{capsules} of images of shape {model.image_shape}; expected a {CONFIG} beside them."
             )
         if strides:
             return replace(model, primary_groups=groups, primary_activation=activation, primary_stride=strides[0])
     raise UsageError(
         f"The weights are of {capsules} primary capsules, which no stride makes of {channels} channels and images of "
-        f"shape {image_shape}; expected another --preset, or a {CONFIG} beside them."
+        f"shape {model.image_shape}; expected another --preset, or a {CONFIG} beside them."
     )
 
 

@@ -36,17 +36,17 @@ def to_stablehlo(model: CapsNet) -> bytes:
     """
     model = nnx.clone(model)
     model.eval()
-    for layer in model.encoder.capsule_layers:
+    for layer in model.capsule_layers:
         if isinstance(layer, CapsuleLayer):
             layer.implementation = "votes"  # others depend on the number of images
-    images = jax.ShapeDtypeStruct((*symbolic_shape("b"), *model.image_shape), jnp.float32)
+    images = jax.ShapeDtypeStruct((*symbolic_shape("b"), *model.config.image_shape), jnp.float32)
     frames = jax.config.values["jax_traceback_in_locations_limit"]
     jax.config.update("jax_traceback_in_locations_limit", 0)  # which would name the folders of this machine
     try:
         with jax.default_matmul_precision("highest"):
             return bytes(export(jax.jit(partial(encode_and_decode, model)), platforms=PLATFORMS)(images).serialize())
     except Exception as error:  # a routing of the user's own may do anything
-        name = model.encoder.capsule_layers[-1].routing.name
+        name = model.capsule_layers[-1].routing.name
         raise UsageError(f"The model of routing {name} cannot be written as StableHLO: {in_words(error)}.") from error
     finally:
         jax.config.update("jax_traceback_in_locations_limit", frames)

@@ -40,23 +40,23 @@ LISTED = 4  # names in a message, of those that may be as many as a model has
 
 def weight_table(model: CapsNet) -> list[Row]:
     """A row for each weight of a model, and each running mean; capsule layers below the last are `hidden_capsules`."""
-    encoder, decoder = model.encoder, model.decoder
+    decoder = model.decoder
     rows = []
     number = 0  # in the Sequential of convolution, ReLU and normalisation, over and over
-    for k in range(len(encoder.stem.convolutions)):
-        rows += _convolution(f"encoder.image2primary_capsules.{number}", ("encoder", "stem", "convolutions", k))
+    for k in range(len(model.stem.convolutions)):
+        rows += _convolution(f"encoder.image2primary_capsules.{number}", ("stem", "convolutions", k))
         number += 2
-        if encoder.stem.norms:
+        if model.stem.norms:
             rows += [
-                Row(f"encoder.image2primary_capsules.{number}.{name}", ("encoder", "stem", "norms", k, ours), *BIAS)
+                Row(f"encoder.image2primary_capsules.{number}.{name}", ("stem", "norms", k, ours), *BIAS)
                 for name, ours in NORM.items()
             ]
             number += 1
-    rows += _convolution(f"encoder.image2primary_capsules.{number}", ("encoder", "primary_capsules", "convolution"))
-    for k, layer in enumerate(encoder.capsule_layers):
-        last = k == len(encoder.capsule_layers) - 1
+    rows += _convolution(f"encoder.image2primary_capsules.{number}", ("primary_capsules", "convolution"))
+    for k, layer in enumerate(model.capsule_layers):
+        last = k == len(model.capsule_layers) - 1
         name = "encoder.primary2digit_capsules" if last else f"encoder.hidden_capsules.{k}"
-        rows += _capsule_layer(name, ("encoder", "capsule_layers", k), layer)
+        rows += _capsule_layer(name, ("capsule_layers", k), layer)
     if decoder is not None:
         rows.append(Row("decoder.0.weight", ("decoder", "from_capsules"), "o h outputs", "o h outputs"))
         if decoder.outer_bias:

@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from capsnet_jax.capsules import Capsules, Routed
 from capsnet_jax.errors import UsageError
-from capsnet_jax.nn.fast.convolution import positions_after
-from capsnet_jax.nn.initializers import Initializer, new_param, unit_variance_uniform
-from capsnet_jax.nn.layers import new_routing_weights
-from capsnet_jax.nn.precision import at_least_float32
+from capsnet_jax.nn.fast.choice import Choice
+from capsnet_jax.nn.initializers import TORCH, Scheme, new_param
+from capsnet_jax.nn.layers import is_captured, new_routing_weights
+from capsnet_jax.ops import at_least_float32, positions_after
 from capsnet_jax.routing import get_routing
 
 
@@ -46,7 +46,7 @@ class ConvCapsules(nnx.Module):
         routing: as in `CapsuleLayer`.
         num_iterations: number of routing iterations, for routings that iterate.
         recompute: as in `CapsuleLayer`.
-        initializer: distribution of the weight, given the number of inputs of an output.
+        scheme: distribution of the weight.
         param_dtype: dtype of the weights.
         rngs: source of the initial weights.
 
@@ -73,7 +73,7 @@ class ConvCapsules(nnx.Module):
         routing: str | Callable[..., Routed] = "em",
         num_iterations: int = 3,
         recompute: bool = False,
-        initializer: Callable[[int], Initializer] = unit_variance_uniform,
+        scheme: Scheme = TORCH,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -99,13 +99,16 @@ class ConvCapsules(nnx.Module):
         taps = math.prod(self.kernel_size)
         inner, outer = in_dim // self.rows, out_dim // self.rows
         shape = (1 if shared_transform else taps, in_groups, inner, out_groups, outer)
-        self.weight = new_param(initializer(inner), shape, param_dtype, rngs)
-        self.routing_weights = new_routing_weights(
-            self.routing, taps * in_groups, in_dim, out_groups, out_dim, param_dtype
+        self.weight = new_param(scheme.einsum(inner), shape, param_dtype, rngs)
+        self.routing_weights = nnx.data(
+            new_routing_weights(self.routing, taps * in_groups, in_dim, out_groups, out_dim, param_dtype)
         )
 
     def __call__(self, capsules: Capsules) -> Capsules:
-        routed = self.route(capsules)
+        return self.capsules_of(self.route(capsules))
+
+    def capsules_of(self, routed: Routed) -> Capsules:
+        """The output capsules in flat order."""
         return Capsules(
             rearrange(routed.poses, "b positions o h -> b (positions o) h"),
             rearrange(routed.activations, "b positions o -> b (positions o)"),
@@ -113,7 +116,15 @@ class ConvCapsules(nnx.Module):
 
     def route(self, capsules: Capsules) -> Routed:
         """The output capsules and the couplings of every vote, `[b positions ...]`; inputs are `(taps groups)`."""
-        return (jax.checkpoint(self._route) if self.recompute else self._route)(capsules)
+        routed = (jax.checkpoint(self._route) if self.recompute else self._route)(capsules)
+        if is_captured(self):
+            self.sow(nnx.Intermediate, "votes", self.votes(self.under_kernel(capsules.poses)))
+            self.sow(nnx.Intermediate, "couplings", routed.couplings)
+        return routed
+
+    def choice(self, num_examples: int) -> Choice:
+        """The implementation for batches of this size."""
+        return Choice("votes", "convolutional capsules have no other implementation")
 
     def _route(self, capsules: Capsules) -> Routed:
         seen = self.under_kernel(capsules.poses)

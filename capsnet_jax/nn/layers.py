@@ -1,6 +1,6 @@
-"""Layers of capsules: the first ones, and those that route to each other."""
+"""Layers: convolutions of images, the first capsules, capsules that route to each other, and the decoder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -12,15 +12,146 @@ from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Capsules, Routed
 from capsnet_jax.errors import UsageError
-from capsnet_jax.nn.initializers import TORCH, Initializer, Scheme, new_param, unit_variance_uniform
-from capsnet_jax.nn.precision import at_least_float32
-from capsnet_jax.nn.stem import Convolution, Features
-from capsnet_jax.ops import capsule_norm, exponential_squash, squash
-from capsnet_jax.routing import FUSED, Routing, get_routing
+from capsnet_jax.nn.fast.choice import Choice, choose_convolution, choose_routing
+from capsnet_jax.nn.fast.convolution import convolve, depthwise
+from capsnet_jax.nn.fast.fused_dynamic import FUSED
+from capsnet_jax.nn.initializers import TORCH, Initializer, Scheme, new_param
+from capsnet_jax.ops import (
+    at_least_float32,
+    capsule_norm,
+    exponential_squash,
+    positions_after,
+    squash,
+    standardize_images,
+)
+from capsnet_jax.routing import Routing, get_routing
+
+Images = Float[Array, "b height width channels"]
+Features = Float[Array, "b out_height out_width features"]
 
 SQUASHES = {"squash": squash, "exponential": exponential_squash}
-IMPLEMENTATIONS = ("auto", "votes", "fused")
-FEWEST_EXAMPLES = 16  # with fewer, votes are faster on CPU; with more, they are slower; see docs/performance.md
+
+
+class Convolution(nnx.Module):
+    """A convolution without padding, plus a bias.
+
+    Args:
+        in_channels: number of channels of the images.
+        out_channels: number of channels of the result.
+        kernel_size: height and width of the kernel, in pixels.
+        stride: step of the kernel, in pixels.
+        depthwise: each channel has a filter of its own, and sees no other; needs as many channels out as in.
+        kernel_initializer: distribution of the kernel, given the number of inputs of an output.
+        bias_initializer: distribution of the bias.
+        param_dtype: dtype of the weights.
+        rngs: source of the initial weights.
+
+    Raises:
+        UsageError: the numbers of channels of a depthwise convolution differ.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int,
+        stride: int = 1,
+        depthwise: bool = False,
+        kernel_initializer: Callable[[int], Initializer] = TORCH.kernel,
+        bias_initializer: Callable[[int], Initializer] = TORCH.bias,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if depthwise and in_channels != out_channels:
+            raise UsageError(f"A depthwise convolution has {out_channels} channels for the {in_channels} it sees.")
+        self.stride = stride
+        self.depthwise = depthwise
+        seen = 1 if depthwise else in_channels
+        fan_in = seen * kernel_size**2
+        shape = (kernel_size, kernel_size, seen, out_channels)
+        self.kernel = new_param(kernel_initializer(fan_in), shape, param_dtype, rngs)
+        self.bias = new_param(bias_initializer(fan_in), (out_channels,), param_dtype, rngs)
+
+    def __call__(self, images: Images) -> Features:
+        product = self.without_bias(images)
+        return (product + self.bias[...]).astype(product.dtype)
+
+    def without_bias(self, images: Images) -> Features:
+        """The products alone, in the dtype of the kernel."""
+        kernel = self.kernel[...]
+        return (depthwise if self.depthwise else convolve)(images.astype(kernel.dtype), kernel, self.stride)
+
+    def choice(self, shape: Sequence[int]) -> Choice:
+        """The implementation for images of this shape, `[b height width channels]`."""
+        if self.depthwise:
+            return Choice("taps", "a depthwise convolution has no other implementation")
+        return choose_convolution(shape, self.kernel.shape, self.stride, self.kernel.dtype)
+
+    def out_shape(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
+        """The shape of the features of images of this shape."""
+        return (shape[0], *positions_after(shape[1:3], self.kernel.shape[:2], self.stride), self.kernel.shape[-1])
+
+
+class Stem(nnx.Module):
+    """Images to features: convolutions, each followed by ReLU and, if wanted, batch normalisation.
+
+    Args:
+        in_channels: number of channels of the images.
+        convolutions: number of channels, kernel size and stride of each.
+        batch_norm: whether features are normalised. In training they then depend on the whole batch; in evaluation
+            the running means of training take its place.
+        standardize: whether each image is standardised by itself first; see `standardize_images`.
+        scheme: distributions of the weights.
+        param_dtype: dtype of the weights.
+        rngs: source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        convolutions: Sequence[tuple[int, int, int]],
+        *,
+        batch_norm: bool = False,
+        standardize: bool = False,
+        scheme: Scheme = TORCH,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.standardize = standardize
+        channels = [in_channels, *(out_channels for out_channels, _, _ in convolutions)]
+        self.convolutions = nnx.List(
+            [
+                Convolution(
+                    channels[number],
+                    out_channels,
+                    kernel_size=kernel_size,
+                    stride=stride,
+                    kernel_initializer=scheme.stem,
+                    bias_initializer=scheme.bias,
+                    param_dtype=param_dtype,
+                    rngs=rngs,
+                )
+                for number, (out_channels, kernel_size, stride) in enumerate(convolutions)
+            ]
+        )
+        dtype = jnp.promote_types(param_dtype, jnp.float32)
+        # The constants are Keras', with which Efficient-CapsNet was trained.
+        new_norm = partial(nnx.BatchNorm, momentum=0.99, epsilon=1e-3, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.norms = nnx.List([new_norm(out_channels) for out_channels in channels[1:] if batch_norm])
+        for norm in self.norms:  # Flax keeps running means in float32 whatever the weights are in
+            norm.mean, norm.var = (nnx.BatchStat(stat[...].astype(dtype)) for stat in (norm.mean, norm.var))
+
+    def __call__(self, images: Images) -> Features:
+        return self.features(images)[-1]
+
+    def features(self, images: Images) -> list[Features]:
+        """What comes of each convolution, in order."""
+        features = [standardize_images(images) if self.standardize else images]
+        for number, convolution in enumerate(self.convolutions):
+            rectified = jax.nn.relu(convolution(features[-1]))
+            features.append(self.norms[number](rectified) if self.norms else rectified)
+        return features[1:]
 
 
 class PrimaryCapsules(nnx.Module):
@@ -118,12 +249,11 @@ class CapsuleLayer(nnx.Module):
         out_dim: pose size of the output capsules.
         routing: a name in `ROUTINGS`, `package.module:function`, or the function itself; see `get_routing`.
         num_iterations: number of routing iterations, for routings that iterate.
-        implementation: "votes", which any routing works on; "fused", without votes, for routings in `FUSED`; or "auto",
-            the latter where it can be had, for 16 examples or more on one device. Both compute the same; "fused" has no
-            derivative in forward mode (`jax.jvp`).
+        implementation: "votes", which every routing has; "fused", without votes, of routings in `FUSED`; or "auto", the
+            better one for the batch size and devices, by `choose_routing`. All compute the same.
         recompute: votes and routing are computed again in the backward pass, in place of being kept for it; "fused"
             always does that.
-        initializer: distribution of the weight, given the number of inputs of an output.
+        scheme: distribution of the weight.
         param_dtype: dtype of the weights.
         rngs: source of the initial weights.
 
@@ -142,30 +272,40 @@ class CapsuleLayer(nnx.Module):
         num_iterations: int = 3,
         implementation: str = "auto",
         recompute: bool = False,
-        initializer: Callable[[int], Initializer] = unit_variance_uniform,
+        scheme: Scheme = TORCH,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.routing = get_routing(routing, num_iterations=num_iterations)
-        fused_function(self.routing, implementation, FEWEST_EXAMPLES)  # may refuse
+        choose_routing(self.routing, implementation, 1)  # may refuse
         self.implementation = implementation
         self.recompute = recompute
         shape = (in_capsules, in_dim, out_capsules, out_dim)
-        self.weight = new_param(initializer(in_dim), shape, param_dtype, rngs)
-        self.routing_weights = new_routing_weights(self.routing, *shape, param_dtype)
+        self.weight = new_param(scheme.einsum(in_dim), shape, param_dtype, rngs)
+        self.routing_weights = nnx.data(new_routing_weights(self.routing, *shape, param_dtype))
 
     def __call__(self, capsules: Capsules) -> Capsules:
-        routed = self.route(capsules)
+        return self.capsules_of(self.route(capsules))
+
+    def capsules_of(self, routed: Routed) -> Capsules:
+        """The output capsules alone."""
         return Capsules(routed.poses, routed.activations)
 
     def route(self, capsules: Capsules) -> Routed:
         """The output capsules together with the couplings of every vote."""
-        if self.implementation != "votes":
-            # The only place that needs the batch size as a number: a program exported for all sizes has none.
-            fused = fused_function(self.routing, self.implementation, len(capsules.poses))
-            if fused is not None:
-                return fused(capsules.poses, self.weight[...], **self._routing_weights())
-        return (jax.checkpoint(self._route) if self.recompute else self._route)(capsules)
+        if choose_routing(self.routing, self.implementation, capsules.poses.shape[0]).name == "fused":
+            fused = partial(FUSED[self.routing.function], **dict(self.routing.options))
+            routed = fused(capsules.poses, self.weight[...], **self._routing_weights())
+        else:
+            routed = (jax.checkpoint(self._route) if self.recompute else self._route)(capsules)
+        if is_captured(self):
+            self.sow(nnx.Intermediate, "votes", self.votes(capsules.poses))
+            self.sow(nnx.Intermediate, "couplings", routed.couplings)
+        return routed
+
+    def choice(self, num_examples: int) -> Choice:
+        """The implementation for batches of this size."""
+        return choose_routing(self.routing, self.implementation, num_examples)
 
     def votes(self, poses: Float[Array, "b i d"]) -> Float[Array, "b i o h"]:
         """What each input capsule predicts for each output capsule."""
@@ -184,32 +324,72 @@ class CapsuleLayer(nnx.Module):
         return {name: weight[...] for name, weight in self.routing_weights.items()}
 
 
-def fused_function(routing: Routing, implementation: str, num_examples: int) -> Callable[..., Routed] | None:
-    """The routing without votes, if that is what this implementation means; None if it is of votes.
+class Decoder(nnx.Module):
+    """Capsules, all but those of the labels zero, to images in (0, 1): three dense layers.
 
-    Raises:
-        UsageError: there is no such implementation, or none of this routing.
+    Args:
+        num_classes: number of capsules.
+        class_dim: pose size of the capsules.
+        hidden: widths of the two hidden layers.
+        image_shape: height, width and number of channels of the images.
+        outer_bias: whether the first and the last layer have a bias, as the one between them has.
+        scheme: distributions of the weights.
+        param_dtype: dtype of the weights.
+        rngs: source of the initial weights.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise UsageError(f"routing_implementation is {implementation!r}; expected {', '.join(IMPLEMENTATIONS)}.")
-    function = FUSED.get(routing.function)
-    if implementation == "fused" and function is None:
-        known = ", ".join(function.__name__ for function in FUSED)
-        raise UsageError(f"Routing {routing.name} has no implementation without votes; expected {known}.")
-    # Across devices the gradient of each chunk of the weight would be summed by itself, not all gradients at once.
-    better = jax.device_count() == 1 and num_examples >= FEWEST_EXAMPLES
-    wanted = implementation == "fused" or (implementation == "auto" and better)
-    return partial(function, **dict(routing.options)) if function is not None and wanted else None
+
+    def __init__(
+        self,
+        num_classes: int,
+        class_dim: int,
+        hidden: tuple[int, int],
+        image_shape: tuple[int, int, int],
+        *,
+        outer_bias: bool = False,
+        scheme: Scheme = TORCH,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        first, second = hidden
+        per_capsules = num_classes * class_dim
+        self.from_capsules = new_param(scheme.einsum(per_capsules), (num_classes, class_dim, first), param_dtype, rngs)
+        self.hidden_weight = new_param(scheme.kernel(first), (first, second), param_dtype, rngs)
+        self.hidden_bias = new_param(scheme.bias(first), (second,), param_dtype, rngs)
+        self.to_pixels = new_param(scheme.einsum(second), (second, *image_shape), param_dtype, rngs)
+        self.outer_bias = outer_bias
+        if outer_bias:
+            self.first_bias = new_param(scheme.bias(per_capsules), (first,), param_dtype, rngs)
+            self.pixel_bias = new_param(scheme.bias(second), image_shape, param_dtype, rngs)
+
+    def __call__(self, poses: Float[Array, "b o h"]) -> Float[Array, "b height width channels"]:
+        _, features = self.hidden_features(poses)
+        to_pixels = self.to_pixels[...]
+        pixels = at_least_float32(jnp.tensordot(features.astype(to_pixels.dtype), to_pixels, axes=1))
+        if self.outer_bias:
+            pixels += self.pixel_bias[...]
+        return jax.nn.sigmoid(pixels)
+
+    def hidden_features(self, poses: Float[Array, "b o h"]) -> tuple[Float[Array, "b first"], Float[Array, "b second"]]:
+        """What comes of each of the two hidden layers."""
+        from_capsules, hidden = self.from_capsules[...], self.hidden_weight[...]
+        first = jnp.einsum("boh,ohf->bf", poses.astype(from_capsules.dtype), from_capsules)
+        if self.outer_bias:
+            first += self.first_bias[...]
+        first = jax.nn.relu(first)
+        return first, jax.nn.relu(first.astype(hidden.dtype) @ hidden + self.hidden_bias[...])
+
+
+def is_captured(module: nnx.Module) -> bool:
+    """Whether `nnx.capture` is collecting intermediates of this module; outside it, `sow` would keep them for good."""
+    return hasattr(module, "__captures__")
 
 
 def new_routing_weights(
     routing: Routing, in_capsules: int, in_dim: int, out_capsules: int, out_dim: int, dtype: DTypeLike
-) -> nnx.Dict:
+) -> dict[str, nnx.Param]:
     """The weights that a routing of these sizes learns, each full of the constant that it starts from."""
     sizes = {"i": in_capsules, "d": in_dim, "o": out_capsules, "h": out_dim}
-    return nnx.Dict(
-        {
-            name: nnx.Param(jnp.full([sizes[axis] for axis in weight.axes], weight.initial, dtype))
-            for name, weight in routing.weights.items()
-        }
-    )
+    return {
+        name: nnx.Param(jnp.full([sizes[axis] for axis in weight.axes], weight.initial, dtype))
+        for name, weight in routing.weights.items()
+    }

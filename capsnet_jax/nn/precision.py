@@ -5,10 +5,8 @@ many numbers or has exponents, roots or quotients: norms, squash, softmax, batch
 a model computes in is therefore said by its weights alone; one of float32 or float64 weights has no casts at all.
 """
 
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
 
 PRODUCTS = {"kernel", "weight", "from_capsules", "hidden_weight", "to_pixels"}
 """Names of weights that something is multiplied by: of convolutions, capsule layers and the decoder."""
@@ -31,8 +29,3 @@ def for_products(params: nnx.State, dtype: DTypeLike) -> nnx.State:
         return variable
 
     return nnx.map_state(cast, params)
-
-
-def at_least_float32(values: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Casts a smaller dtype up to float32; float32 and float64 stay what they are."""
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))

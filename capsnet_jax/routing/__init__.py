@@ -7,7 +7,6 @@ Its keyword arguments are what it needs beyond that; see `Routing`. To add one: 
 from collections.abc import Callable
 
 from capsnet_jax.capsules import Routed
-from capsnet_jax.nn.fast.fused_dynamic import fused_dynamic
 from capsnet_jax.routing.dynamic import dynamic
 from capsnet_jax.routing.em import em
 from capsnet_jax.routing.inverted_attention import inverted_attention
@@ -29,9 +28,6 @@ ROUTINGS: dict[str, Callable[..., Routed]] = {
     "uniform": uniform,
     "random": random,
 }
-
-FUSED: dict[Callable[..., Routed], Callable[..., Routed]] = {dynamic: fused_dynamic}
-"""Of routings that need no votes: the function of a batch, `(poses [b i d], weight [i d o h]) -> Routed`."""
 
 # After ROUTINGS, in which it looks names up.
 from capsnet_jax.routing.registry import Routing as Routing  # noqa: E402

@@ -27,7 +27,6 @@ class Run(NamedTuple):
     Attributes:
         folder: where its files are.
         config: its options.
-        image_shape: height, width and number of channels of the images.
         class_names: of the classes, in order.
         labels_per_image: number of classes that an image shows.
         data_checksum: of the images and labels, all of them.
@@ -35,7 +34,6 @@ class Run(NamedTuple):
 
     folder: Path
     config: Config
-    image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     labels_per_image: int = 1
     data_checksum: int = 0
@@ -44,11 +42,17 @@ class Run(NamedTuple):
     def of(cls, folder: Path, config: Config, dataset: Dataset) -> "Run":
         """A run of this data set."""
         labels_per_image = dataset.train_labels.shape[1] if dataset.train_labels.ndim == 2 else 1
-        return cls(folder, config, dataset.image_shape, dataset.class_names, labels_per_image, dataset.checksum())
+        config = config.with_sizes(dataset.image_shape, dataset.num_classes)
+        return cls(folder, config, dataset.class_names, labels_per_image, dataset.checksum())
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and number of channels of the images."""
+        return self.config.model.image_shape
 
     @property
     def num_classes(self) -> int:
-        return len(self.class_names)
+        return self.config.model.num_classes
 
     def new_model(self, seed: int | None = None) -> CapsNet:
         """The model with its initial weights, by default of the seed of the config.
@@ -57,13 +61,15 @@ class Run(NamedTuple):
             UsageError: the images are too small for the model, or its routing is unknown.
         """
         rngs = nnx.Rngs(self.config.training.seed if seed is None else seed)
-        return CapsNet(self.image_shape, self.num_classes, **vars(self.config.model), rngs=rngs)
+        return CapsNet.from_config(self.config.model, rngs=rngs)
 
     def fields(self) -> dict[str, Any]:
         """What `config.json` holds."""
-        data = {"image_shape": list(self.image_shape), "class_names": list(self.class_names)}
-        data |= {"labels_per_image": self.labels_per_image, "data_checksum": self.data_checksum}
-        return self.config.to_json() | data
+        return self.config.to_json() | {
+            "class_names": list(self.class_names),
+            "labels_per_image": self.labels_per_image,
+            "data_checksum": self.data_checksum,
+        }
 
     def depends_on(self) -> dict[str, Any]:
         """The part of these fields that must stay the same for a run to be resumed."""
@@ -136,11 +142,13 @@ def read_run(folder: Path) -> Run:
     except (OSError, json.JSONDecodeError) as error:
         raise UsageError(f"{folder / CONFIG} cannot be read: {error}.") from error
     try:
-        image_shape, class_names = tuple(fields.pop("image_shape")), tuple(fields.pop("class_names"))
+        class_names = tuple(fields.pop("class_names"))
         known = fields.pop("labels_per_image"), fields.pop("data_checksum")
+        if "image_shape" in fields:  # where 0.1.0 wrote it
+            fields["model"] |= {"image_shape": fields.pop("image_shape"), "num_classes": len(class_names)}
     except (AttributeError, KeyError, TypeError) as error:
         raise UsageError(f"{folder / CONFIG} is not the config of a run: {error!r}.") from error
-    return Run(folder, Config.from_json(fields), image_shape, class_names, *known)
+    return Run(folder, Config.from_json(fields), class_names, *known)
 
 
 def load_run(folder: Path, *, best: bool = False) -> tuple[Run, CapsNet]:

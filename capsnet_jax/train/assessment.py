@@ -10,9 +10,9 @@ from einops import rearrange, reduce
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from capsnet_jax.data import to_unit_range
 from capsnet_jax.nn.losses import reconstruction_loss
 from capsnet_jax.nn.model import CapsNet
+from capsnet_jax.ops import to_unit_range
 from capsnet_jax.train.evaluation import EVALUATION_BATCH
 
 Z95 = 1.959963984540054  # standard deviations that 95 % of a normal distribution are within

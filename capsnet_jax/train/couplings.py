@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
-from capsnet_jax.data import to_unit_range
+from capsnet_jax.ops import to_unit_range
 
 IMAGES_AT_ONCE = 250  # as in evaluation; the votes of the reference model for these are 184 MB
 
@@ -39,13 +39,9 @@ def make_coupling_entropy(graphdef: nnx.GraphDef) -> Callable[..., Float[Array, 
     def mean_entropy(state: nnx.State, images: Shaped[Array, "images height width channels"]) -> Float[Array, ""]:
         model = nnx.merge(graphdef, state)
         model.eval()
-        *below, last = model.encoder.capsule_layers
 
         def entropy(image: Shaped[Array, "height width channels"]) -> Float[Array, ""]:
-            capsules = model.encoder.primary_capsules(model.encoder.stem(to_unit_range(image[None])))
-            for layer in below:
-                capsules = layer(capsules)
-            return coupling_entropy(last.route(capsules).couplings).mean()
+            return coupling_entropy(model.route(to_unit_range(image[None]))[-1].couplings).mean()
 
         return jax.lax.map(entropy, images, batch_size=min(IMAGES_AT_ONCE, len(images))).mean()
 

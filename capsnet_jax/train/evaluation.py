@@ -10,8 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Int, Shaped
 
-from capsnet_jax.data import to_unit_range
-from capsnet_jax.ops import answers_right
+from capsnet_jax.ops import answers_right, to_unit_range
 
 EVALUATION_BATCH = 250  # images; it divides the 10,000 test images of most sets, and its patches fit in 1 GB
 

@@ -12,13 +12,12 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
-from capsnet_jax.data import to_unit_range
 from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.errors import NonFiniteLossError, UsageError
 from capsnet_jax.nn.losses import margin_loss, reconstruction_loss, spread_loss, spread_margin
 from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.nn.precision import for_products
-from capsnet_jax.ops import answers_right
+from capsnet_jax.ops import answers_right, to_unit_range
 
 
 class TrainState(NamedTuple):

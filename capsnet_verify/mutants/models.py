@@ -71,7 +71,7 @@ def routed_by(**mistake: Any) -> Callable[[Pair], AbstractContextManager[None]]:
 
     @contextmanager
     def wrong(pair: Pair) -> Iterator[None]:
-        for layer in pair.jax_model.encoder.capsule_layers:
+        for layer in pair.jax_model.capsule_layers:
             layer.routing = get_routing(partial(dynamic, **mistake))
         yield
 
@@ -147,14 +147,14 @@ def _sum_to_one(labels: jax.Array, *rest: Any) -> jax.Array:
 
 @contextmanager
 def _another_epsilon(pair: Pair) -> Iterator[None]:
-    for norm in pair.jax_model.encoder.stem.norms:
+    for norm in pair.jax_model.stem.norms:
         norm.epsilon = 1e-5  # PyTorch's default
     yield
 
 
 @contextmanager
 def _another_momentum(pair: Pair) -> Iterator[None]:
-    for norm in pair.jax_model.encoder.stem.norms:
+    for norm in pair.jax_model.stem.norms:
         norm.momentum = 0.01  # as PyTorch counts it
     yield
 
@@ -198,13 +198,13 @@ MUTANTS = [
     ModelMutant(
         "images standardised together",
         "stem 0",
-        with_function("capsnet_jax.nn.stem.standardize_images", _all_images_together),
+        with_function("capsnet_jax.nn.layers.standardize_images", _all_images_together),
         TWO_LABELS,
     ),
     ModelMutant(
         "channels of an image standardised apart",
         "stem 0",
-        with_function("capsnet_jax.nn.stem.standardize_images", _each_channel_apart),
+        with_function("capsnet_jax.nn.layers.standardize_images", _each_channel_apart),
         TWO_LABELS,
     ),
     ModelMutant(

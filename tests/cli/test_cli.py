@@ -155,7 +155,7 @@ def test_options_of_a_routing_reach_it_and_its_weights_are_saved(idx_folder, tmp
     name = "encoder.primary2digit_capsules.routing_weights.capsule_bias"
     assert to_torch(model)[name].shape == (10, 5)
     assert np.abs(to_torch(model)[name] - 0.1).max() > 1e-3
-    assert dict(model.encoder.capsule_layers[0].routing.options)["num_iterations"] == 2
+    assert dict(model.capsule_layers[0].routing.options)["num_iterations"] == 2
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == last
 

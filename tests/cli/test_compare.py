@@ -57,7 +57,7 @@ def raising(votes, activations):
 
 
 def routing_of(trainer: Trainer) -> str:
-    return trainer.models()[0].encoder.capsule_layers[-1].routing.name
+    return trainer.models()[0].capsule_layers[-1].routing.name
 
 
 HARD, ALSO_UNIFORM, DIVERGING = (f"tests.cli.test_compare:{name}" for name in ("hard", "also_uniform", "diverging"))

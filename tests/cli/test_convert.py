@@ -18,7 +18,7 @@ from tests.conftest import IMAGE_SHAPE, SMALL
 from tests.interchange.damages import DAMAGED_STATES, Bomb
 from tests.interchange.test_state_files import ARCHITECTURES, CONVOLUTIONAL, assert_same, new_run, random_state
 
-SMALL_RUN = Run(Path("run"), Config(ModelConfig(**SMALL, primary_stride=2)), IMAGE_SHAPE, tuple("0123456789"))
+SMALL_RUN = Run(Path("run"), Config(ModelConfig(IMAGE_SHAPE, 10, **SMALL, primary_stride=2)), tuple("0123456789"))
 
 
 @pytest.fixture(scope="module")

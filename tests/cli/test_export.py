@@ -49,9 +49,9 @@ CASES["variational"] |= {"primary_scale": 10.0}
 
 def new_model(seed: int, **options) -> CapsNet:
     """A model in which weights that a routing learns are not all the constant that they start from."""
-    model = CapsNet(IMAGE_SHAPE, 10, **options, rngs=nnx.Rngs(seed))
+    model = CapsNet(**options | {"image_shape": IMAGE_SHAPE, "num_classes": 10}, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
-    for layer in model.encoder.capsule_layers:
+    for layer in model.capsule_layers:
         for weight in layer.routing_weights.values():
             weight[...] += jnp.asarray(0.1 * rng.normal(size=weight.shape), jnp.float32)
     return model
@@ -83,7 +83,7 @@ def assert_close(actual, expected):
 
 @pytest.fixture
 def run_dir(tmp_path):
-    run = Run(tmp_path / "run", Config(ModelConfig(**SMALL)), IMAGE_SHAPE, tuple("abcdefghij"))
+    run = Run(tmp_path / "run", Config(ModelConfig(IMAGE_SHAPE, 10, **SMALL)), tuple("abcdefghij"))
     run.write_config()
     for name, seed in ((WEIGHTS, 0), (BEST, 1)):
         save_weights(run.folder / name, new_model(seed, **SMALL))
@@ -109,8 +109,8 @@ def test_the_model_itself_is_left_as_it_was():
     before = nnx.state(model)
     frames = jax.config.jax_traceback_in_locations_limit
     to_stablehlo(model)
-    assert not model.encoder.stem.norms[0].use_running_average
-    assert model.encoder.capsule_layers[0].implementation == "auto"
+    assert not model.stem.norms[0].use_running_average
+    assert model.capsule_layers[0].implementation == "auto"
     assert jax.tree.all(jax.tree.map(np.array_equal, nnx.state(model), before))
     assert jax.config.jax_traceback_in_locations_limit == frames
 

@@ -21,7 +21,9 @@ PIXELS = np.random.default_rng(4).integers(0, 256, (3, *IMAGE_SHAPE[:2]), dtype=
 
 
 def new_run(folder, image_shape=IMAGE_SHAPE, labels_per_image=1, **data) -> Run:
-    return Run(folder, Config(ModelConfig(**SMALL), DataConfig(**data)), image_shape, NAMES, labels_per_image)
+    return Run(
+        folder, Config(ModelConfig(image_shape, len(NAMES), **SMALL), DataConfig(**data)), NAMES, labels_per_image
+    )
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def run_dir(tmp_path, small_model):
 
 def new_model(seed: int) -> CapsNet:
     model = CapsNet(IMAGE_SHAPE, 10, **SMALL, rngs=nnx.Rngs(seed))
-    weight = model.encoder.capsule_layers[-1].weight
+    weight = model.capsule_layers[-1].weight
     weight[...] = 3 * weight[...]
     return model
 

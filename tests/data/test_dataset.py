@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from capsnet_jax import UsageError
-from capsnet_jax.data import Dataset, central_crop, make_dataset, to_unit_range
+from capsnet_jax.data import Dataset, central_crop, make_dataset
+from capsnet_jax.ops import to_unit_range
 
 IMAGES, LABELS = np.zeros((4, 5, 6, 1), np.float32), np.array([0, 1, 2, 1])
 PAIRS = np.array([[0, 1], [1, 2], [2, 1], [0, 2]])

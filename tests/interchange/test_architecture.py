@@ -41,7 +41,7 @@ def test_weights_tell_all_sizes_of_their_model(model):
 @pytest.mark.parametrize("preset", ["readable", "digits", "official", "paper", "efficient"])
 def test_a_preset_is_found_again_from_its_weights(preset):
     config = PRESETS[preset]
-    run = Run(Path("run"), config, (28, 28, 1), tuple("0123456789"))
+    run = Run(Path("run"), config.with_sizes((28, 28, 1), 10), tuple("0123456789"))
     assert run_of_state(random_state(run), config, Path("run")) == run
 
 
@@ -68,7 +68,7 @@ def test_where_two_activations_explain_the_weights_the_config_decides():
     """Of 6 channels, 3 groups of 2 at 1 x 2 positions, or 2 groups of 2 + 1 at 1 x 3."""
     norm = dataclasses.replace(PLAIN, primary_groups=3, primary_dim=2, primary_stride=4)
     sigmoid = dataclasses.replace(norm, primary_groups=2, primary_activation="sigmoid", primary_stride=2)
-    runs = [new_run(model)._replace(image_shape=(5, 9, 2)) for model in (norm, sigmoid)]
+    runs = [new_run(dataclasses.replace(model, image_shape=(5, 9, 2))) for model in (norm, sigmoid)]
     state, other = map(random_state, runs)
     assert_same(state, other)
     for run in runs:
@@ -114,6 +114,6 @@ def test_a_run_found_from_weights_can_be_written_and_read(state, tmp_path):
     run = run_of_state(state, new_run(PLAIN).config, tmp_path / "run")
     run.write_config()
     fields = json.loads((run.folder / "config.json").read_text())
-    assert fields["image_shape"] == [19, 22, 2]
+    assert fields["model"]["image_shape"] == [19, 22, 2]
     assert fields["class_names"] == list("01234")
     assert fields["data_checksum"] == 0

@@ -36,7 +36,7 @@ CONFIG = Config(
     DataConfig(dataset="kmnist", augment=("shift=0.1", "flip"), train_limit=1000),
     TrainingConfig(epochs=3, batch_size=17, learning_rate=0.0025, seed=19),
 )
-RUN = Run(Path("folder/kuzushiji"), CONFIG, (40, 41, 3), ("o", "ki", "su"), data_checksum=5)
+RUN = Run(Path("folder/kuzushiji"), CONFIG.with_sizes((40, 41, 3), 3), ("o", "ki", "su"), data_checksum=5)
 EPOCHS = [
     {"epoch": epoch, "step": 58 * epoch, "loss": 0.5 / epoch, "test_accuracy": accuracy, "images_per_second": speed}
     | {"peak_memory_bytes": memory}
@@ -155,7 +155,7 @@ def test_the_lines_of_python_run(tmp_path):
     from capsnet_jax.interchange.weights import save_weights
     from tests.conftest import SMALL
 
-    run = Run(tmp_path / "run", Config(ModelConfig(**SMALL)), (9, 11, 1), tuple("0123456789"))
+    run = Run(tmp_path / "run", Config(ModelConfig((9, 11, 1), 10, **SMALL)), tuple("0123456789"))
     run.write_config()
     save_weights(run.folder / "model.safetensors", run.new_model())
     (lines,) = re.findall(r"```python\n(.+?)```", card(run), re.DOTALL)

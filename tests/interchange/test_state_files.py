@@ -20,6 +20,8 @@ from capsnet_jax.runs.folder import Run
 
 # All weights that a dense architecture can have: several convolutions, normalisation, routing weights, hidden layers.
 MANY = ModelConfig(
+    image_shape=(19, 22, 2),
+    num_classes=5,
     stem_below=((3, 4), (5, 2)),
     stem_channels=4,
     stem_kernel=3,
@@ -38,12 +40,15 @@ MANY = ModelConfig(
     routing="dynamic,capsule_bias=0.1",
 )
 DEPTHWISE = ModelConfig(
+    image_shape=(19, 22, 2), num_classes=5,
     stem_channels=12, stem_kernel=3, primary_groups=3, primary_dim=4, primary_kernel=3, primary_stride=3,
     primary_depthwise=True, class_dim=5, decoder_hidden=(6, 7),
 )  # fmt: skip
 PLAIN = dataclasses.replace(DEPTHWISE, primary_depthwise=False, primary_stride=2)
 # Weights do not tell the sizes of this one; files keep it all the same.
 CONVOLUTIONAL = ModelConfig(
+    image_shape=(19, 22, 2),
+    num_classes=5,
     stem_channels=4,
     stem_kernel=5,
     stem_stride=2,
@@ -64,7 +69,7 @@ FROM_CONFIG = ("stem_stride", "primary_scale", "primary_squash", "routing", "num
 
 
 def new_run(model: ModelConfig, folder: Path = Path("run")) -> Run:
-    return Run(folder, Config(model), (19, 22, 2), tuple("01234"))
+    return Run(folder, Config(model), tuple("01234"))
 
 
 def random_state(run: Run, dtype: str = "float32") -> dict[str, np.ndarray]:

@@ -28,10 +28,10 @@ def images(count: int) -> jnp.ndarray:
 
 
 def test_features_of_a_batch_have_mean_0_and_deviation_1_in_training_alone(model):
-    features = np.asarray(model.encoder.stem(images(30)), np.float64)
+    features = np.asarray(model.stem(images(30)), np.float64)
     assert np.abs(features.mean(axis=(0, 1, 2))).max() > 0.01
     model.train()
-    features = np.asarray(model.encoder.stem(images(30)), np.float64)
+    features = np.asarray(model.stem(images(30)), np.float64)
     np.testing.assert_allclose(features.mean(axis=(0, 1, 2)), 0, atol=1e-5)
     variance = features.var(axis=(0, 1, 2))
     alive = variance > 0  # not a ReLU of zeros
@@ -41,7 +41,7 @@ def test_features_of_a_batch_have_mean_0_and_deviation_1_in_training_alone(model
 
 def test_running_means_follow_the_batches_as_documented(model):
     before = {name: to_torch(model)[name] for name in RUNNING}
-    convolution = model.encoder.stem.convolutions[0]
+    convolution = model.stem.convolutions[0]
     features = np.asarray(nnx.relu(convolution(images(30))), np.float64)
     model.train()
     model.encode(images(30))

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from capsnet_jax.nn.fast.convolution import convolve, matrix_product, native, positions_after
+from capsnet_jax.nn.fast.convolution import convolve, matrix_product
+from capsnet_jax.ops import convolution, positions_after
 
 # height, width, channels; kernel height, kernel width; stride; features
 CASES = [
@@ -31,7 +32,7 @@ def test_values_and_gradients_are_those_of_xla(case, dtype, tolerance):
         outputs = positions_after((height, width), (kernel_height, kernel_width), stride)
         cotangent = jnp.asarray(rng.normal(size=(3, *outputs, features)), dtype)
         actual, expected = (
-            value_and_pull(formulation, stride, images, kernel, cotangent) for formulation in (convolve, native)
+            value_and_pull(formulation, stride, images, kernel, cotangent) for formulation in (convolve, convolution)
         )
         for name, ours, theirs in zip(("value", "images", "kernel"), actual, expected, strict=True):
             assert ours.shape == theirs.shape, name
@@ -39,14 +40,14 @@ def test_values_and_gradients_are_those_of_xla(case, dtype, tolerance):
             assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max(), name
 
 
-@pytest.mark.parametrize("formulation", [convolve, matrix_product, native])
+@pytest.mark.parametrize("formulation", [convolve, matrix_product, convolution])
 def test_in_bfloat16_it_is_nearly_the_same_and_cotangents_are_in_bfloat16(formulation):
     rng = np.random.default_rng(7)
     images, kernel, cotangent = (
         jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((3, 10, 11, 4), (3, 4, 4, 5), (3, 4, 4, 5))
     )
     exact = [array.astype(jnp.float32) for array in (images, kernel, cotangent)]
-    expected = value_and_pull(native, 2, *exact)
+    expected = value_and_pull(convolution, 2, *exact)
     for ours, theirs in zip(value_and_pull(formulation, 2, images, kernel, cotangent), expected, strict=True):
         assert ours.dtype == jnp.bfloat16
         assert np.abs(ours.astype(jnp.float32) - theirs).max() <= 1e-2 * np.abs(theirs).max()
@@ -57,7 +58,7 @@ def test_under_jit_and_vmap_it_is_the_same():
     images, kernels = jnp.asarray(rng.normal(size=(2, 3, 8, 9, 2))), jnp.asarray(rng.normal(size=(2, 3, 3, 2, 4)))
     mapped = jax.jit(jax.vmap(lambda image, kernel: convolve(image, kernel, 2)))(images, kernels)
     for one, image, kernel in zip(mapped, images, kernels, strict=True):
-        np.testing.assert_allclose(one, native(image, kernel, 2), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(one, convolution(image, kernel, 2), rtol=1e-5, atol=1e-5)
 
 
 # Images and kernel, with stride 2; the second is the reference model's, which a CPU does by spectra if it is alone.

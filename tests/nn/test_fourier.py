@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from capsnet_jax.nn.fast import convolution
-from capsnet_jax.nn.fast.convolution import convolve, matrix_product, native
+from capsnet_jax.nn.fast.choice import Choice, choose_convolution
+from capsnet_jax.nn.fast.convolution import convolve
 from capsnet_jax.nn.fast.fourier import LARGEST_TILE, fourier, make_transforms, num_products, possible_tilings
+from capsnet_jax.ops import convolution
 
 # height, width, channels; kernel height, kernel width; stride; features; number of tiles along height and width
 CASES = [
@@ -31,7 +32,7 @@ PRIMARY = (64, 20, 20, 256), (9, 9, 256, 256), 2  # the second convolution of th
 def test_values_and_gradients_are_those_of_xla(case, dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
         images, kernel, cotangent = operands(case, dtype)
-        expected = results(native, case, images, kernel, cotangent)
+        expected = results(convolution, case, images, kernel, cotangent)
         actual = results(fourier, case, images, kernel, cotangent)
         assert_all_close(actual, expected, tolerance)
         assert [str(array.dtype) for array in actual] == [dtype] * 3
@@ -50,7 +51,7 @@ def test_a_few_products_at_once_make_the_same_sums(products_at_once, parts, monk
         monkeypatch.setattr("capsnet_jax.nn.fast.fourier.SPECTRA_BYTES", products_at_once * bytes_of_product)
         program = jax.make_jaxpr(partial(fourier, stride=2, tilings=tilings_of(case)))(images, kernel)
         assert [int(length) for length in re.findall(r"\blength=(\d+)", str(program))] == [parts - 1]
-        expected = results(native, case, images, kernel, cotangent)
+        expected = results(convolution, case, images, kernel, cotangent)
         assert_all_close(results(fourier, case, images, kernel, cotangent), expected, 1e-12)
 
 
@@ -62,7 +63,7 @@ def test_under_vmap_it_is_the_same():
         pulled = partial(value_and_pull, partial(fourier, stride=2, tilings=tilings_of(case)))
         mapped = jax.jit(jax.vmap(pulled), compiler_options=QUICKLY_COMPILED)(*stacked)
         for index, arrays in enumerate(sets):
-            assert_all_close([array[index] for array in mapped], results(native, case, *arrays), 1e-12)
+            assert_all_close([array[index] for array in mapped], results(convolution, case, *arrays), 1e-12)
 
 
 def test_full_size_is_accurate_in_float32():
@@ -82,8 +83,9 @@ def test_full_size_is_accurate_in_float32():
         of_images,
         np.moveaxis(np.tensordot(patches, cotangent, [(0, 1), (0, 1)]), 0, 2),
     )
-    formulation = chosen(*PRIMARY)
-    assert formulation.func is fourier
+    choice = chosen(*PRIMARY)
+    assert choice.name == "fourier"
+    formulation = partial(fourier, stride=2, tilings=choice.tilings)
     arrays = [jnp.asarray(array, "float32") for array in (images, kernel, cotangent[None])]
     assert_all_close(jax.jit(partial(value_and_pull, formulation))(*arrays), expected, 5e-6)
 
@@ -125,35 +127,34 @@ def test_transforms_are_of_a_convolution_in_as_few_products_as_told(rows, column
 
 
 def test_a_cpu_takes_it_where_it_needs_less():
-    assert chosen(*PRIMARY).func is fourier
-    assert chosen((64, 28, 28, 1), (9, 9, 1, 256), 1).func is matrix_product  # the stem of the reference model
-    assert chosen((64, 20, 20, 256), (1, 1, 256, 256), 1).func is matrix_product
-    assert chosen((64, 20, 20, 256), (2, 2, 256, 256), 2).func is matrix_product  # one tap in each phase
-    assert chosen((64, 90, 90, 256), (75, 75, 256, 256), 1).func is matrix_product  # no tile is that large
-    assert chosen(*PRIMARY, dtype="bfloat16").func is matrix_product
+    assert chosen(*PRIMARY).name == "fourier"
+    assert chosen((64, 28, 28, 1), (9, 9, 1, 256), 1).name == "patches"  # the stem of the reference model
+    assert chosen((64, 20, 20, 256), (1, 1, 256, 256), 1).name == "patches"
+    assert chosen((64, 20, 20, 256), (2, 2, 256, 256), 2).name == "patches"  # one tap in each phase
+    assert chosen((64, 90, 90, 256), (75, 75, 256, 256), 1).name == "patches"  # no tile is that large
+    assert chosen(*PRIMARY, dtype="bfloat16").name == "patches"
 
 
 def test_on_several_devices_a_cpu_takes_the_matrix_product(monkeypatch):
     monkeypatch.setattr("jax.device_count", lambda: 2)
-    assert chosen(*PRIMARY).func is matrix_product
+    assert chosen(*PRIMARY).name == "patches"
 
 
 def test_with_either_a_convolution_is_the_same(monkeypatch):
     """Values and gradients of `convolve`, whatever it takes."""
     case = (11, 13, 8, 3, 4, 1, 3, (2, 2))
-    taken = {
-        "fourier": partial(fourier, stride=1, tilings=tilings_of(case)),
-        "matrix product": partial(matrix_product, stride=1),
-    }
+    choices = [Choice("fourier", "tested", tilings_of(case)), Choice("patches", "tested")]
     with jax.enable_x64(True):
         images, kernel, cotangent = operands(case, "float64")
-        expected = results(native, case, images, kernel, cotangent)
-        for name, formulation in taken.items():
-            monkeypatch.setattr(convolution, "cheapest_on_cpu", lambda *_, formulation=formulation: formulation)
+        expected = results(convolution, case, images, kernel, cotangent)
+        for choice in choices:
+            monkeypatch.setattr(
+                "capsnet_jax.nn.fast.convolution.choose_convolution", lambda *_, choice=choice, **__: choice
+            )
             pulled = partial(value_and_pull, lambda images, kernel: convolve(images, kernel, 1))
             lowered = jax.jit(pulled).lower(images, kernel, cotangent)
             has_patches = "x96xf64>" in lowered.as_text()  # rows of all that is under the kernel
-            assert has_patches == (name == "matrix product")
+            assert has_patches == (choice.name == "patches")
             assert_all_close(lowered.compile(QUICKLY_COMPILED)(images, kernel, cotangent), expected, 1e-12)
 
 
@@ -198,10 +199,5 @@ def assert_all_close(actual, expected, tolerance):
 
 
 def chosen(images, kernel, stride, dtype="float32"):
-    """What is cheapest on a CPU for arrays of these shapes, which do not come to be."""
-    formulations = []
-    jax.eval_shape(
-        lambda *arrays: formulations.append(convolution.cheapest_on_cpu(*arrays, stride)),
-        *(jax.ShapeDtypeStruct(shape, dtype) for shape in (images, kernel)),
-    )
-    return formulations[0]
+    """The implementation on a CPU for arrays of these shapes."""
+    return choose_convolution(images, kernel, stride, dtype, platform="cpu")

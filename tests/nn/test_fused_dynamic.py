@@ -11,8 +11,10 @@ import pytest
 from flax import nnx
 
 from capsnet_jax import CapsNet, Capsules, UsageError
-from capsnet_jax.nn.layers import CapsuleLayer, fused_function
-from capsnet_jax.routing import dynamic, fused_dynamic, get_routing
+from capsnet_jax.nn.fast.choice import choose_routing
+from capsnet_jax.nn.fast.fused_dynamic import FUSED, fused_dynamic
+from capsnet_jax.nn.layers import CapsuleLayer
+from capsnet_jax.routing import dynamic, get_routing
 from tests.conftest import IMAGE_SHAPE, SMALL
 
 BATCH, INPUTS, DIM, OUTPUTS, SIZE = 3, 10, 4, 5, 6
@@ -168,20 +170,24 @@ def test_it_has_the_options_of_dynamic(set_chunk):
         partial(dynamic, leaky=True),
         "capsnet_jax.routing.dynamic:dynamic,leaky=true",
     ):
-        fused = fused_function(get_routing(routing, num_iterations=2), "fused", 3)
+        bound = get_routing(routing, num_iterations=2)
+        fused = partial(FUSED[bound.function], **dict(bound.options))
         np.testing.assert_allclose(jax.jit(fused)(**arguments).couplings, expected.couplings, rtol=1e-4)
 
 
 def test_what_is_taken_where_the_user_does_not_say(monkeypatch):
-    assert fused_function(get_routing("dynamic"), "auto", 16) is not None
-    assert fused_function(get_routing("dynamic"), "auto", 15) is None
-    assert fused_function(get_routing("dynamic"), "fused", 1) is not None
-    assert fused_function(get_routing("dynamic"), "votes", 16) is None
-    assert fused_function(get_routing("em"), "auto", 16) is None
-    assert fused_function(get_routing("em"), "votes", 16) is None
+    def chosen(routing, option, num_examples):
+        return choose_routing(get_routing(routing), option, num_examples).name
+
+    assert chosen("dynamic", "auto", 16) == "fused"
+    assert chosen("dynamic", "auto", 15) == "votes"
+    assert chosen("dynamic", "fused", 1) == "fused"
+    assert chosen("dynamic", "votes", 16) == "votes"
+    assert chosen("em", "auto", 16) == "votes"
+    assert chosen("em", "votes", 16) == "votes"
     monkeypatch.setattr("jax.device_count", lambda: 2)
-    assert fused_function(get_routing("dynamic"), "auto", 16) is None
-    assert fused_function(get_routing("dynamic"), "fused", 16) is not None
+    assert chosen("dynamic", "auto", 16) == "votes"
+    assert chosen("dynamic", "fused", 16) == "fused"
 
 
 @pytest.mark.parametrize("num_iterations", [0, -2])

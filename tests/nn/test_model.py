@@ -1,6 +1,6 @@
 """Layers and model: sizes that come by themselves, stacking, and errors."""
 
-import inspect
+import dataclasses
 from functools import partial
 
 import jax
@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 
 from capsnet_jax import CapsNet, Capsules, Routed, UsageError
-from capsnet_jax.config import ModelConfig
 from capsnet_jax.nn.conv_capsules import ConvCapsules
 from capsnet_jax.nn.layers import CapsuleLayer
 from capsnet_jax.nn.losses import margin_loss
+from capsnet_jax.presets import PRESETS
 
 SMALL = {
     "stem_channels": 6,
@@ -28,16 +28,47 @@ SMALL = {
 
 def test_the_defaults_are_the_reference_model():
     model = nnx.eval_shape(lambda: CapsNet(rngs=nnx.Rngs(0)))
-    assert model.encoder.capsule_layers[0].weight.shape == (1152, 8, 10, 16)
+    assert model.capsule_layers[0].weight.shape == (1152, 8, 10, 16)
     assert sum(param.size for param in jax.tree.leaves(nnx.state(model))) == 8_214_272
 
 
-def test_config_and_model_have_the_same_defaults():
-    arguments = inspect.signature(CapsNet.__init__).parameters
-    for name, value in vars(ModelConfig()).items():
-        assert arguments[name].default == value, name
-    rest = arguments.keys() - vars(ModelConfig()).keys()
-    assert rest == {"self", "image_shape", "num_classes", "param_dtype", "rngs"}
+def test_keywords_and_configs_and_presets_make_the_same_model():
+    config = PRESETS["digits"].model
+    models = [
+        CapsNet(**vars(config), rngs=nnx.Rngs(3)),
+        CapsNet.from_config(config, rngs=nnx.Rngs(3)),
+        CapsNet.from_preset("digits", rngs=nnx.Rngs(3)),
+    ]
+    assert {model.config for model in models} == {config}
+    first, *others = [nnx.state(model) for model in models]
+    for other in others:
+        for ours, expected in zip(jax.tree.leaves(other), jax.tree.leaves(first), strict=True):
+            np.testing.assert_array_equal(ours, expected)
+    changed = CapsNet.from_preset("digits", num_classes=4, class_dim=3, rngs=nnx.Rngs(0))
+    assert changed.config == dataclasses.replace(config, num_classes=4, class_dim=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"primary_group": 4}, "no field 'primary_group'; the nearest is 'primary_groups'"),
+        ({"routings": "em"}, "no field 'routings'; the nearest is 'routing'"),
+        ({"image_shape": (9, 11)}, r"image_shape is \(9, 11\); expected height, width and number of channels"),
+        ({"num_classes": 0}, "num_classes is 0, and must be at least 1"),
+        ({"hidden_capsules": [[4, 0]]}, r"hidden_capsules is \(\(4, 0\),\), and every size in it must be at least 1"),
+    ],
+)
+def test_a_wrong_field_is_an_error(options, message):
+    with pytest.raises(UsageError, match=message):
+        CapsNet(**options, rngs=nnx.Rngs(0))
+    if "image_shape" not in options:
+        with pytest.raises(UsageError, match=message):
+            CapsNet.from_preset("digits", **options, rngs=nnx.Rngs(0))
+
+
+def test_an_unknown_preset_is_an_error():
+    with pytest.raises(UsageError, match="Unknown preset 'digit'; expected readable, digits"):
+        CapsNet.from_preset("digit", rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +76,7 @@ def test_config_and_model_have_the_same_defaults():
 )
 def test_the_number_of_primary_capsules_is_inferred(image_shape, stride, positions):
     model = CapsNet(image_shape, 4, **SMALL, primary_stride=stride, rngs=nnx.Rngs(0))
-    assert model.encoder.capsule_layers[0].weight.shape == (2 * positions, 4, 4, 5)
+    assert model.capsule_layers[0].weight.shape == (2 * positions, 4, 4, 5)
     images = jax.ShapeDtypeStruct((2, *image_shape), "float32")
     capsules = jax.eval_shape(model.encode, images)
     assert capsules.poses.shape == (2, 4, 5)
@@ -58,7 +89,7 @@ def test_a_capsule_is_the_channels_of_one_group_at_one_position():
         (9, 11, 1), 4, **(SMALL | {"stem_kernel": 1, "primary_kernel": 1}), primary_stride=1, rngs=nnx.Rngs(0)
     )
     dark, lit = jnp.zeros((1, 9, 11, 1)), jnp.zeros((1, 9, 11, 1)).at[0, 5, 7].set(1)
-    before, after = (model.encoder.primary_capsules(model.encoder.stem(images)).poses for images in (dark, lit))
+    before, after = (model.primary_capsules(model.stem(images)).poses for images in (dark, lit))
     changed = np.flatnonzero(np.abs(after - before).max(axis=2)[0])
     np.testing.assert_array_equal(changed, [(5 * 11 + 7) * 2, (5 * 11 + 7) * 2 + 1])
 
@@ -107,7 +138,7 @@ def test_capsule_layers_stack_and_train():
 
 def test_hidden_capsules_make_layers_of_these_sizes():
     model = CapsNet((9, 9, 1), 4, **SMALL, hidden_capsules=((7, 3), (6, 2)), rngs=nnx.Rngs(0))
-    shapes = [layer.weight.shape for layer in model.encoder.capsule_layers]
+    shapes = [layer.weight.shape for layer in model.capsule_layers]
     assert shapes == [(18, 4, 7, 3), (7, 3, 6, 2), (6, 2, 4, 5)]
 
 
@@ -210,4 +241,4 @@ def test_recomputed_routing_is_the_same_function_that_keeps_less(kind):
 def test_the_model_recomputes_in_every_layer():
     model = CapsNet((9, 9, 1), 4, **SMALL, conv_capsules=((3, 4, 2, 1),), recompute_routing=True, rngs=nnx.Rngs(0))
     names = [equation.primitive.name for equation in jax.make_jaxpr(model.encode)(jnp.ones((2, 9, 9, 1))).eqns]
-    assert sum(name.startswith("remat") for name in names) == len(model.encoder.capsule_layers) == 2
+    assert sum(name.startswith("remat") for name in names) == len(model.capsule_layers) == 2

@@ -12,7 +12,8 @@ from flax import nnx
 from capsnet_jax import CapsNet, Capsules
 from capsnet_jax.interchange.weights import weight_table
 from capsnet_jax.nn.losses import margin_loss, reconstruction_loss
-from capsnet_jax.nn.precision import at_least_float32, for_products
+from capsnet_jax.nn.precision import for_products
+from capsnet_jax.ops import at_least_float32
 from capsnet_jax.presets import PRESETS
 from capsnet_jax.routing.dynamic import dynamic
 
@@ -104,7 +105,7 @@ def test_losses_and_gradients_are_nearly_those_of_float32(name):
 def test_what_is_cast_is_the_weights_of_products_in_every_preset(preset):
     """Those of two axes and more that PyTorch calls weight; a batch normalisation's has one."""
     shape = (8, 8, 1) if preset == "digits" else (28, 28, 1)
-    model = nnx.eval_shape(lambda: CapsNet(shape, 10, **vars(PRESETS[preset].model), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: CapsNet.from_preset(preset, image_shape=shape, num_classes=10, rngs=nnx.Rngs(0)))
     params = nnx.state(model, nnx.Param)
     before = dict(nnx.to_flat_state(params))
     after = dict(nnx.to_flat_state(jax.eval_shape(lambda params: for_products(params, jnp.bfloat16), params)))
@@ -163,9 +164,9 @@ def test_only_products_are_in_bfloat16_and_all_products_of_weights_are():
 def test_features_take_half_the_memory_and_norms_keep_float32():
     case = Case(batch_norm=True)
     model = case.model(case.params, "bfloat16")
-    convolution, norm = model.encoder.stem.convolutions[0], model.encoder.stem.norms[0]
+    convolution, norm = model.stem.convolutions[0], model.stem.norms[0]
     assert convolution(case.images).dtype == jnp.bfloat16
-    assert model.encoder.stem(case.images).dtype == jnp.float32
+    assert model.stem(case.images).dtype == jnp.float32
     assert {norm.scale[...].dtype, norm.bias[...].dtype} == {jnp.dtype("float32")}
     assert {norm.mean[...].dtype, norm.var[...].dtype} == {jnp.dtype("float32")}
     features = np.asarray(jax.nn.relu(convolution(case.images)), np.float64)
@@ -176,7 +177,7 @@ def test_a_model_may_be_made_of_bfloat16_weights():
     def decoded() -> tuple[Capsules, Capsules, jax.Array]:
         model = CapsNet(IMAGE_SHAPE, 5, **SMALL, batch_norm=True, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
         images = jnp.ones((2, *IMAGE_SHAPE))
-        primary, capsules = model.encoder.primary_capsules(model.encoder.stem(images)), model.encode(images)
+        primary, capsules = model.primary_capsules(model.stem(images)), model.encode(images)
         return primary, capsules, model.decode(capsules.poses, jnp.array([0, 1]))
 
     assert [array.dtype for array in jax.tree.leaves(jax.eval_shape(decoded))] == [jnp.float32] * 5

@@ -23,7 +23,7 @@ def write_run(folder, test, validation=(), *, epochs=3, memory=1_500_000_000, **
     """A run with these accuracies after its epochs; those of the test are not best at the end."""
     routing = {"dataset": options.pop("dataset", "digits")}
     config = Config(data=DataConfig(**routing), training=TrainingConfig(epochs=epochs, **options))
-    Run(folder, config, (8, 8, 1), ("a", "b")).write_config()
+    Run(folder, config.with_sizes((8, 8, 1), 2), ("a", "b")).write_config()
     lines = []
     for epoch, accuracy in enumerate(test, 1):
         for step in (STEPS * epoch - 2, STEPS * epoch):

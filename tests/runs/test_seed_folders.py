@@ -174,7 +174,7 @@ def test_other_runs_in_their_folder_are_refused_and_leave_nothing(trained, data,
 
 @pytest.fixture
 def run(tmp_path):
-    return Run(tmp_path / "runs", Config(), IMAGE_SHAPE, ("a", "b"))
+    return Run(tmp_path / "runs", Config().with_sizes(IMAGE_SHAPE, 2), ("a", "b"))
 
 
 @pytest.mark.parametrize("resume", [False, True])

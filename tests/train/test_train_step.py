@@ -82,7 +82,7 @@ def test_batch_normalisation_sees_each_part_by_itself():
     state, _ = in_parts(2, steps=1, batch_norm=True)
     with jax.enable_x64(True):
         model = CapsNet(IMAGE_SHAPE, 10, **SMALL, param_dtype="float64", rngs=nnx.Rngs(0))
-        features = np.asarray(nnx.relu(model.encoder.stem.convolutions[0](float64_batch()[0])))
+        features = np.asarray(nnx.relu(model.stem.convolutions[0](float64_batch()[0])))
     mean, variance = np.zeros(6), np.ones(6)
     for part in (features[::2], features[1::2]):
         mean = 0.99 * mean + 0.01 * part.mean(axis=(0, 1, 2))

@@ -16,6 +16,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from capsnet_jax.nn.fast.derivatives import with_backward
+
 Images = Float[Array, "b height width channels"]
 Kernel = Float[Array, "kernel_height kernel_width channels features"]
 Features = Float[Array, "b out_height out_width features"]
@@ -57,7 +59,6 @@ class Transforms(NamedTuple):
     features: Float[Array | np.ndarray, "*parts products outputs"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def fourier(images: Images, kernel: Kernel, stride: int, tilings: tuple[Tiling, Tiling]) -> Features:
     """Cross-correlates images with a kernel, without padding.
 
@@ -67,6 +68,12 @@ def fourier(images: Images, kernel: Kernel, stride: int, tilings: tuple[Tiling, 
         stride: step of the kernel, in pixels, along both axes.
         tilings: how height and width are cut; see `possible_tilings`.
     """
+    # A backward pass of our own: the one derived would keep all spectra, and transpose what it adds up.
+    forward = with_backward(partial(_backward, stride, tilings))(partial(_forward, stride, tilings))
+    return forward(images, kernel)
+
+
+def _forward(stride: int, tilings: tuple[Tiling, Tiling], images: Images, kernel: Kernel) -> Features:
     pixels, taps = _phases_of_images(images, stride, *tilings), _phases_of_kernel(kernel, stride, *tilings)
     rows, columns = tilings
 
@@ -80,16 +87,9 @@ def fourier(images: Images, kernel: Kernel, stride: int, tilings: tuple[Tiling, 
     return features[:, :height, :width]
 
 
-def _forward(
-    images: Images, kernel: Kernel, stride: int, tilings: tuple[Tiling, Tiling]
-) -> tuple[Features, tuple[Images, Kernel]]:
-    return fourier(images, kernel, stride, tilings), (images, kernel)
-
-
 def _backward(
     stride: int, tilings: tuple[Tiling, Tiling], operands: tuple[Images, Kernel], cotangent: Features
 ) -> tuple[Images, Kernel]:
-    # A rule of our own: the one derived would keep all spectra, and transpose what it adds up.
     rows, columns = tilings
     pixels, pull_pixels = jax.vjp(lambda images: _phases_of_images(images, stride, *tilings), operands[0])
     taps, pull_taps = jax.vjp(lambda kernel: _phases_of_kernel(kernel, stride, *tilings), operands[1])
@@ -109,9 +109,6 @@ def _backward(
 
     of_pixels, of_taps = _sum_over_parts(gradients_of, _parts(tilings, pixels, taps))
     return *pull_pixels(of_pixels), *pull_taps(of_taps)
-
-
-fourier.defvjp(_forward, _backward)
 
 
 def possible_tilings(outputs: int, kernel: int, stride: int) -> Iterator[Tiling]:

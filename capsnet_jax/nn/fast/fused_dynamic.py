@@ -21,7 +21,9 @@ from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Routed
 from capsnet_jax.errors import UsageError
+from capsnet_jax.nn.fast.derivatives import with_backward
 from capsnet_jax.ops import capsule_norm, squash
+from capsnet_jax.routing.dynamic import dynamic
 
 CHUNK_ON_CPU = 640 * 2**10  # bytes of the largest array of a chunk: a few of them stay in the caches
 CHUNK_ELSEWHERE = 64 * 2**20  # keeps a GPU busy
@@ -77,7 +79,7 @@ def fused_dynamic(
     bias = 0 if capsule_bias is None else capsule_bias
     operands = Operands(rearrange(poses.astype(weight.dtype), "b i d -> i d b"), weight, prior)
     agreed = jnp.zeros((outputs, size, len(poses)), dtype)
-    coupled = partial(_coupled_sum, leaky, detach)
+    coupled = _coupled_sum(leaky, detach)
     sums, operands = _sum_over_inputs(partial(_uniform_sum, leaky) if prior is None else coupled, operands, agreed)
     routed = squash(rearrange(sums, "o h b -> b o h") + bias)
     for _ in range(num_iterations - 1):
@@ -95,20 +97,22 @@ def _uniform_sum(leaky: bool, operands: Operands, agreed: Float[Array, "o h b"])
     return votes / (weight.shape[2] + leaky)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _coupled_sum(leaky: bool, detach: bool, operands: Operands, agreed: Float[Array, "o h b"]) -> Float[Array, "o h b"]:
-    """The votes of these input capsules, times their couplings, summed."""
-    couplings = _couplings(leaky, detach, operands, _project(operands.weight, agreed))
-    return _sum_of_votes(operands.weight, rearrange(couplings, "o i b -> o i 1 b") * operands.poses)
+def _coupled_sum(leaky: bool, detach: bool) -> CoupledSum:
+    """The function `(operands, agreed) -> sum of the votes of these input capsules, times their couplings`."""
+
+    # A backward pass of our own, for the order of the axes in every product: transposing takes as long as multiplying.
+    @with_backward(partial(_coupled_sum_backward, leaky, detach))
+    def coupled_sum(operands: Operands, agreed: Float[Array, "o h b"]) -> Float[Array, "o h b"]:
+        couplings = _couplings(leaky, detach, operands, _project(operands.weight, agreed))
+        return _sum_of_votes(operands.weight, rearrange(couplings, "o i b -> o i 1 b") * operands.poses)
+
+    return coupled_sum
 
 
-def _coupled_sum_forward(leaky: bool, detach: bool, operands: Operands, agreed: Array) -> tuple[Array, Any]:
-    return _coupled_sum(leaky, detach, operands, agreed), (operands, agreed)
-
-
-def _coupled_sum_backward(leaky: bool, detach: bool, kept: Any, cotangent: Array) -> tuple[Operands, Array]:
-    # A rule of our own, for the order of the axes in every product: transposing takes as long as multiplying.
-    operands, agreed = kept
+def _coupled_sum_backward(
+    leaky: bool, detach: bool, arguments: tuple[Operands, Array], cotangent: Array
+) -> tuple[Operands, Array]:
+    operands, agreed = arguments
     poses, weight, prior = operands
     of_agreed, of_cotangent = _project(weight, agreed), _project(weight, cotangent)
     couplings = _couplings(leaky, detach, operands, of_agreed)
@@ -130,9 +134,6 @@ def _coupled_sum_backward(leaky: bool, detach: bool, kept: Any, cotangent: Array
         of_prior,
     )
     return gradients, of_sums
-
-
-_coupled_sum.defvjp(_coupled_sum_forward, _coupled_sum_backward)
 
 
 def _project(weight: Float[Array, "i d o h"], outputs: Float[Array, "o h b"]) -> Float[Array, "o i d b"]:
@@ -166,7 +167,6 @@ def _couplings(
     return jax.nn.softmax(logits, axis=0)[int(leaky) :]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_over_inputs(
     summed: CoupledSum, operands: Operands, agreed: Float[Array, "o h b"]
 ) -> tuple[Float[Array, "o h b"], Operands]:
@@ -176,18 +176,20 @@ def _sum_over_inputs(
     this adds its own to them, chunk by chunk: one array for the gradient of the weight, however many iterations.
     """
 
-    def add(sums: Array, start: Any, length: int) -> Array:
-        return sums + summed(_chunk(operands, start, length), agreed)
+    @with_backward(partial(_backward, summed))
+    def sum_over_inputs(operands: Operands, agreed: Array) -> tuple[Array, Operands]:
+        def add(sums: Array, start: Any, length: int) -> Array:
+            return sums + summed(_chunk(operands, start, length), agreed)
 
-    return _over_chunks(add, jnp.zeros_like(agreed), operands), operands
+        return _over_chunks(add, jnp.zeros_like(agreed), operands), operands
+
+    return sum_over_inputs(operands, agreed)
 
 
-def _forward(summed: CoupledSum, operands: Operands, agreed: Array) -> tuple[tuple[Array, Operands], Any]:
-    return _sum_over_inputs(summed, operands, agreed), (operands, agreed)
-
-
-def _backward(summed: CoupledSum, kept: Any, cotangents: tuple[Array, Operands]) -> tuple[Operands, Array]:
-    operands, agreed = kept
+def _backward(
+    summed: CoupledSum, arguments: tuple[Operands, Array], cotangents: tuple[Array, Operands]
+) -> tuple[Operands, Array]:
+    operands, agreed = arguments
     of_sums, of_operands = cotangents
 
     def add(gradients: tuple[Operands, Array], start: Any, length: int) -> tuple[Operands, Array]:
@@ -201,9 +203,6 @@ def _backward(summed: CoupledSum, kept: Any, cotangents: tuple[Array, Operands])
         return totals, gradients[1] + of_agreed
 
     return _over_chunks(add, (of_operands, jnp.zeros_like(agreed)), operands)
-
-
-_sum_over_inputs.defvjp(_forward, _backward)
 
 
 def _chunk(operands: Operands, start: Any, length: int) -> Operands:
@@ -224,3 +223,8 @@ def _over_chunks(step: Callable[[Any, Any, int], Any], initial: Any, operands: O
         return step(carry, whole * length, inputs % length) if inputs % length else carry
 
     return jax.lax.platform_dependent(initial, cpu=partial(run, CHUNK_ON_CPU), default=partial(run, CHUNK_ELSEWHERE))
+
+
+FUSED: dict[Callable[..., Routed], Callable[..., Routed]] = {dynamic: fused_dynamic}
+"""Routings that have an implementation without votes: a function of a batch, `(poses [b i d], weight [i d o h]) ->
+Routed`, with the same options."""

@@ -1,0 +1,142 @@
+"""A function with a backward pass of its own that keeps its derivatives in forward mode.
+
+`jax.custom_vjp` gives up `jax.jvp`, `jax.linearize` and `jax.hessian`. Here the tangents go through a primitive that
+knows both directions: in forward mode it applies JAX' own derivative of the function, and transposed, for reverse mode,
+the given backward pass.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+Function = Callable[..., Any]
+
+
+def with_backward(backward: Function) -> Callable[[Function], Function]:
+    """Decorates a function of arrays so that reverse-mode differentiation calls `backward`.
+
+    Args:
+        backward: `(arguments, cotangent) -> cotangents of the arguments`, of the same structure as the tuple of
+            arguments. It must be linear in the cotangent, and differentiable for second derivatives.
+
+    Returns:
+        A decorator. The function takes and returns pytrees of floating-point arrays, by position.
+    """
+
+    def decorate(function: Function) -> Function:
+        @jax.custom_jvp
+        @wraps(function)
+        def primal(*arguments: Any) -> Any:
+            return function(*arguments)
+
+        @primal.defjvp
+        def _(arguments: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+            def push(arguments: Any, tangents: Any) -> Any:
+                return jax.jvp(function, arguments, tangents)[1]
+
+            return primal(*arguments), linear_map(push, backward, arguments, tangents)
+
+        return primal
+
+    return decorate
+
+
+def linear_map(apply: Function, transpose: Function, constants: Any, operands: Any) -> Any:
+    """Calls `apply(constants, operands)`, a linear function of the operands with a known transpose.
+
+    Args:
+        apply: linear in its second argument.
+        transpose: `(constants, cotangent of the result) -> cotangent of the operands`.
+        constants: pytree of arrays that the function is not linear in.
+        operands: pytree of arrays.
+    """
+    flat_constants, constants_tree = jax.tree.flatten(constants)
+    flat_operands, operands_tree = jax.tree.flatten(operands)
+    result_tree = jax.tree.structure(jax.eval_shape(apply, constants, operands))
+
+    def flat(function: Function, tree: Any) -> Function:
+        def call(constants: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
+            return jax.tree.leaves(
+                function(jax.tree.unflatten(constants_tree, constants), jax.tree.unflatten(tree, arrays))
+            )
+
+        return call
+
+    results = linear_map_p.bind(
+        *flat_constants,
+        *flat_operands,
+        apply=flat(apply, operands_tree),
+        transpose=flat(transpose, result_tree),
+        num_constants=len(flat_constants),
+    )
+    return jax.tree.unflatten(result_tree, results)
+
+
+linear_map_p = Primitive("linear_map")
+linear_map_p.multiple_results = True
+
+
+@linear_map_p.def_impl
+def _evaluate(*arrays: Any, apply: Function, transpose: Function, num_constants: int) -> list[Any]:
+    return apply(arrays[:num_constants], arrays[num_constants:])
+
+
+@linear_map_p.def_abstract_eval
+def _abstract(*avals: Any, **params: Any) -> list[Any]:
+    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    results = jax.eval_shape(lambda *arrays: _evaluate(*arrays, **params), *shapes)
+    return [jax.core.ShapedArray(result.shape, result.dtype) for result in results]
+
+
+mlir.register_lowering(linear_map_p, mlir.lower_fun(_evaluate, multiple_results=True))
+
+
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[list[Any], list[Any]]:
+    """The product rule: d(A x) = A dx + (dA) x, where A is what the constants make of the map."""
+    n = params["num_constants"]
+    constants, operands = primals[:n], primals[n:]
+    results = linear_map_p.bind(*primals, **params)
+    moved = [ad.instantiate_zeros(tangent) for tangent in tangents]
+    of_results = linear_map_p.bind(*constants, *moved[n:], **params)
+    if not all(type(tangent) is ad.Zero for tangent in tangents[:n]):
+        _, of_constants = jax.jvp(lambda *arrays: params["apply"](arrays, operands), tuple(constants), tuple(moved[:n]))
+        of_results = [one + other for one, other in zip(of_results, of_constants, strict=True)]
+    return results, of_results
+
+
+def _transpose(cotangents: Sequence[Any], *arrays: Any, **params: Any) -> list[Any]:
+    n = params["num_constants"]
+    cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
+    of_operands = linear_map_p.bind(
+        *arrays[:n], *cotangents, apply=params["transpose"], transpose=params["apply"], num_constants=n
+    )
+    return [None] * n + of_operands
+
+
+def _batch(arrays: Sequence[Any], axes: Sequence[int | None], **params: Any) -> tuple[list[Any], list[int]]:
+    n = params["num_constants"]
+    in_axes = (list(axes[:n]), list(axes[n:]))
+
+    def transpose(constants: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+        each = jax.vmap(params["transpose"], (in_axes[0], 0))(list(constants), list(cotangents))
+        # What all examples share gets the sum of their cotangents.
+        return [
+            part.sum(axis=0) if axis is None else jnp.moveaxis(part, 0, axis)
+            for part, axis in zip(each, in_axes[1], strict=True)
+        ]
+
+    def apply(constants: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
+        return jax.vmap(params["apply"], in_axes)(list(constants), list(operands))
+
+    results = linear_map_p.bind(*arrays, apply=apply, transpose=transpose, num_constants=n)
+    return results, [0] * len(results)
+
+
+ad.primitive_jvps[linear_map_p] = _jvp
+ad.primitive_transposes[linear_map_p] = _transpose
+batching.primitive_batchers[linear_map_p] = _batch
