@@ -28,11 +28,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from capsnet_benchmark.command import same_device
-from capsnet_benchmark.processes import Worker, WorkerError
+from capsnet_benchmark.processes import Worker, WorkerError, same_device
 from capsnet_benchmark.results import origin
 from capsnet_jax.errors import UsageError
-from capsnet_jax.runs.files import replace_file
+from capsnet_jax.files import replace_file
 
 ROWS = ("jax-fused", "jax-votes", "torch-eager")
 COLORS = dict(zip(ROWS, ("tab:blue", "tab:orange", "tab:red"), strict=True))

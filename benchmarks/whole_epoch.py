@@ -23,8 +23,8 @@ from capsnet_benchmark.results import origin
 from capsnet_jax import CapsNet
 from capsnet_jax.config import Config
 from capsnet_jax.data import make_dataset
+from capsnet_jax.files import replace_file
 from capsnet_jax.presets import PRESETS
-from capsnet_jax.runs.files import replace_file
 from capsnet_jax.train.loop import Trainer
 from capsnet_jax.train.memory import peak_memory
 

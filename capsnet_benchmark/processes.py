@@ -103,3 +103,19 @@ class Worker:
         lines = [line.strip() for line in self._errors if line.strip()]
         last = f"its last line was: {lines[-1]}" if lines else "it told nothing"
         return WorkerError(f"The process of {self.row} {how} at {self._doing}; {last}")
+
+
+def same_device(introductions: dict[str, dict[str, str]]) -> tuple[str, str]:
+    """The platform and the device that all rows are on.
+
+    Raises:
+        UsageError: they are not on the same.
+    """
+    devices = [(introduction["platform"], introduction["device"]) for introduction in introductions.values()]
+    if len({platform for platform, _ in devices}) > 1:
+        told = ", ".join(f"{row} on {introduction['device']}" for row, introduction in introductions.items())
+        raise UsageError(
+            f"The rows are not on the same device: {told}; expected JAX and PyTorch both with CUDA, or both without, "
+            "as with CUDA_VISIBLE_DEVICES= (empty)."
+        )
+    return devices[0]

@@ -4,7 +4,7 @@ import statistics
 from typing import Any
 
 from capsnet_benchmark.results import OTHERS
-from capsnet_jax.runs.comparison import table_of_rows
+from capsnet_jax.tables import markdown_table
 
 PARTS = ("step", "stem", "primary", "votes", "routing", "decoder", "optimizer", "augmentation")
 COMPARED = {
@@ -19,7 +19,7 @@ BUSY = 0.5  # mean number of processes that run, over the minute before
 
 def describe(results: dict[str, Any]) -> str:
     """Tables of rows and of parts, and a sentence for each ratio that counts."""
-    texts = [table_of_rows(_rows(results)), table_of_rows(_parts(results))]
+    texts = [markdown_table(_rows(results)), markdown_table(_parts(results))]
     sentences = [
         sentence.format(f"{results['ratios'][f'{name}_vs_{other}']:.2f}", row) + "."
         for name, sentence in COMPARED.items()

@@ -81,7 +81,10 @@ def serve(work: Any, commands: Iterable[dict[str, str]], reply: Callable[[dict[s
 
 
 def peak_memory_of_process() -> int | None:
-    """The most bytes that this process had in memory so far; None if that is not known."""
+    """The most bytes that this process had in memory so far; None if that is not known.
+
+    The same as in `capsnet_jax.train.memory`, which cannot be imported here without JAX.
+    """
     status = Path("/proc/self/status")
     # What `getrusage` tells on Linux is at least what the process had that started this one.
     if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):

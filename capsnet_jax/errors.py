@@ -1,5 +1,7 @@
 """The exceptions that a command tells in a sentence, without a traceback."""
 
+import signal
+
 
 class UsageError(ValueError):
     """A wrong argument, file or data set; the message is one sentence saying what was got and what was expected.
@@ -19,6 +21,19 @@ class NonFiniteLossError(ArithmeticError):
     def __init__(self, what: str, seed: int, step: int, value: float):
         super().__init__(f"The {what} of step {step} is {value}, from seed {seed}; training stopped.")
         self.seed, self.step = seed, step
+
+
+class StoppedBySignalError(Exception):
+    """Training was asked by a signal to stop, and did.
+
+    Attributes:
+        signal: that asked.
+        step: number of training steps done.
+    """
+
+    def __init__(self, number: signal.Signals, step: int):
+        super().__init__(f"Stopped by {number.name} after step {step}.")
+        self.signal, self.step = number, step
 
 
 def in_words(error: BaseException) -> str:

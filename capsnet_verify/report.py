@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from capsnet_jax.runs.comparison import table_of_rows
+from capsnet_jax.tables import markdown_table
 from capsnet_verify.checks import Check
 from capsnet_verify.heat import Heat
 from capsnet_verify.verification import Verification
@@ -21,7 +21,7 @@ def describe(verification: Verification) -> str:
         for check in verification.checks
     ]
     said = [*_of_heats(verification.heats), *verification.notes, sentence(verification)]
-    return "\n\n".join([table_of_rows(rows), *said])
+    return "\n\n".join([markdown_table(rows), *said])
 
 
 def summarize(verifications: Sequence[Verification]) -> str:
@@ -33,7 +33,7 @@ def summarize(verifications: Sequence[Verification]) -> str:
         if verification.status
     ]
     agreed = sum(verification.status == 0 for verification in verifications)
-    return "\n\n".join([table_of_rows(rows), *others, f"{agreed} of {len(verifications)} agree."])
+    return "\n\n".join([markdown_table(rows), *others, f"{agreed} of {len(verifications)} agree."])
 
 
 def row(verification: Verification) -> tuple[str, ...]:

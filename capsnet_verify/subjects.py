@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from capsnet_jax.config import Config, ModelConfig
 from capsnet_jax.errors import UsageError
-from capsnet_jax.interchange.architecture import run_of_state
-from capsnet_jax.interchange.state_files import read_state
+from capsnet_jax.interchange.architecture import infer_architecture
+from capsnet_jax.interchange.state_files import CONFIG, read_state
 from capsnet_jax.interchange.weights import StateDict
 from capsnet_jax.presets import PRESETS, get_preset
 from capsnet_jax.routing import ROUTINGS
-from capsnet_jax.runs.folder import CONFIG, Run, read_run
+from capsnet_jax.runs.folder import Run, read_run
 
 # All sizes differ, so that no transposed axis fits by chance; a primary scale of 1 gives capsules of visible length.
 SMALL = ModelConfig(
@@ -127,4 +127,6 @@ def of_files(
         return Subject(title, read_run(folder), state)
     preset = preset or "readable"
     title, config = f"{title} as preset {preset}", of_preset(preset).run.config
-    return Subject(title, run_of_state(state, config, folder, image_shape=image_shape), state)
+    model = infer_architecture(state, config.model, image_shape=image_shape)
+    run = Run(folder, replace(config, model=model), tuple(map(str, range(model.num_classes))))
+    return Subject(title, run, state)

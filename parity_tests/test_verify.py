@@ -1,11 +1,12 @@
 """The command `capsnet verify`, as its users run it: what it prints, writes, catches and refuses."""
 
+import importlib.util
 import json
 
 import pytest
 
 from capsnet_jax.cli.main import main
-from capsnet_verify import command, self_test
+from capsnet_verify import self_test
 from capsnet_verify.mutants.models import MUTANTS
 from capsnet_verify.self_test import Trial
 
@@ -197,7 +198,7 @@ def test_what_goes_wrong_inside_is_no_verdict(monkeypatch, capsys):
 
 
 def test_without_torch_it_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     status, _, told = verify(capsys)
     assert status == 2
     assert 'capsnet verify needs PyTorch, which is not installed: pip install ".[torch]".' in told

@@ -1,7 +1,7 @@
 """The command `capsnet convert`: weights from one kind of file to another, without changing a bit."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,13 @@ import tyro
 from flax import nnx
 
 from capsnet_jax.errors import UsageError
-from capsnet_jax.interchange.architecture import run_of_state
+from capsnet_jax.files import replace_file
+from capsnet_jax.interchange.architecture import infer_architecture
 from capsnet_jax.interchange.model_card import model_card
-from capsnet_jax.interchange.state_files import check_paths, is_folder, named, read_state, write_state
+from capsnet_jax.interchange.state_files import CONFIG, WEIGHTS, check_paths, is_folder, named, read_state, write_state
 from capsnet_jax.interchange.weights import StateDict, from_torch, weight_table
-from capsnet_jax.presets import PRESETS
-from capsnet_jax.runs.files import replace_file
-from capsnet_jax.runs.folder import CONFIG, WEIGHTS, Run, read_run
+from capsnet_jax.presets import get_preset
+from capsnet_jax.runs.folder import Run, read_run
 from capsnet_jax.runs.metrics import METRICS, read_lines
 
 CARD = "README.md"
@@ -71,7 +71,16 @@ class Convert:
             print(f"{path}: {len(part)} entries, {num_weights(part):,} weights in {dtype_of(part)}")
         if target is not None:
             run = run._replace(folder=target)
-            card = model_card(run, num_weights=num_weights(state), dtype=dtype_of(state), epochs=self._epochs())
+            card = model_card(
+                target.absolute().name,
+                run.config,
+                image_shape=run.image_shape,
+                class_names=run.class_names,
+                known_data=run.data_checksum != 0,
+                num_weights=num_weights(state),
+                dtype=dtype_of(state),
+                epochs=self._epochs(),
+            )
             replace_file(target / CARD, card)
             print(f"{target / CARD}: model card")
             run.write_config()  # last, as it makes this the folder of a run
@@ -90,13 +99,13 @@ class Convert:
                 )
             return run, None
         preset = self.preset or "readable"
-        if preset not in PRESETS:
-            raise UsageError(f"Unknown preset {preset!r}; expected {', '.join(PRESETS)}.")
+        config = get_preset(preset)
         try:
-            run = run_of_state(state, PRESETS[preset], folder, image_shape=self.image_shape)
+            model = infer_architecture(state, config.model, image_shape=self.image_shape)
         except UsageError as error:
             raise UsageError(f"{named(self.source)}: {error}") from error
-        return run, preset
+        class_names = tuple(map(str, range(model.num_classes)))
+        return Run(folder, replace(config, model=model), class_names), preset
 
     def _epochs(self) -> list[dict[str, Any]]:
         """Metrics of the epochs after which these weights were the last: those of a run, and not of its best ones."""

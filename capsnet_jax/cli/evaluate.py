@@ -11,9 +11,9 @@ from jaxtyping import Int
 from capsnet_jax.data import configured_dataset
 from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.errors import UsageError
-from capsnet_jax.figures.pictures import confusion_figure, save_figure
-from capsnet_jax.runs.comparison import table_of_rows
+from capsnet_jax.figures import confusion_figure, save_figure
 from capsnet_jax.runs.folder import load_run
+from capsnet_jax.tables import markdown_table
 from capsnet_jax.train.assessment import Assessment, assess
 from capsnet_jax.train.evaluation import final_line
 
@@ -71,7 +71,7 @@ def describe(assessment: Assessment, class_names: Sequence[str]) -> str:
     """An assessment in words and tables; the last line is that of `final_line`."""
     low, high = (100 * (1 - end) for end in reversed(assessment.interval))
     paragraphs = [
-        table_of_rows(
+        markdown_table(
             [
                 ("class", "images", "precision", "recall"),
                 *(
@@ -114,7 +114,7 @@ def describe_confusion(confusion: Int[np.ndarray, "o o"], class_names: Sequence[
     rows = [
         [name, *(str(count) if count else "." for count in row)] for name, row in zip(names, confusion, strict=True)
     ]
-    return table_of_rows([["true \\ predicted", *headings], *rows])
+    return markdown_table([["true \\ predicted", *headings], *rows])
 
 
 def _share(value: float | None) -> str:

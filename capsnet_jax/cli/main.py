@@ -1,60 +1,50 @@
-"""Capsule networks in JAX: first what to do, then its options."""
+"""The console command `capsnet`: first what to do, then its options."""
 
-import argparse
-import inspect
+import difflib
+import importlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import jax
-import tyro
+from capsnet_jax.errors import NonFiniteLossError, StoppedBySignalError, UsageError
 
-from capsnet_benchmark.command import Benchmark
-from capsnet_jax.cli.check_routing import CheckRouting
-from capsnet_jax.cli.compare import Compare
-from capsnet_jax.cli.convert import Convert
-from capsnet_jax.cli.evaluate import Evaluate
-from capsnet_jax.cli.export import Export
-from capsnet_jax.cli.predict import Predict
-from capsnet_jax.cli.train import Train
-from capsnet_jax.config import DataConfig
-from capsnet_jax.data.augmentation import describe_augmentations
-from capsnet_jax.errors import NonFiniteLossError, UsageError
-from capsnet_jax.presets import PRESETS
-from capsnet_jax.routing import ROUTINGS
-from capsnet_jax.routing.registry import describe_options
-from capsnet_jax.runs.report import Report
-from capsnet_jax.runs.seeds import saved_options
-from capsnet_jax.runs.signals import StoppedBySignalError
-from capsnet_verify.command import Verify
+
+class Entry(NamedTuple):
+    """A command: the module and the class that it is, and what it does in a line."""
+
+    module: str
+    name: str
+    summary: str
+
+
+# Modules are imported when their command is called, so that the help comes at once.
+COMMANDS = {
+    "train": Entry("capsnet_jax.cli.train", "Train", "train a model, and tell its accuracy on the test images"),
+    "evaluate": Entry("capsnet_jax.cli.evaluate", "Evaluate", "evaluate the model of a run on all test images"),
+    "predict": Entry("capsnet_jax.cli.predict", "Predict", "tell the classes of image files"),
+    "report": Entry("capsnet_jax.cli.report", "Report", "put runs side by side, in a table and as learning curves"),
+    "compare": Entry("capsnet_jax.cli.compare", "Compare", "train and compare all routings, from the same seeds"),
+    "check-routing": Entry("capsnet_jax.cli.check_routing", "CheckRouting", "check what a routing has to keep"),
+    "benchmark": Entry("capsnet_jax.cli.benchmark", "Benchmark", "measure time and memory beside PyTorch"),
+    "verify": Entry("capsnet_jax.cli.verify", "Verify", "compare all values and gradients with PyTorch's"),
+    "convert": Entry("capsnet_jax.cli.convert", "Convert", "convert weights between PyTorch and JAX"),
+    "export": Entry("capsnet_jax.cli.export", "Export", "write a model as StableHLO or ONNX"),
+}
+TRAINING = ("train", "compare")  # whose options start from a preset, or from the run that is resumed
+ADVICE = "A smaller --batch-size needs less, and so do --accumulate, --recompute-routing and --stream True."
 
 
 @runtime_checkable
 class Command(Protocol):
-    """What a command line asks for."""
+    """The dataclass of a command, with a field for each option."""
 
     def run(self) -> int | None:
         """Does it; returns the exit status, if it is not 0."""
 
 
-COMMANDS: dict[str, Callable[..., Command]] = {
-    "train": Train,
-    "evaluate": Evaluate,
-    "predict": Predict,
-    "report": Report,
-    "compare": Compare,
-    "check-routing": CheckRouting,
-    "benchmark": Benchmark,
-    "convert": Convert,
-    "export": Export,
-    "verify": Verify,
-}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
+    """Run a command.
 
     Returns:
         0 if all went well, 1 if training met a loss that is not finite, memory was not enough or a check failed, 2 if
@@ -62,11 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in ([], ["-h"], ["--help"]):
+        print(describe_commands())
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"capsnet-jax {version('capsnet-jax')}")
+        return 0
     sys.path.insert(0, "")  # a routing of the user's own is looked for where they are, as `python` would
-    # Orbax logs what goes wrong with a stack trace before it raises it, and then it is told here in a sentence.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        return parse(argv).run() or 0
+        command = parse(argv)
+        # Orbax logs what goes wrong with a stack trace before it raises it, and then it is told here in a sentence.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        return command.run() or 0
     except UsageError as error:
         return _fail(2, error)
     except NonFiniteLossError as error:
@@ -79,74 +78,57 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except OSError as error:
         return _fail(2, error)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except RuntimeError as error:
+        from jax.errors import JaxRuntimeError
+
+        if not isinstance(error, JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        advice = "A smaller --batch-size needs less, and so do --accumulate, --recompute-routing and --stream True."
-        return _fail(1, UsageError(f"The device has not enough memory: {str(error).splitlines()[0]}"), [advice])
+        return _fail(1, UsageError(f"The device has not enough memory: {str(error).splitlines()[0]}"), [ADVICE])
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """The command of these arguments; help and errors of syntax end the program, with status 0 and 2."""
-    if argv[:1] == ["compare"] and any(argument.partition("=")[0] == "--routing" for argument in argv):
-        raise UsageError("compare has no --routing; expected --routings, with all or any number of names.")
-    if argv[:1] in (["train"], ["compare"]):
-        command: type[Train | Compare] = Train if argv[0] == "train" else Compare
-        return tyro.cli(
-            command,
-            default=command(**default_options(argv[1:])),
-            args=argv[1:],
-            prog=f"capsnet {argv[0]}",
-            description=f"{inspect.cleandoc(command.__doc__ or '')}\n\n{describe_routings()}\n\n{describe_changes()}",
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-    # By itself, as tyro tells an error of a dataclass under another name when there are several.
-    if argv and argv[0] in COMMANDS:
-        return tyro.cli(COMMANDS[argv[0]], args=argv[1:], prog=f"capsnet {argv[0]}")
-    return tyro.extras.subcommand_cli_from_dict(COMMANDS, args=argv, prog="capsnet", description=__doc__)
-
-
-def default_options(argv: Sequence[str]) -> dict[str, Any]:
-    """What the options of `train` and `compare` start from: they depend on some of the options themselves.
+    """Parse arguments, of which the first names a command; help and errors of syntax end the program, with 0 and 2.
 
     Raises:
-        UsageError: there is no such preset, or the run to go on with cannot be read.
+        UsageError: there is no such command, or it cannot do with these options.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--preset")
-    parser.add_argument("--dataset", default=DataConfig.dataset)
-    parser.add_argument("--run-dir", type=Path)
-    parser.add_argument("--resume", action="store_true")
-    try:
-        options, _ = parser.parse_known_args([_with_hyphens(argument) for argument in argv])
-    except argparse.ArgumentError:  # an option without its value, which the real parser tells of
-        options = parser.parse_args([])
-    if options.resume and options.run_dir is not None and options.preset is None:
-        saved = saved_options(options.run_dir)
-        if saved is not None:
-            return saved
-    preset = options.preset or ("digits" if options.dataset == "digits" else "readable")
-    if preset not in PRESETS:
-        raise UsageError(f"Unknown preset {preset!r}; expected {', '.join(PRESETS)}.")
-    return {"config": PRESETS[preset]}
+    name, *options = argv
+    if name not in COMMANDS:
+        raise UsageError(unknown_command(name))
+    if name == "compare" and any(option.partition("=")[0] == "--routing" for option in options):
+        raise UsageError("compare has no --routing; expected --routings, with all or any number of names.")
+    entry = COMMANDS[name]
+    command: Any = getattr(importlib.import_module(entry.module), entry.name)
+    if name in TRAINING:
+        from capsnet_jax.cli.training_options import parse_training
+
+        return parse_training(command, options, prog=f"capsnet {name}")
+    import tyro
+
+    return tyro.cli(command, args=options, prog=f"capsnet {name}")
 
 
-def describe_routings() -> str:
-    """The routings and their options, for help."""
-    lines = [f"{name}: {describe_options(function)}" for name, function in ROUTINGS.items()]
-    return "\n\n".join(["Routings and their options, as in --routing dynamic,leaky=true,num_iterations=5:", *lines])
+def describe_commands() -> str:
+    """The help of `capsnet` itself."""
+    width = max(map(len, COMMANDS))
+    return "\n".join(
+        [
+            "usage: capsnet COMMAND [OPTIONS]",
+            "",
+            "Capsule networks in JAX.",
+            "",
+            *(f"  {name.ljust(width)}  {entry.summary}" for name, entry in COMMANDS.items()),
+            "",
+            "`capsnet COMMAND --help` tells the options of a command, `capsnet --version` the version.",
+        ]
+    )
 
 
-def describe_changes() -> str:
-    """The random changes of training images, for help."""
-    lines = describe_augmentations().splitlines()
-    return "\n\n".join(["Changes of training images, as in --augment shift=0.1 rotation=15:", *lines])
-
-
-def _with_hyphens(argument: str) -> str:
-    """The name of an option as it is declared; with underscores it is taken, too."""
-    name, equals, value = argument.partition("=")
-    return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
+def unknown_command(name: str) -> str:
+    """A sentence that names the commands, and the one that may have been meant."""
+    nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+    return f"Unknown command {name!r}{hint}; expected {', '.join(COMMANDS)}."
 
 
 def _notes(error: BaseException) -> Sequence[str]:

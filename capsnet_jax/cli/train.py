@@ -18,15 +18,14 @@ from rich.console import Console
 from capsnet_jax.config import Config
 from capsnet_jax.data import Dataset, configured_dataset, with_absolute_paths
 from capsnet_jax.data.augmentation import Augmentation
-from capsnet_jax.errors import NonFiniteLossError, UsageError
-from capsnet_jax.figures.pictures import reconstructions_figure
+from capsnet_jax.errors import NonFiniteLossError, StoppedBySignalError, UsageError
+from capsnet_jax.figures import reconstructions_figure
 from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.ops import to_unit_range
 from capsnet_jax.runs.folder import Run
 from capsnet_jax.runs.metrics import event_writer_class
 from capsnet_jax.runs.seeds import SeedFolders, groups_of_seeds
 from capsnet_jax.runs.session import Session
-from capsnet_jax.runs.signals import StoppedBySignalError
 from capsnet_jax.train.assessment import most_active
 from capsnet_jax.train.evaluation import Evaluation, final_line
 from capsnet_jax.train.loop import Trainer

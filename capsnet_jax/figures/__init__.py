@@ -1,1 +1,16 @@
-"""Figures, as functions of arrays."""
+"""Every picture, each a function of arrays that returns a matplotlib Figure, which belongs to no window."""
+
+from capsnet_jax.figures.comparison import comparison_figure
+from capsnet_jax.figures.confusion import confusion_figure
+from capsnet_jax.figures.files import save_figure
+from capsnet_jax.figures.learning_curves import Curves, learning_curves_figure
+from capsnet_jax.figures.reconstructions import reconstructions_figure
+
+__all__ = [
+    "Curves",
+    "comparison_figure",
+    "confusion_figure",
+    "learning_curves_figure",
+    "reconstructions_figure",
+    "save_figure",
+]

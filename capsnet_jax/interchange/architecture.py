@@ -1,44 +1,38 @@
-"""What model weights are of: its sizes, as far as their shapes tell them."""
+"""Infer a model config from the shapes of its weights."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Shaped
 
-from capsnet_jax.config import Config, ModelConfig
+from capsnet_jax.config import ModelConfig
 from capsnet_jax.errors import UsageError
-from capsnet_jax.runs.folder import CONFIG, Run
+from capsnet_jax.interchange.state_files import CONFIG
 
 Shapes = Mapping[str, tuple[int, ...]]
 STEM, HIDDEN, CLASSES = "encoder.image2primary_capsules", "encoder.hidden_capsules", "encoder.primary2digit_capsules"
 FROM_CAPSULES, TO_PIXELS = "decoder.0.weight", "decoder.4.weight"
 
 
-def run_of_state(
+def infer_architecture(
     state: Mapping[str, Shaped[np.ndarray, "..."]],
-    config: Config,
-    folder: Path,
+    config: ModelConfig,
     *,
     image_shape: tuple[int, int, int] | None = None,
-) -> Run:
-    """The run that weights without a config are of: dense capsule layers above convolutions.
+) -> ModelConfig:
+    """Infer the config of a model from its weights: dense capsule layers above convolutions.
 
     The weights tell the sizes of all layers, the number of classes and, by the decoder, the shape of the images. The
     stride of the primary capsules, and whether they have a channel for the activation, follow from the number of
-    capsules. What no weight tells is the config's: strides of the stem, scale, squash, routing, data and training.
+    capsules. What no weight tells is taken from the given config: strides of the stem, scale, squash and routing.
 
     Args:
         state: an array for each name of the PyTorch model's state_dict.
         config: that of a preset, say.
-        folder: of the run.
         image_shape: height, width and number of channels of the images, for weights without a decoder.
-
-    Returns:
-        A run of classes "0", "1" and so on, and of images that are not known.
 
     Raises:
         UsageError: the weights do not tell enough, or contradict each other; the message names the entry.
@@ -54,7 +48,7 @@ def run_of_state(
     first_layer, (*_, num_classes, class_dim) = layers[0], layers[-1]
     image_shape = _image_shape(shapes, image_shape)
     model = replace(
-        config.model,
+        config,
         image_shape=image_shape,
         num_classes=num_classes,
         stem_below=tuple((outputs, kernel) for outputs, _, kernel in stem[:-1]),
@@ -64,7 +58,7 @@ def run_of_state(
         primary_dim=first_layer[1],
         primary_kernel=primary[2],
         # With one channel there is no difference.
-        primary_depthwise=primary[1] < stem[-1][0] or (stem[-1][0] == 1 and config.model.primary_depthwise),
+        primary_depthwise=primary[1] < stem[-1][0] or (stem[-1][0] == 1 and config.primary_depthwise),
         conv_capsules=(),
         matrix_poses=False,
         hidden_capsules=tuple((outputs, size) for _, _, outputs, size in layers[:-1]),
@@ -75,8 +69,7 @@ def run_of_state(
     if _has_decoder(shapes):
         widths = _shape(shapes, FROM_CAPSULES, 3)[-1], _shape(shapes, TO_PIXELS, 4)[0]
         model = replace(model, decoder_hidden=widths, decoder_bias="decoder.0.bias" in shapes)
-    model = _with_primary_capsules(model, primary[0], first_layer[0])
-    return Run(folder, replace(config, model=model), tuple(map(str, range(num_classes))))
+    return _with_primary_capsules(model, primary[0], first_layer[0])
 
 
 def _convolutions(shapes: Shapes) -> list[tuple[int, int, int]]:

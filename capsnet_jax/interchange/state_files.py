@@ -13,8 +13,8 @@ from jaxtyping import Shaped
 
 from capsnet_jax.errors import UsageError
 from capsnet_jax.interchange.weights import FLOATS, UNUSED, StateDict, read_safetensors
-from capsnet_jax.runs.folder import WEIGHTS
 
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # in the folder of a run
 SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth")
 PAIR = ("encoder.", "decoder.")  # what the two state_dicts of the reference model are in that of the whole model
 

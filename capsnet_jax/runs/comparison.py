@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import numpy as np
 
 from capsnet_jax.config import differences
 from capsnet_jax.errors import UsageError
-from capsnet_jax.figures.pictures import comparison_figure
-from capsnet_jax.runs.files import replace_file
+from capsnet_jax.figures import comparison_figure
+from capsnet_jax.files import replace_file
+from capsnet_jax.tables import markdown_table
 
 CONFIG, RESULTS = "config.json", "results.jsonl"
 TABLE, SHEET, FIGURE = "comparison.md", "comparison.csv", "comparison.png"
@@ -132,20 +133,7 @@ def write_report(folder: Path, results: Iterable[Result]) -> None:
 
 def table(results: Iterable[Result]) -> str:
     """The results as a Markdown table."""
-    return table_of_rows([HEADINGS, *map(cells, results)])
-
-
-def table_of_rows(rows: Sequence[Sequence[str]]) -> str:
-    """Headings and rows as a Markdown table that reads as plain text, too; all columns but the first to the right."""
-    widths = [max(2, *map(len, column)) for column in zip(*rows, strict=True)]  # a rule is at least -:
-    lines = [
-        " | ".join(
-            cell.ljust(width) if number == 0 else cell.rjust(width) for number, (cell, width) in enumerate(pairs)
-        )
-        for pairs in (zip(row, widths, strict=True) for row in rows)
-    ]
-    rule = " | ".join("-" * width if number == 0 else "-" * (width - 1) + ":" for number, width in enumerate(widths))
-    return "\n".join(f"| {line} |" for line in (lines[0], rule, *lines[1:]))
+    return markdown_table([HEADINGS, *map(cells, results)])
 
 
 def cells(result: Result) -> list[str]:

@@ -5,18 +5,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax import nnx
-from matplotlib.figure import Figure
 from safetensors import SafetensorError
 
 from capsnet_jax.config import Config, differences
 from capsnet_jax.data import Dataset
 from capsnet_jax.errors import UsageError
+from capsnet_jax.files import replace_file
+from capsnet_jax.interchange.state_files import CONFIG, WEIGHTS
 from capsnet_jax.interchange.weights import load_weights, save_weights
 from capsnet_jax.nn.model import CapsNet
-from capsnet_jax.runs.files import replace_file
 
-CONFIG, WEIGHTS, BEST = "config.json", "model.safetensors", "best.safetensors"
-CHECKPOINTS, PICTURE = "checkpoints", "reconstructions.png"
+BEST, CHECKPOINTS, PICTURE = "best.safetensors", "checkpoints", "reconstructions.png"
 # What may be another when a run is resumed: training does not depend on it. Images are known by their checksum.
 MAY_CHANGE = {"data": ("dataset", "data_dir", "stream"), "training": ("save_minutes", "keep_checkpoints")}
 
@@ -120,8 +119,8 @@ class Run(NamedTuple):
             partial.unlink(missing_ok=True)
             raise UsageError(f"{partial} cannot be written; --resume when that is mended: {error}.") from error
 
-    def save_picture(self, figure: Figure) -> Path:
-        """Writes the picture of reconstructions."""
+    def save_picture(self, figure: Any) -> Path:  # a Figure; to import matplotlib takes half as long as to import JAX
+        """Writes the picture of reconstructions, a matplotlib Figure."""
         path = self.folder / PICTURE
         figure.savefig(path)
         return path

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from capsnet_jax.errors import UsageError
-from capsnet_jax.runs.files import replace_file
+from capsnet_jax.files import replace_file
 from capsnet_jax.train.memory import peak_memory
 from capsnet_jax.train.progress import Progress, SeedProgress
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from capsnet_jax.errors import UsageError
-from capsnet_jax.runs.files import replace_file
-from capsnet_jax.runs.folder import CHECKPOINTS, CONFIG, Run, read_run
+from capsnet_jax.files import replace_file
+from capsnet_jax.interchange.state_files import CONFIG
+from capsnet_jax.runs.folder import CHECKPOINTS, Run, read_run
 from capsnet_jax.train.loop import Trainer
 from capsnet_jax.train.memory import available_memory
 from capsnet_jax.train.sharding import any_process

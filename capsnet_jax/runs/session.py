@@ -7,11 +7,11 @@ from pathlib import Path
 
 import jax
 
-from capsnet_jax.errors import UsageError
+from capsnet_jax.errors import StoppedBySignalError, UsageError
 from capsnet_jax.runs.checkpoint import Checkpoints
 from capsnet_jax.runs.folder import BEST, Run
 from capsnet_jax.runs.metrics import MetricsLog
-from capsnet_jax.runs.signals import StoppedBySignalError, StopSignals
+from capsnet_jax.runs.signals import StopSignals
 from capsnet_jax.train.loop import Trainer
 from capsnet_jax.train.progress import Progress
 from capsnet_jax.train.sharding import any_process, failing_together, same_everywhere

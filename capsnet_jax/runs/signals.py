@@ -5,19 +5,6 @@ import threading
 from types import FrameType, TracebackType
 
 
-class StoppedBySignalError(Exception):
-    """Training was asked to stop and did.
-
-    Attributes:
-        signal: that asked.
-        step: number of training steps done.
-    """
-
-    def __init__(self, number: signal.Signals, step: int):
-        super().__init__(f"Stopped by {number.name} after step {step}.")
-        self.signal, self.step = number, step
-
-
 class StopSignals:
     """Within its block, SIGTERM and SIGINT are only remembered; a second one is a KeyboardInterrupt.
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import jax
 
-from capsnet_benchmark.worker import peak_memory_of_process  # there, as it has to do without JAX
-
 
 def available_memory() -> int | float:
     """Bytes that the device has for programs and their data, or on CPU what is free now; infinite if it cannot tell."""
@@ -41,6 +39,22 @@ def peak_memory() -> int | None:
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     return peak_memory_of_process()
+
+
+def peak_memory_of_process() -> int | None:
+    """The most bytes that this process had in memory so far; None if that is not known.
+
+    `capsnet_benchmark.worker` has the same function, as its process, which also measures PyTorch, must not import JAX.
+    """
+    status = Path("/proc/self/status")
+    # What `getrusage` tells on Linux is at least what the process had that started this one.
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return 1024 * int(found[1])
+    if sys.platform == "win32":
+        return None
+    import resource  # not there on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def program_memory(compiled: Any) -> int:

@@ -6,11 +6,12 @@ import subprocess
 
 import pytest
 
-from capsnet_benchmark import command
-from capsnet_benchmark.command import Benchmark
 from capsnet_benchmark.flops import training_flops
 from capsnet_benchmark.measurements import measure
+from capsnet_benchmark.processes import same_device
 from capsnet_benchmark.results import origin
+from capsnet_jax.cli import benchmark
+from capsnet_jax.cli.benchmark import Benchmark
 from capsnet_jax.cli.main import main
 from capsnet_jax.config import ModelConfig
 from capsnet_jax.errors import UsageError
@@ -21,15 +22,15 @@ pytestmark = pytest.mark.slow  # many start processes, and none depends on the v
 @pytest.fixture
 def fake_rows(tmp_path, monkeypatch):
     """All rows are those of `fake_work`, called in tiny sizes."""
-    monkeypatch.setattr(command, "WORK", dict.fromkeys(command.ROWS, "tests.benchmark.fake_work"))
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(benchmark, "WORK", dict.fromkeys(benchmark.ROWS, "tests.benchmark.fake_work"))
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: name)
     told = iter([origin(["jax"], "cpu")])  # once: a file in the checkout makes it another commit
-    monkeypatch.setattr(command, "origin", lambda rows, device: next(told))
+    monkeypatch.setattr(benchmark, "origin", lambda rows, device: next(told))
 
 
 def test_the_command_prints_tables_and_sentences_and_writes_them(fake_rows, tmp_path, monkeypatch, capsys):
     path = tmp_path / "result.json"
-    monkeypatch.setattr(command.os, "getloadavg", lambda: (1.25, 0.0, 0.0))
+    monkeypatch.setattr(benchmark.os, "getloadavg", lambda: (1.25, 0.0, 0.0))
     assert main(["benchmark", "--rounds", "2", "--measure", "gemm", "step", "--json", str(path)]) == 0
     printed = capsys.readouterr()
     results = json.loads(path.read_text())
@@ -59,11 +60,11 @@ def test_what_was_measured_before_an_interruption_is_in_the_file(fake_rows, tmp_
         yield next(measure(*args, **options))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "measure", interrupted)
+    monkeypatch.setattr(benchmark, "measure", interrupted)
     path = tmp_path / "result.json"
     assert main(["benchmark", "--rounds", "2", "--measure", "step", "gemm", "--json", str(path)]) == 130
     samples = json.loads(path.read_text())["samples_seconds"]
-    assert {row: list(of) for row, of in samples.items()} == {row: ["step"] for row in command.ROWS}
+    assert {row: list(of) for row, of in samples.items()} == {row: ["step"] for row in benchmark.ROWS}
     assert all(len(of["step"]) == 2 for of in samples.values())
 
 
@@ -75,7 +76,7 @@ def test_no_process_is_left_behind(interruption, fake_rows, monkeypatch):
         started.extend(workers)
         raise interruption
 
-    monkeypatch.setattr(command, "measure", interrupted)
+    monkeypatch.setattr(benchmark, "measure", interrupted)
     assert main(["benchmark"]) in (2, 130)
     assert len(started) == 3
     assert all(process._process.returncode == -signal.SIGKILL for process in started)
@@ -110,7 +111,7 @@ def test_a_wrong_option_is_one_sentence_before_any_process(options, message, tmp
 
 
 def test_torch_is_asked_for_only_if_it_is_needed(monkeypatch, capsys):
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
     assert main(["benchmark"]) == 2
     assert 'PyTorch is not installed: pip install ".[torch]", or --rows jax.' in capsys.readouterr().err
     assert Benchmark(rows=("jax",), batch_size=7).validated_config().training.batch_size == 7
@@ -118,6 +119,6 @@ def test_torch_is_asked_for_only_if_it_is_needed(monkeypatch, capsys):
 
 def test_rows_on_different_devices_are_refused():
     on_cpu, on_gpu = {"platform": "cpu", "device": "cpu"}, {"platform": "gpu", "device": "A GPU"}
-    assert command.same_device({"jax": on_gpu, "torch-eager": on_gpu}) == ("gpu", "A GPU")
+    assert same_device({"jax": on_gpu, "torch-eager": on_gpu}) == ("gpu", "A GPU")
     with pytest.raises(UsageError, match="jax on cpu, torch-eager on A GPU; expected"):
-        command.same_device({"jax": on_cpu, "torch-eager": on_gpu})
+        same_device({"jax": on_cpu, "torch-eager": on_gpu})

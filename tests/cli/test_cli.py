@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from capsnet_jax.cli.main import default_options, main
+from capsnet_jax.cli.main import COMMANDS, main
+from capsnet_jax.cli.training_options import default_options
 from capsnet_jax.config import Config
 from capsnet_jax.interchange.weights import to_torch
 from capsnet_jax.presets import PRESETS
@@ -234,6 +235,53 @@ def test_the_preset_follows_the_data_set():
     assert default_options([]) == {"config": PRESETS["digits"]}
     assert default_options(["--dataset", "mnist"]) == {"config": PRESETS["readable"]}
     assert default_options(["--dataset=mnist", "--preset=digits"]) == {"config": PRESETS["digits"]}
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_the_help_has_a_line_for_each_command_on_one_screen(arguments, capsys):
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 100
+    names = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert names == list(COMMANDS)
+    documented = "train evaluate predict compare check-routing report benchmark verify convert export"
+    assert set(names) >= set(documented.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_where_the_table_says(name, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([name, "--help"])
+    assert exit.value.code == 0
+    assert f"usage: capsnet {name} [" in capsys.readouterr().out
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert capsys.readouterr().out == f"capsnet-jax {declared}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "trian",
+            "Unknown command 'trian' (did you mean train?); expected train, evaluate, predict, report, compare, ",
+        ),
+        ("check_routing", "Unknown command 'check_routing' (did you mean check-routing?); expected train, "),
+        ("fly", "Unknown command 'fly'; expected train, "),
+        ("--epochs", "Unknown command '--epochs'; expected train, "),
+    ],
+)
+def test_an_unknown_command_names_the_nearest(name, message, capsys):
+    assert main([name, "--epochs", "1"]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith(f"capsnet: error: {message}")
+    assert error.endswith(", export.\n")
+    assert error.count("\n") == 1
 
 
 def test_help_names_every_field_with_its_default(capsys):

@@ -18,7 +18,7 @@ from capsnet_jax.cli import compare
 from capsnet_jax.cli.compare import Compare
 from capsnet_jax.cli.main import main
 from capsnet_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
-from capsnet_jax.figures.pictures import comparison_figure
+from capsnet_jax.figures import comparison_figure
 from capsnet_jax.ops import capsule_norm
 from capsnet_jax.routing import ROUTINGS, uniform
 from capsnet_jax.runs.comparison import read_results

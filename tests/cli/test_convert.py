@@ -13,6 +13,7 @@ import safetensors.numpy
 from capsnet_jax.cli.main import main
 from capsnet_jax.config import Config, ModelConfig
 from capsnet_jax.interchange.state_files import read_state
+from capsnet_jax.presets import PRESETS
 from capsnet_jax.runs.folder import Run
 from tests.conftest import IMAGE_SHAPE, SMALL
 from tests.interchange.damages import DAMAGED_STATES, Bomb
@@ -95,6 +96,9 @@ def test_without_a_config_sizes_are_those_of_the_weights_and_the_rest_is_a_prese
         assert fields["model"]["decoder_hidden"] == [12, 14]
         assert fields["model"]["primary_stride"] == 2
         assert (fields["image_shape"], fields["class_names"]) == ([9, 11, 1], list("0123456789"))
+        assert fields["data_checksum"] == 0
+        expected = json.loads(json.dumps(PRESETS[preset].to_json()))
+        assert (fields["data"], fields["training"]) == (expected["data"], expected["training"])
     capsys.readouterr()
     assert convert(tmp_path / "a.safetensors", "--to", tmp_path / "default") == 0
     assert capsys.readouterr().err == (

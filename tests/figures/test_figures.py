@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from capsnet_jax.figures.pictures import reconstructions_figure
+from capsnet_jax.figures import reconstructions_figure
 
 
 def test_images_stand_above_their_reconstructions():

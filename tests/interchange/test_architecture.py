@@ -1,7 +1,6 @@
 """What tells a model by its weights alone."""
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import numpy as np
 import pytest
 
 from capsnet_jax import UsageError
-from capsnet_jax.config import Config
-from capsnet_jax.interchange.architecture import run_of_state
+from capsnet_jax.config import ModelConfig
+from capsnet_jax.interchange.architecture import infer_architecture
 from capsnet_jax.presets import PRESETS
 from capsnet_jax.runs.folder import Run
 from tests.interchange.test_state_files import (
@@ -33,35 +32,34 @@ def test_weights_tell_all_sizes_of_their_model(model):
     run = new_run(model)
     state = random_state(run)
     told = {name: getattr(model, name) for name in FROM_CONFIG}
-    known = Config(dataclasses.replace(PRESETS["digits"].model, **told), PRESETS["digits"].data)
-    found = run_of_state(state, known, Path("run"))
-    assert found == run._replace(config=dataclasses.replace(known, model=model))
+    known = dataclasses.replace(PRESETS["digits"].model, **told)
+    assert infer_architecture(state, known) == model
 
 
 @pytest.mark.parametrize("preset", ["readable", "digits", "official", "paper", "efficient"])
 def test_a_preset_is_found_again_from_its_weights(preset):
     config = PRESETS[preset]
     run = Run(Path("run"), config.with_sizes((28, 28, 1), 10), tuple("0123456789"))
-    assert run_of_state(random_state(run), config, Path("run")) == run
+    assert infer_architecture(random_state(run), config.model) == run.config.model
 
 
 def test_without_a_decoder_the_shape_of_images_must_be_given():
     run = new_run(dataclasses.replace(PLAIN, decoder_hidden=None))
     state = random_state(run)
     with pytest.raises(UsageError, match=r"have no decoder.* expected --image-shape HEIGHT WIDTH CHANNELS, or a"):
-        run_of_state(state, run.config, run.folder)
-    assert run_of_state(state, run.config, run.folder, image_shape=(19, 22, 2)) == run
+        infer_architecture(state, run.config.model)
+    assert infer_architecture(state, run.config.model, image_shape=(19, 22, 2)) == run.config.model
     with pytest.raises(UsageError, match=r"image2primary_capsules.0.weight is of 2 channels; .* \(19, 22, 1\)"):
-        run_of_state(state, run.config, run.folder, image_shape=(19, 22, 1))
+        infer_architecture(state, run.config.model, image_shape=(19, 22, 1))
 
 
 def test_a_stride_is_not_guessed():
     """19 x 22 images: a stem of 3 leaves 17 x 20; under a kernel of 9, strides 6 to 8 all make 2 x 2."""
     run = new_run(dataclasses.replace(PLAIN, primary_kernel=9, primary_stride=6))
     state = random_state(run)
-    assert run_of_state(state, run.config, run.folder) == run
+    assert infer_architecture(state, run.config.model) == run.config.model
     with pytest.raises(UsageError, match="do not tell the stride of the primary capsules: 6, 7, 8 make 12 of images"):
-        run_of_state(state, Config(), run.folder)
+        infer_architecture(state, ModelConfig())
 
 
 def test_where_two_activations_explain_the_weights_the_config_decides():
@@ -72,7 +70,7 @@ def test_where_two_activations_explain_the_weights_the_config_decides():
     state, other = map(random_state, runs)
     assert_same(state, other)
     for run in runs:
-        assert run_of_state(state, run.config, run.folder) == run
+        assert infer_architecture(state, run.config.model) == run.config.model
 
 
 def change(state, **changes):
@@ -101,19 +99,10 @@ def change(state, **changes):
 )  # fmt: skip
 def test_weights_that_tell_no_model_are_refused_by_name(state, damage, message):
     with pytest.raises(UsageError, match=message):
-        run_of_state(damage(state), new_run(PLAIN).config, Path("run"))
+        infer_architecture(damage(state), PLAIN)
 
 
 def test_images_too_small_for_the_given_kernels_are_refused(state):
     small = change(state, pixels=(7, 2, 4, 22))
     with pytest.raises(UsageError, match=re.escape("Images of 4 x 22 are too small")):
-        run_of_state(small, new_run(PLAIN).config, Path("run"))
-
-
-def test_a_run_found_from_weights_can_be_written_and_read(state, tmp_path):
-    run = run_of_state(state, new_run(PLAIN).config, tmp_path / "run")
-    run.write_config()
-    fields = json.loads((run.folder / "config.json").read_text())
-    assert fields["model"]["image_shape"] == [19, 22, 2]
-    assert fields["class_names"] == list("01234")
-    assert fields["data_checksum"] == 0
+        infer_architecture(small, PLAIN)

@@ -45,7 +45,16 @@ EPOCHS = [
 
 
 def card(run: Run = RUN, epochs=EPOCHS) -> str:
-    return model_card(run, num_weights=123456, dtype="float64", epochs=epochs)
+    return model_card(
+        run.folder.name,
+        run.config,
+        image_shape=run.image_shape,
+        class_names=run.class_names,
+        known_data=run.data_checksum != 0,
+        num_weights=123456,
+        dtype="float64",
+        epochs=epochs,
+    )
 
 
 def rows(text: str) -> dict[str, str]:

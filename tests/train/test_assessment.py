@@ -11,7 +11,7 @@ from capsnet_jax import CapsNet, UsageError
 from capsnet_jax.cli.evaluate import Evaluate, describe, describe_confusion
 from capsnet_jax.config import Config, DataConfig, ModelConfig
 from capsnet_jax.data import make_dataset
-from capsnet_jax.figures.pictures import confusion_figure
+from capsnet_jax.figures import confusion_figure
 from capsnet_jax.interchange.weights import save_weights
 from capsnet_jax.ops import to_unit_range
 from capsnet_jax.runs.folder import BEST, WEIGHTS, Run

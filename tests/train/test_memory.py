@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from capsnet_jax.train.memory import compile_lean
+from capsnet_benchmark import worker
+from capsnet_jax.train.memory import compile_lean, peak_memory_of_process
 
 BLOCK, NUMBER = 2**16, 2_000  # small enough to be kept by the allocator, 131 MB of them
 
@@ -47,3 +48,9 @@ subprocess.run([sys.executable, "-c", small], check=True)
 """
     told = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
     assert 50e6 < int(told.stdout) < 500e6
+
+
+def test_the_benchmark_measures_memory_as_training_does():
+    """There are two readings of it, as the benchmark's process has to do without JAX."""
+    first, second, third = peak_memory_of_process(), worker.peak_memory_of_process(), peak_memory_of_process()
+    assert first <= second <= third < 1.01 * first

@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 from capsnet_benchmark.flops import training_flops
 from capsnet_benchmark.measurements import GEMM_SIZES, MEASUREMENTS, TEST_IMAGES, TRAIN_IMAGES, Samples, measure
-from capsnet_benchmark.processes import Worker
+from capsnet_benchmark.processes import Worker, same_device
 from capsnet_benchmark.results import origin, summarize
 from capsnet_benchmark.table import describe
 from capsnet_jax.config import Config
 from capsnet_jax.errors import UsageError
+from capsnet_jax.files import replace_file
 from capsnet_jax.presets import PRESETS
-from capsnet_jax.runs.files import replace_file
 from capsnet_jax.train.evaluation import EVALUATION_BATCH
 
 ROWS = ("jax", "torch-eager", "torch-compile")
@@ -134,22 +134,6 @@ class Benchmark:
             platform, device = same_device({worker.row: worker.introduction() for worker in workers})
             for samples in measure(workers, names, rounds=self.rounds, may_fail=("torch-compile",)):
                 yield samples, platform, device
-
-
-def same_device(introductions: dict[str, dict[str, str]]) -> tuple[str, str]:
-    """The platform and the device that all rows are on.
-
-    Raises:
-        UsageError: they are not on the same.
-    """
-    devices = [(introduction["platform"], introduction["device"]) for introduction in introductions.values()]
-    if len({platform for platform, _ in devices}) > 1:
-        told = ", ".join(f"{row} on {introduction['device']}" for row, introduction in introductions.items())
-        raise UsageError(
-            f"The rows are not on the same device: {told}; expected JAX and PyTorch both with CUDA, or both without, "
-            "as with CUDA_VISIBLE_DEVICES= (empty)."
-        )
-    return devices[0]
 
 
 def _among(name: str, values: Sequence[str], known: Sequence[str] | dict[str, Any]) -> None:

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from capsnet_benchmark.results import origin
 from capsnet_jax.errors import UsageError
-from capsnet_jax.runs.files import replace_file
+from capsnet_jax.files import replace_file
 
-if TYPE_CHECKING:  # PyTorch is needed to run, and not to tell how
-    from capsnet_verify.subjects import Subject
-    from capsnet_verify.verification import Settings, Verification
+if TYPE_CHECKING:  # these need PyTorch, and the help does not
+    import capsnet_verify.subjects
+    import capsnet_verify.verification
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,29 @@ class Verify:
             return 2
 
     def _run(self) -> int:
+        self._check()
+        if self.self_test:
+            from capsnet_verify.self_test import self_test
+
+            return self_test()
+        from capsnet_verify.report import describe, row, summarize
+
+        subjects, settings = self._subjects(), self._settings()
+        if self.torch_model is not None and self.map is None:
+            return self._propose_map(subjects[0], settings)
+        verifications: list[capsnet_verify.verification.Verification] = []
+        for subject in subjects:
+            for dtype in self.dtype:
+                verifications.append(self._verify(subject, dataclasses.replace(settings, dtype=dtype)))
+                self._write(verifications)
+                if len(subjects) * len(self.dtype) > 1:
+                    print(f"| {' | '.join(row(verifications[-1]))} |", file=sys.stderr, flush=True)
+        print(describe(verifications[0]) if len(verifications) == 1 else summarize(verifications))
+        statuses = {verification.status for verification in verifications}
+        return 1 if 1 in statuses else max(statuses)
+
+    def _check(self) -> None:
+        """Make sure that the options fit each other and PyTorch is installed, before anything is imported or built."""
         if self.self_test and self != Verify(self_test=True):
             raise UsageError("--self-test takes no other options.")
         for name, smallest in (("steps", 0), ("batch_size", 1), ("seed", 0), ("random_model", 0)):
@@ -100,72 +122,17 @@ class Verify:
             raise UsageError(f"json is {self.json}, and the folder {self.json.parent} does not exist.")
         if not self.dtype:
             raise UsageError("dtype is empty; expected float64, float32 or bfloat16.")
+        self._check_models()
         if importlib.util.find_spec("torch") is None:
             raise UsageError('capsnet verify needs PyTorch, which is not installed: pip install ".[torch]".')
-        if self.self_test:
-            from capsnet_verify.self_test import self_test
 
-            return self_test()
-        from capsnet_verify.report import describe, row, summarize
-
-        subjects, settings = self._subjects(), self._settings()
-        if self.torch_model is not None and self.map is None:
-            return self._propose_map(subjects[0], settings)
-        verifications: list[Verification] = []
-        for subject in subjects:
-            for dtype in self.dtype:
-                verifications.append(self._verify(subject, dataclasses.replace(settings, dtype=dtype)))
-                self._write(verifications)
-                if len(subjects) * len(self.dtype) > 1:
-                    print(f"| {' | '.join(row(verifications[-1]))} |", file=sys.stderr, flush=True)
-        print(describe(verifications[0]) if len(verifications) == 1 else summarize(verifications))
-        statuses = {verification.status for verification in verifications}
-        return 1 if 1 in statuses else max(statuses)
-
-    def _verify(self, subject: "Subject", settings: "Settings") -> "Verification":
-        from capsnet_verify.foreign import verify_module
-        from capsnet_verify.torch_module import load_module
-        from capsnet_verify.verification import verify
-        from capsnet_verify.weight_map import read_map
-
-        if self.torch_model is None or self.map is None:
-            return verify(subject, settings)
-        return verify_module(load_module(self.torch_model), read_map(self.map), subject, settings)
-
-    def _propose_map(self, subject: "Subject", settings: "Settings") -> int:
-        """Prints a map to be looked through; nothing is compared, which is exit status 2."""
-        from capsnet_verify.foreign import propose
-        from capsnet_verify.torch_module import load_module
-
-        print(propose(load_module(str(self.torch_model)), subject, settings))
-        print("capsnet: There is no --map, so nothing was compared; the one above is a proposal.", file=sys.stderr)
-        return 2
-
-    def _write(self, verifications: "list[Verification]") -> None:
-        """What there is so far, in place of what the file had before."""
-        from capsnet_verify.report import to_json
-
-        if self.json is not None:
-            device = "cpu" if self.device == "cpu" else _gpu()
-            options = {name: value for name, value in vars(self).items() if value != getattr(Verify(), name)}
-            results = {
-                "options": json.loads(json.dumps(options, default=str)),
-                "verifications": [to_json(verification) for verification in verifications],
-            }
-            text = json.dumps(origin(("jax", "torch-eager"), device) | results, indent=2)
-            replace_file(self.json, f"{text}\n")
-
-    def _subjects(self) -> "list[Subject]":
-        """The models, refused if they contradict each other."""
-        from capsnet_verify import subjects
-        from capsnet_verify.random_models import random_subject
-
-        routing = self.jax_routing or self.routing
+    def _check_models(self) -> None:
+        """Refuse options that name models which contradict each other."""
         several = {"--all-presets": self.all_presets, "--all-routings": self.all_routings}
         single = {"a model": bool(self.model), "--random-model": self.random_model is not None}
         chosen = [name for name, is_chosen in (several | single).items() if is_chosen]
-        if routing is not None:
-            chosen += ["--routing"] if any(several.values()) else []
+        if (self.jax_routing or self.routing) is not None and any(several.values()):
+            chosen += ["--routing"]
         if self.preset is not None and self.random_model is not None:
             chosen += ["--preset"]
         if len(chosen) > 1 and not all(name in several for name in chosen):
@@ -187,6 +154,13 @@ class Verify:
             raise UsageError("--torch-weights are compared with those of a model; expected its folder or file, too.")
         if self.image_shape is not None and not self.model:
             raise UsageError("--image-shape is that of weights; expected their file, too.")
+
+    def _subjects(self) -> list["capsnet_verify.subjects.Subject"]:
+        """The models to verify."""
+        from capsnet_verify import subjects
+        from capsnet_verify.random_models import random_subject
+
+        routing = self.jax_routing or self.routing
         found = subjects.of_every_preset() if self.all_presets else []
         found += subjects.of_every_routing() if self.all_routings else []
         if self.torch_model is not None and self.model and self.model[0].is_dir():
@@ -201,8 +175,8 @@ class Verify:
             return [subjects.of_routing(routing or "dynamic")]
         return [subjects.with_routing(subject, routing) for subject in found] if routing else found
 
-    def _settings(self) -> "Settings":
-        """How it is verified, but for the dtype, and what the PyTorch side has of its own."""
+    def _settings(self) -> "capsnet_verify.verification.Settings":
+        """How they are verified, but for the dtype, and what the PyTorch side has of its own."""
         from capsnet_jax.interchange.state_files import read_state
         from capsnet_verify.torch_routing import find_routing
         from capsnet_verify.verification import Settings
@@ -216,6 +190,44 @@ class Verify:
             torch_routing=None if self.torch_routing is None else find_routing(self.torch_routing),
             torch_state=read_state(self.torch_weights) if self.torch_weights else None,
         )
+
+    def _verify(
+        self, subject: "capsnet_verify.subjects.Subject", settings: "capsnet_verify.verification.Settings"
+    ) -> "capsnet_verify.verification.Verification":
+        from capsnet_verify.foreign import verify_module
+        from capsnet_verify.torch_module import load_module
+        from capsnet_verify.verification import verify
+        from capsnet_verify.weight_map import read_map
+
+        if self.torch_model is None or self.map is None:
+            return verify(subject, settings)
+        return verify_module(load_module(self.torch_model), read_map(self.map), subject, settings)
+
+    def _propose_map(
+        self, subject: "capsnet_verify.subjects.Subject", settings: "capsnet_verify.verification.Settings"
+    ) -> int:
+        """Print a map to be looked through; nothing is compared, which is exit status 2."""
+        from capsnet_verify.foreign import propose
+        from capsnet_verify.torch_module import load_module
+
+        print(propose(load_module(str(self.torch_model)), subject, settings))
+        print("capsnet: There is no --map, so nothing was compared; the one above is a proposal.", file=sys.stderr)
+        return 2
+
+    def _write(self, verifications: list["capsnet_verify.verification.Verification"]) -> None:
+        """Write what there is so far, in place of what the file had before."""
+        from capsnet_benchmark.results import origin
+        from capsnet_verify.report import to_json
+
+        if self.json is not None:
+            device = "cpu" if self.device == "cpu" else _gpu()
+            options = {name: value for name, value in vars(self).items() if value != getattr(Verify(), name)}
+            results = {
+                "options": json.loads(json.dumps(options, default=str)),
+                "verifications": [to_json(verification) for verification in verifications],
+            }
+            text = json.dumps(origin(("jax", "torch-eager"), device) | results, indent=2)
+            replace_file(self.json, f"{text}\n")
 
 
 def _gpu() -> str:

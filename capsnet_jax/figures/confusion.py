@@ -1,0 +1,36 @@
+"""The figure of a confusion matrix."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+
+def confusion_figure(confusion: Int[np.ndarray, "o o"], class_names: Sequence[str]) -> Figure:
+    """Draw a confusion matrix, each cell coloured by its share of the images of the true class.
+
+    Args:
+        confusion: numbers of images, `[true predicted]`.
+        class_names: of rows and columns.
+    """
+    size = len(class_names)
+    side = np.clip(0.4 * size, 3, 14)
+    figure = Figure(figsize=(side + 2.5, side + 1.5), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    # The root shows confusions, which are few of many.
+    shown = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
+    fontsize = 9 if size <= 25 else 5
+    axis.set_xticks(range(size), class_names, fontsize=fontsize, rotation=90 if max(map(len, class_names)) > 2 else 0)
+    axis.set_yticks(range(size), class_names, fontsize=fontsize)
+    axis.set_xlabel("predicted", fontsize=9)
+    axis.set_ylabel("true", fontsize=9)
+    if size <= 25:
+        for true, predicted in np.argwhere(confusion):
+            color = "white" if shares[true, predicted] > 0.4 else "black"
+            text = str(confusion[true, predicted])
+            axis.text(predicted, true, text, ha="center", va="center", fontsize=7, color=color)
+    figure.colorbar(shown, ax=axis, ticks=[0, 0.01, 0.1, 0.5, 1], format="{x:.0%}", shrink=0.8)
+    return figure

@@ -1,0 +1,80 @@
+"""The figure of learning curves: losses over training steps, errors over epochs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, SymmetricalLogLocator
+
+
+class Curves(NamedTuple):
+    """The learning curves of a run, as points: losses over training steps, errors in percent over epochs.
+
+    Attributes:
+        chunk_losses: mean training loss of each chunk, at its last step.
+        epoch_losses: mean training loss of each epoch, in the middle of its steps.
+        validation_errors: after each epoch; none without validation images.
+        test_errors: after each epoch.
+    """
+
+    chunk_losses: Float[np.ndarray, "chunks 2"]
+    epoch_losses: Float[np.ndarray, "epochs 2"]
+    validation_errors: Float[np.ndarray, "validations 2"]
+    test_errors: Float[np.ndarray, "epochs 2"]
+
+
+def learning_curves_figure(runs: Mapping[str, Curves]) -> Figure:
+    """Plot training losses of runs over steps, and beside them their validation and test errors over epochs.
+
+    Args:
+        runs: by the names that they have in the legend.
+    """
+    columns = min(len(runs), 1 if max(map(len, runs)) > 60 else 2)
+    legend_height = 0.2 * math.ceil(len(runs) / columns)
+    figure = Figure(figsize=(10, 4 + legend_height), dpi=120, layout="constrained")
+    losses, errors = figure.subplots(1, 2)
+    for row, (name, curves) in enumerate(runs.items()):
+        color, marker = f"C{row % 10}", "osD^vPX"[row % 7]
+        style = {"color": color, "marker": marker, "markersize": 4}
+        losses.plot(*curves.chunk_losses.T, color=color, alpha=0.25, linewidth=0.7)
+        losses.plot(*curves.epoch_losses.T, **style, label=name)
+        errors.plot(*curves.validation_errors.T, **style, linestyle="--", markerfacecolor="none")
+        errors.plot(*curves.test_errors.T, **style)
+    _log_scale(losses, [points[:, 1] for curves in runs.values() for points in curves[:2]])
+    losses.set_xlabel("training step", fontsize=9)
+    losses.set_ylabel("training loss, mean of an epoch (faint: of a chunk)", fontsize=9)
+    _log_scale(errors, [points[:, 1] for curves in runs.values() for points in curves[2:]])
+    errors.set_xlabel("epoch", fontsize=9)
+    errors.set_ylabel("error, %", fontsize=9)
+    for axis in (losses, errors):
+        axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))
+        axis.grid(alpha=0.3)
+    if any(len(curves.validation_errors) for curves in runs.values()):
+        test = Line2D([], [], color="black", marker="o", markersize=4)
+        validation = Line2D([], [], color="black", marker="o", markersize=4, markerfacecolor="none", linestyle="--")
+        errors.legend([test, validation], ["test", "validation"], fontsize=8)
+    figure.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8)
+    return figure
+
+
+def _log_scale(axis: Axes, values: Sequence[np.ndarray]) -> None:
+    """Makes the vertical axis logarithmic, but for zero, if values are not too close to each other for that."""
+    of_all = np.concatenate(values)
+    positive = of_all[of_all > 0]
+    ratio = positive.max() / positive.min() if positive.size else 1
+    if ratio > 3:
+        subs = (1, 2, 5) if ratio > 10 else (1, 1.5, 2, 3, 4, 5, 7)
+        if 0 in of_all:
+            axis.set_yscale("symlog", linthresh=positive.min(), linscale=0.3)
+            axis.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=positive.min(), subs=subs))
+            axis.set_ylim(bottom=-0.1 * positive.min())
+        else:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=subs))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
