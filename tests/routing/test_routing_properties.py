@@ -9,7 +9,6 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from capsnet_jax.capsules import Routed
-from capsnet_jax.cli.check_routing import check_routing, name_of
 from capsnet_jax.ops import capsule_norm, squash
 from capsnet_jax.routing import ROUTINGS, get_routing
 from capsnet_jax.routing.properties import (
@@ -18,12 +17,14 @@ from capsnet_jax.routing.properties import (
     Subject,
     activations,
     batch,
+    check_routing,
     compiled,
     couplings,
     draw_case,
     finite,
     float32,
     float64,
+    name_of,
     order_of_inputs,
     order_of_outputs,
     positions,
