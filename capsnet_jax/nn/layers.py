@@ -12,11 +12,12 @@ from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Capsules, Routed
 from capsnet_jax.errors import UsageError
+from capsnet_jax.nn.fast.fused_dynamic import FUSED
 from capsnet_jax.nn.initializers import TORCH, Initializer, Scheme, new_param, unit_variance_uniform
 from capsnet_jax.nn.precision import at_least_float32
 from capsnet_jax.nn.stem import Convolution, Features
 from capsnet_jax.ops import capsule_norm, exponential_squash, squash
-from capsnet_jax.routing import FUSED, Routing, get_routing
+from capsnet_jax.routing import Routing, get_routing
 
 SQUASHES = {"squash": squash, "exponential": exponential_squash}
 IMPLEMENTATIONS = ("auto", "votes", "fused")

@@ -14,8 +14,27 @@ from jaxtyping import AbstractArray, Array, Float
 
 from capsnet_jax.capsules import Routed
 from capsnet_jax.errors import UsageError
-from capsnet_jax.routing import ROUTINGS
+from capsnet_jax.routing.dynamic import dynamic
+from capsnet_jax.routing.em import em
+from capsnet_jax.routing.inverted_attention import inverted_attention
+from capsnet_jax.routing.kmeans import kmeans
+from capsnet_jax.routing.random import random
+from capsnet_jax.routing.self_attention import self_attention
+from capsnet_jax.routing.self_routing import self_routing
+from capsnet_jax.routing.uniform import uniform
+from capsnet_jax.routing.variational import variational
 
+ROUTINGS: dict[str, Callable[..., Routed]] = {
+    "dynamic": dynamic,
+    "em": em,
+    "variational": variational,
+    "self_attention": self_attention,
+    "inverted_attention": inverted_attention,
+    "self_routing": self_routing,
+    "kmeans": kmeans,
+    "uniform": uniform,
+    "random": random,
+}
 GIVEN = ("poses", "softmax", "num_iterations")  # by the layer, to a routing that has them
 OPTION_TYPES = (bool, int, float, str)
 

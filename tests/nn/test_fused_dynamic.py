@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 from capsnet_jax import CapsNet, Capsules, UsageError
+from capsnet_jax.nn.fast.fused_dynamic import fused_dynamic
 from capsnet_jax.nn.layers import CapsuleLayer, fused_function
-from capsnet_jax.routing import dynamic, fused_dynamic, get_routing
+from capsnet_jax.routing import dynamic, get_routing
 from tests.conftest import IMAGE_SHAPE, SMALL
 
 BATCH, INPUTS, DIM, OUTPUTS, SIZE = 3, 10, 4, 5, 6

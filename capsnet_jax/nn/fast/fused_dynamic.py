@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from capsnet_jax.capsules import Routed
 from capsnet_jax.errors import UsageError
 from capsnet_jax.ops import capsule_norm, squash
+from capsnet_jax.routing.dynamic import dynamic
 
 CHUNK_ON_CPU = 640 * 2**10  # bytes of the largest array of a chunk: a few of them stay in the caches
 CHUNK_ELSEWHERE = 64 * 2**20  # keeps a GPU busy
@@ -86,6 +87,10 @@ def fused_dynamic(
         routed = squash(rearrange(sums, "o h b -> b o h") + bias)
     couplings = rearrange(_couplings(leaky, detach, operands, _project(weight, agreed)), "o i b -> b i o")
     return Routed(routed, capsule_norm(routed), couplings)
+
+
+FUSED: dict[Callable[..., Routed], Callable[..., Routed]] = {dynamic: fused_dynamic}
+"""Of routings that need no votes: the function of a batch, `(poses [b i d], weight [i d o h]) -> Routed`."""
 
 
 def _uniform_sum(leaky: bool, operands: Operands, agreed: Float[Array, "o h b"]) -> Float[Array, "o h b"]:
