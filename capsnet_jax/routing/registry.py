@@ -1,19 +1,21 @@
-"""From the name of a routing to what a layer calls: options bound, weights known, results checked."""
+"""From the name of a routing to what a layer calls: options bound, weights known, results checked, errors named."""
 
 import functools
 import importlib
 import inspect
 import math
+import traceback
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import AbstractArray, Array, Float
 
 from capsnet_jax.capsules import Routed
-from capsnet_jax.errors import UsageError
+from capsnet_jax.errors import UsageError, in_words
 from capsnet_jax.routing.dynamic import dynamic
 from capsnet_jax.routing.em import em
 from capsnet_jax.routing.inverted_attention import inverted_attention
@@ -83,10 +85,17 @@ class Routing:
             given: weights, and poses and softmax, which are passed on if the routing has an argument for them.
 
         Raises:
-            UsageError: the result is not a `Routed` of the right shapes.
+            UsageError: the function raises an error, which is the cause of this one; or the result is not a `Routed`
+                of the right shapes.
         """
         given = {name: value for name, value in given.items() if self.takes(name)}
-        routed = self.function(votes, activations, **(dict(self.options) | given))
+        try:
+            routed = self.function(votes, activations, **(dict(self.options) | given))
+        except (UsageError, jax.errors.JaxRuntimeError):
+            raise  # in words already, or an error of the device, such as too little memory
+        except Exception as error:  # the user's function may raise anything
+            place = _place(self.function, error)
+            raise UsageError(f"Routing {self.name} raises {in_words(error)}{place}.") from error
         if not isinstance(routed, Routed):
             raise UsageError(
                 f"Routing {self.name} returned {type(routed).__name__}; expected Routed(poses, activations, couplings)."
@@ -185,7 +194,7 @@ def _find(name: str) -> Callable[..., Routed]:
     try:
         found = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever the user's module does when it is imported
-        raise UsageError(f"Routing {name!r} cannot be imported: {type(error).__name__}: {error}.") from error
+        raise UsageError(f"Routing {name!r} cannot be imported: {in_words(error)}.") from error
     _check_callable(name, found)
     return typing.cast(Callable[..., Routed], found)
 
@@ -265,3 +274,12 @@ def _parameters(function: Callable[..., Routed]) -> dict[str, inspect.Parameter]
         ) from error
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {parameter.name: parameter for parameter in others if parameter.kind not in kinds}
+
+
+def _place(function: Callable[..., Routed], error: Exception) -> str:
+    """The last line of the function's file that an error passed through, as " (file, line n)"; empty if none."""
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    file = code.co_filename if code else ""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" ({Path(file).name}, line {lines[-1]})" if lines else ""

@@ -34,7 +34,10 @@ def test_the_command_says_what_was_not_run(capsys, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     assert main(["check-routing", "stuck_routing:stuck"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "FAILED   result            It raises ZeroDivisionError: division by zero"
+    assert lines[1] == (
+        "FAILED   result            Routing stuck_routing:stuck raises ZeroDivisionError: division by zero "
+        "(stuck_routing.py, line 2)."
+    )
     assert lines[2] == "not run  repeatable        The check 'result' must pass first."
     assert lines[-1] == "stuck_routing:stuck failed 1 of 12 checks (result); 11 were not run."
 

@@ -1,5 +1,7 @@
 """What every routing promises, on dynamic routing; and how routings are found."""
 
+import sys
+import traceback
 from functools import partial
 
 import jax
@@ -109,6 +111,108 @@ def test_learned_weights_are_what_is_annotated_as_an_array():
     assert not routing.takes("others")
     layer = CapsuleLayer(INPUTS, 4, OUTPUTS, SIZE, routing=mixed, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(layer.routing_weights["mix"][...], np.full((SIZE, SIZE), 0.5, np.float32))
+
+
+FAULTY = """
+import functools
+import jax
+from capsnet_jax import UsageError
+from capsnet_jax.ops import squash
+
+def divides(votes, activations):
+    share = 1 / 0
+    return share
+
+def helped(votes, activations):
+    return squash(
+        votes + "a"
+    )
+
+@jax.jit
+def compiled(votes, activations):
+    if votes[0, 0, 0] > 0:
+        return votes
+
+def bare(votes, activations):
+    raise KeyError
+
+def refuses(votes, activations):
+    raise UsageError("Votes are cold.")
+
+def exhausts(votes, activations):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.")
+
+def needs(votes, activations, *, sharpness):
+    return votes
+
+class Callable:
+    def __call__(self, votes, activations):
+        return votes[:, 9, 9, 9]
+
+called = Callable()
+"""
+
+
+@pytest.fixture
+def faulty(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "faulty_routing", raising=False)
+    (tmp_path / "faulty_routing.py").write_text(FAULTY)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "faulty_routing"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "cause"),
+    [
+        ("divides", "ZeroDivisionError: division by zero (faulty_routing.py, line 8).", ZeroDivisionError),
+        ("helped", "TypeError: ", TypeError),
+        (
+            "compiled",
+            "TracerBoolConversionError: Attempted boolean conversion of traced array with shape bool[] "
+            "(faulty_routing.py, line 18).",
+            jax.errors.TracerBoolConversionError,
+        ),
+        ("bare", "KeyError: (no message) (faulty_routing.py, line 22).", KeyError),
+        ("needs", "TypeError: needs() missing 1 required keyword-only argument: 'sharpness'.", TypeError),
+        ("called", "IndexError: ", IndexError),
+    ],
+)
+def test_an_error_of_a_routing_is_told_with_its_place_and_has_the_original_as_its_cause(faulty, name, words, cause):
+    with pytest.raises(UsageError) as caught:
+        get_routing(f"{faulty}:{name}")(VOTES, ACTIVATIONS)
+    assert str(caught.value).startswith(f"Routing {faulty}:{name} raises {words}")
+    assert type(caught.value.__cause__) is cause
+    frames = traceback.extract_tb(caught.value.__cause__.__traceback__)
+    inside = [frame for frame in frames if frame.filename.endswith("faulty_routing.py")]
+    assert [frame.name for frame in inside] == {"called": ["__call__"], "needs": []}.get(name, [name])
+    if inside:
+        assert str(caught.value).endswith(f" (faulty_routing.py, line {inside[-1].lineno}).")
+
+
+def test_an_error_of_a_routing_is_told_alike_by_a_layer_with_the_traceback_of_the_function(faulty):
+    layer = CapsuleLayer(INPUTS, 4, OUTPUTS, SIZE, routing=f"{faulty}:divides", rngs=nnx.Rngs(0))
+    capsules = Capsules(jnp.ones((2, INPUTS, 4)), jnp.ones((2, INPUTS)))
+    words = "Routing faulty_routing:divides raises ZeroDivisionError: division by zero (faulty_routing.py, line 8)."
+    for call in (layer, nnx.jit(layer)):
+        with pytest.raises(UsageError) as caught:
+            call(capsules)
+        assert str(caught.value) == words
+        assert type(caught.value.__cause__) is ZeroDivisionError
+        assert "share = 1 / 0" in "".join(traceback.format_exception(caught.value))
+
+
+def test_an_error_that_is_in_words_or_of_the_device_is_passed_on(faulty):
+    with pytest.raises(UsageError, match=r"^Votes are cold.$"):
+        get_routing(f"{faulty}:refuses")(VOTES, ACTIVATIONS)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+        get_routing(f"{faulty}:exhausts")(VOTES, ACTIVATIONS)
+
+
+def test_an_error_outside_the_routing_is_not_blamed_on_it(monkeypatch):
+    monkeypatch.setattr(CapsuleLayer, "votes", lambda layer, poses: 1 / 0)
+    layer = CapsuleLayer(INPUTS, 4, OUTPUTS, SIZE, routing="uniform", rngs=nnx.Rngs(0))
+    with pytest.raises(ZeroDivisionError, match=r"^division by zero$"):
+        layer(Capsules(jnp.ones((2, INPUTS, 4)), jnp.ones((2, INPUTS))))
 
 
 def test_options_are_of_the_type_of_their_annotation(tmp_path, monkeypatch):

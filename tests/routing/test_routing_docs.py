@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from capsnet_jax import Capsules
+from capsnet_jax import Capsules, UsageError
 from capsnet_jax.cli.main import main
 from capsnet_jax.nn.layers import CapsuleLayer
 from capsnet_jax.routing import ROUTINGS, get_routing
@@ -30,6 +30,16 @@ def example(tmp_path, monkeypatch):
 def test_there_is_one_example_and_it_is_under_20_lines():
     assert len(EXAMPLE) == 1
     assert 10 < len(EXAMPLE[0].splitlines()) < 20
+
+
+def test_the_error_of_a_routing_is_told_as_shown(tmp_path, monkeypatch):
+    (tmp_path / "my_routing.py").write_text("def sharpened(votes, activations):\n    return 1 / 0\n")
+    monkeypatch.delitem(sys.modules, "my_routing", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    told = re.search(r"`(Routing my_routing:sharpened raises .*?)`", DOCUMENT, re.DOTALL)[1].replace("\n", " ")
+    with pytest.raises(UsageError) as caught:
+        get_routing(NAME)(jnp.ones((2, 3, 4)), jnp.ones(2))
+    assert str(caught.value) == told.replace("line 12", "line 2")
 
 
 def test_the_command_prints_about_the_example_what_the_document_shows(example, capsys):
