@@ -5,6 +5,7 @@ Its keyword arguments are what it needs beyond that; see `Routing`. To add one: 
 `registry.py`.
 """
 
+from capsnet_jax.routing.arguments import learns
 from capsnet_jax.routing.dynamic import dynamic
 from capsnet_jax.routing.em import em
 from capsnet_jax.routing.inverted_attention import inverted_attention
@@ -24,6 +25,7 @@ __all__ = [
     "get_routing",
     "inverted_attention",
     "kmeans",
+    "learns",
     "random",
     "self_attention",
     "self_routing",

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import AbstractArray, Array, Float
+from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Routed
 from capsnet_jax.errors import UsageError, in_words
+from capsnet_jax.routing.arguments import GIVEN, learned_axes
 from capsnet_jax.routing.dynamic import dynamic
 from capsnet_jax.routing.em import em
 from capsnet_jax.routing.inverted_attention import inverted_attention
@@ -37,7 +38,6 @@ ROUTINGS: dict[str, Callable[..., Routed]] = {
     "uniform": uniform,
     "random": random,
 }
-GIVEN = ("poses", "softmax", "num_iterations")  # by the layer, to a routing that has them
 OPTION_TYPES = (bool, int, float, str)
 
 
@@ -56,9 +56,7 @@ class Routing:
 
     - `poses`: those of the input capsules, `[i d]`;
     - `num_iterations`;
-    - every keyword argument annotated as an array, such as `beta: Float[Array, "i o"] | float = 0.0`: a weight, which
-      the layer learns, of the axes i (input capsules), o (output capsules), d (input pose size) and h (output pose
-      size), from that constant;
+    - the weights that it declares by `learns`;
     - `softmax`: the softmax over all parents of an input capsule, from `[positions i o]` to the same. A convolutional
       layer calls a routing with this argument once, with votes `[positions i o h]`; one without, for each position.
 
@@ -121,15 +119,11 @@ class Routing:
 
     @property
     def weights(self) -> dict[str, Weight]:
-        """The weights to be learnt; those that start from None are not there."""
-        initial = dict(self.options)
-        weights = {}
-        for name, parameter in _parameters(self.function).items():
-            axes = _axes(parameter)
-            value = initial.get(name, parameter.default)
-            if axes is not None and value is not None:
-                weights[name] = Weight(axes, value)
-        return weights
+        """The weights to be learned; those that start from None are not there."""
+        defaults = {name: parameter.default for name, parameter in _parameters(self.function).items()}
+        initial = defaults | dict(self.options)
+        axes = learned_axes(self.function)
+        return {name: Weight(axes[name], initial[name]) for name in axes if initial[name] is not None}
 
 
 def get_routing(routing: str | Callable[..., Routed] | Routing, *, num_iterations: int = 3) -> Routing:
@@ -168,8 +162,6 @@ def get_routing(routing: str | Callable[..., Routed] | Routing, *, num_iteration
         options = {"num_iterations": num_iterations} | options
         if options["num_iterations"] < 1:
             raise UsageError(f"Routing {name}: num_iterations is {options['num_iterations']}, and must be at least 1.")
-    for parameter in parameters.values():
-        _check_weight(name, parameter)
     return Routing(name, function, tuple(sorted(options.items())))
 
 
@@ -178,8 +170,8 @@ def describe_options(function: Callable[..., Routed]) -> str:
     described = []
     for name, parameter in _parameters(function).items():
         if name not in GIVEN or name == "num_iterations":
-            learned = "" if _axes(parameter) is None else ", learned"
-            described.append(f"{name} ({_option_type(parameter).__name__}, {parameter.default}{learned})")
+            learned = ", learned" if name in learned_axes(function) else ""
+            described.append(f"{name} ({_option_type(function, parameter).__name__}, {parameter.default}{learned})")
     return ", ".join(described) or "none"
 
 
@@ -193,6 +185,8 @@ def _find(name: str) -> Callable[..., Routed]:
         )
     try:
         found = getattr(importlib.import_module(module), function)
+    except UsageError:  # of `learns`, in words already
+        raise
     except Exception as error:  # whatever the user's module does when it is imported
         raise UsageError(f"Routing {name!r} cannot be imported: {in_words(error)}.") from error
     _check_callable(name, found)
@@ -214,12 +208,14 @@ def _options(name: str, function: Callable[..., Routed], settings: list[str]) ->
             raise UsageError(f"Routing {name} has no option {option!r}; expected {describe_options(function)}.")
         if option in options:
             raise UsageError(f"Routing {name}: {option} is given twice.")
-        options[option] = _value(name, parameter, text)
+        options[option] = _value(name, function, parameter, text)
     return options
 
 
-def _value(name: str, parameter: inspect.Parameter, text: str) -> bool | int | float | str:
-    kind = _option_type(parameter)
+def _value(
+    name: str, function: Callable[..., Routed], parameter: inspect.Parameter, text: str
+) -> bool | int | float | str:
+    kind = _option_type(function, parameter)
     try:
         value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         if kind is float and not math.isfinite(value):
@@ -230,36 +226,14 @@ def _value(name: str, parameter: inspect.Parameter, text: str) -> bool | int | f
         raise UsageError(f"Routing {name}: {parameter.name} is {text!r}; expected {expected}.") from error
 
 
-def _option_type(parameter: inspect.Parameter) -> type:
+def _option_type(function: Callable[..., Routed], parameter: inspect.Parameter) -> type:
     """What an option is written as; a weight is written as the number that it starts from."""
-    if _axes(parameter) is not None:
+    if parameter.name in learned_axes(function):
         return float
     for kind in (parameter.annotation, *typing.get_args(parameter.annotation)):  # int, and the int of int | None
         if kind in OPTION_TYPES:
             return typing.cast(type, kind)
     return type(parameter.default) if type(parameter.default) in OPTION_TYPES else str
-
-
-def _check_weight(name: str, parameter: inspect.Parameter) -> None:
-    axes = _axes(parameter)
-    if axes is None:
-        return
-    unknown = [axis for axis in axes if axis not in ("i", "o", "d", "h")]
-    if unknown or parameter.default is inspect.Parameter.empty:
-        raise UsageError(
-            f"Routing {name}: the weight {parameter.name} has the axes {' '.join(axes)!r} and the default "
-            f"{parameter.default}; expected axes among i, o, d and h, and the number that it starts from."
-        )
-
-
-def _axes(parameter: inspect.Parameter) -> tuple[str, ...] | None:
-    """The axes of an argument annotated as an array; None if it is not a weight."""
-    if parameter.name in GIVEN:
-        return None
-    for option in (parameter.annotation, *typing.get_args(parameter.annotation)):
-        if isinstance(option, type) and issubclass(option, AbstractArray):
-            return tuple(option.dim_str.split())
-    return None
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Routing algorithms, each a function of a batch of votes, and each the second formulation of the one in JAX."""
 
+from capsnet_torch.routing.arguments import learns
 from capsnet_torch.routing.dynamic import dynamic
 from capsnet_torch.routing.em import em
 from capsnet_torch.routing.inverted_attention import inverted_attention
@@ -18,6 +19,7 @@ __all__ = [
     "em",
     "inverted_attention",
     "kmeans",
+    "learns",
     "random",
     "self_attention",
     "self_routing",

@@ -2,13 +2,11 @@
 
 import inspect
 import json
-import typing
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from jaxtyping import AbstractArray
 from torch import nn
 
 from capsnet_torch.capsules import Routed
@@ -33,7 +31,6 @@ ROUTINGS: dict[str, Callable[..., Routed]] = {
     "uniform": uniform,
     "random": random,
 }
-GIVEN = ("votes", "activations", "poses", "softmax")  # by the layer
 
 
 class Routing:
@@ -63,18 +60,10 @@ class Routing:
 
     def new_weights(self, **sizes: int) -> nn.ParameterDict:
         """The weights that the routing learns, each full of the constant that it starts from."""
+        function = self.function.func if isinstance(self.function, partial) else self.function
         weights = nn.ParameterDict()
-        for name, parameter in self.parameters.items():
-            initial = self.options.get(name, parameter.default)
-            axes = _axes(parameter)
-            if axes is not None and initial is not None:
+        for name, axes in getattr(function, "learned_axes", {}).items():
+            initial = self.options.get(name, self.parameters[name].default)
+            if initial is not None:
                 weights[name] = nn.Parameter(torch.full([sizes[axis] for axis in axes], float(initial)))
         return weights
-
-
-def _axes(parameter: inspect.Parameter) -> list[str] | None:
-    """The axes of an argument annotated as a tensor; None if it is not a weight."""
-    for kind in typing.get_args(parameter.annotation):
-        if isinstance(kind, type) and issubclass(kind, AbstractArray) and parameter.name not in GIVEN:
-            return kind.dim_str.split()
-    return None

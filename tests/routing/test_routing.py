@@ -1,18 +1,22 @@
 """What every routing promises, on dynamic routing; and how routings are found."""
 
+import inspect
 import sys
 import traceback
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxtyping import Array, Float
 
 from capsnet_jax import Capsules, UsageError
 from capsnet_jax.nn.layers import CapsuleLayer
-from capsnet_jax.routing import ROUTINGS, dynamic, get_routing
+from capsnet_jax.routing import ROUTINGS, dynamic, get_routing, learns
+from capsnet_jax.routing.arguments import learned_axes
 
 INPUTS, OUTPUTS, SIZE = 11, 5, 6
 VOTES = jnp.asarray(np.random.default_rng(0).normal(size=(INPUTS, OUTPUTS, SIZE)), jnp.float32)
@@ -100,17 +104,78 @@ def test_the_error_lists_the_names():
         get_routing("dynamo", num_iterations=3)
 
 
-def test_learned_weights_are_what_is_annotated_as_an_array():
-    from jaxtyping import Array, Float
-
-    def mixed(u, a, *, mix: Float[Array, "h h"] | float = 0.5, top: int | None = None, **others):
-        return dynamic(u @ jnp.broadcast_to(mix, (SIZE, SIZE)), a)
+def test_learned_weights_are_what_is_declared():
+    @learns(mix="h h")
+    def mixed(u, a, *, mix=0.5, shift: Float[Array, " h"] | float = 0.0, top: int | None = None, **others):
+        return dynamic(u @ jnp.broadcast_to(mix, (SIZE, SIZE)) + shift, a)
 
     routing = get_routing(mixed)
     assert routing.weights == {"mix": (("h", "h"), 0.5)}
     assert not routing.takes("others")
+    assert get_routing(partial(mixed, mix=2.0, shift=1.0)).weights == {"mix": (("h", "h"), 2.0)}
     layer = CapsuleLayer(INPUTS, 4, OUTPUTS, SIZE, routing=mixed, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(layer.routing_weights["mix"][...], np.full((SIZE, SIZE), 0.5, np.float32))
+
+
+def test_a_declaration_leaves_the_function_as_it_is():
+    """Without the weight, the default is used, which is what a layer starts from."""
+
+    def scaled(votes, activations, *, scale=2.0):
+        return dynamic(scale * votes, activations)
+
+    assert learns(scale="")(scaled) is scaled
+    expected = dynamic(2 * VOTES, ACTIVATIONS).poses
+    np.testing.assert_array_equal(scaled(VOTES, ACTIVATIONS).poses, expected)
+    layer = CapsuleLayer(INPUTS, 4, OUTPUTS, SIZE, routing=scaled, rngs=nnx.Rngs(0))
+    assert layer.routing_weights["scale"][...] == 2
+
+
+def test_a_weight_that_starts_from_none_is_learned_if_a_number_is_given():
+    assert get_routing("dynamic").weights == {}
+    routing = get_routing("dynamic,capsule_bias=0.1,prior_logits=0")
+    assert routing.weights == {"prior_logits": (("i", "o"), 0.0), "capsule_bias": (("o", "h"), 0.1)}
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_declared_axes_are_those_of_the_annotations(name):
+    parameters = inspect.signature(ROUTINGS[name]).parameters
+    for weight, axes in learned_axes(ROUTINGS[name]).items():
+        array, *_ = get_args(parameters[weight].annotation)
+        assert tuple(array.dim_str.split()) == axes
+    arrays = {parameter.name for parameter in parameters.values() if get_args(parameter.annotation)[1:] != ()}
+    assert learned_axes(ROUTINGS[name]).keys() == arrays - {"softmax"}
+
+
+NO_DEFAULT = "is not a keyword argument with a default to start from; expected one of gain, bias."
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        ({"gian": "o"}, f"'gian' {NO_DEFAULT}"),
+        ({"must": "o"}, f"'must' {NO_DEFAULT}"),
+        (
+            {"poses": "i d"},
+            f"'poses' {NO_DEFAULT}",
+        ),
+        ({"gain": "io"}, "'gain' has the axes 'io'; expected i, o, d or h, with spaces between."),
+    ],
+)
+def test_a_wrong_declaration_is_an_error_where_it_stands(axes, words):
+    def f(votes, activations, *, must, poses=None, gain=1.0, bias=None): ...
+
+    with pytest.raises(UsageError) as caught:
+        learns(**axes)(f)
+    assert str(caught.value) == f"Routing f: the learned weight {words}"
+
+
+def test_a_wrong_declaration_is_told_by_the_command_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "misdeclared.py").write_text(
+        "from capsnet_jax.routing import learns\n@learns(gain='x')\ndef f(votes, activations, *, gain=1.0): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match=r"^Routing f: the learned weight 'gain' has the axes 'x'; expected"):
+        get_routing("misdeclared:f")
 
 
 FAULTY = """
