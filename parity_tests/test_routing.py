@@ -65,6 +65,10 @@ def test_both_sides_have_the_same_routings_with_the_same_arguments_and_defaults(
         assert [*ours] == [*theirs], name
         for argument in set(ours) - {"softmax"}:
             assert ours[argument].default == theirs[argument].default, f"{name}: {argument}"
+        declared, declared_by_twin = (
+            getattr(registry[name], "learned_axes", {}) for registry in (ROUTINGS, TORCH_ROUTINGS)
+        )
+        assert declared == declared_by_twin, name
 
 
 @pytest.mark.parametrize("name", [name for name in ROUTINGS if get_routing(name).takes("num_iterations")])

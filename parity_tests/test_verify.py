@@ -17,24 +17,28 @@ USERS = '''
 import jax
 import jax.numpy as jnp
 import torch
-from jaxtyping import Array, Float
 
+import capsnet_jax.routing
+import capsnet_torch.routing
 from capsnet_jax.capsules import Routed
 
 
-def ours(votes, activations, *, offset: Float[Array, "o h"] | float = 0.3):
+@capsnet_jax.routing.learns(offset="o h")
+def ours(votes, activations, *, offset=0.3):
     poses = (activations[:, None, None] * votes).sum(0) + offset
     couplings = jax.nn.softmax((votes * poses).sum(-1), axis=1)
     return Routed(poses, jax.nn.sigmoid(poses.sum(-1)), couplings)
 
 
-def theirs(votes, activations, *, offset: Float[torch.Tensor, "o h"] | float = 0.3):
+@capsnet_torch.routing.learns(offset="o h")
+def theirs(votes, activations, *, offset=0.3):
     poses = torch.einsum("bi,bioh->boh", activations, votes) + offset
     couplings = torch.einsum("bioh,boh->bio", votes, poses).softmax(-1)
     return poses, poses.sum(-1).sigmoid(), couplings
 
 
-def theirs_over_inputs(votes, activations, *, offset: Float[torch.Tensor, "o h"] | float = 0.3):
+@capsnet_torch.routing.learns(offset="o h")
+def theirs_over_inputs(votes, activations, *, offset=0.3):
     poses, active, couplings = theirs(votes, activations, offset=offset)
     return poses, active, torch.einsum("bioh,boh->bio", votes, poses).softmax(1)
 

@@ -1,34 +1,34 @@
 """Routing algorithms, each a pure function of one example; layers `jax.vmap` them, so no example can see another.
 
 A routing is any callable `(votes [i o h], activations [i]) -> Routed(poses [o h], activations [o], couplings [i o])`.
-Its keyword arguments are what it needs beyond that; see `Routing`. To add one: write its file, and name it here.
+Its keyword arguments are what it needs beyond that; see `Routing`. To add one: write its file, and name it in
+`registry.py`.
 """
 
-from collections.abc import Callable
-
-from capsnet_jax.capsules import Routed
+from capsnet_jax.routing.arguments import learns
 from capsnet_jax.routing.dynamic import dynamic
 from capsnet_jax.routing.em import em
 from capsnet_jax.routing.inverted_attention import inverted_attention
 from capsnet_jax.routing.kmeans import kmeans
 from capsnet_jax.routing.random import random
+from capsnet_jax.routing.registry import ROUTINGS, Routing, get_routing
 from capsnet_jax.routing.self_attention import self_attention
 from capsnet_jax.routing.self_routing import self_routing
 from capsnet_jax.routing.uniform import uniform
 from capsnet_jax.routing.variational import variational
 
-ROUTINGS: dict[str, Callable[..., Routed]] = {
-    "dynamic": dynamic,
-    "em": em,
-    "variational": variational,
-    "self_attention": self_attention,
-    "inverted_attention": inverted_attention,
-    "self_routing": self_routing,
-    "kmeans": kmeans,
-    "uniform": uniform,
-    "random": random,
-}
-
-# After ROUTINGS, in which it looks names up.
-from capsnet_jax.routing.registry import Routing as Routing  # noqa: E402
-from capsnet_jax.routing.registry import get_routing as get_routing  # noqa: E402
+__all__ = [
+    "ROUTINGS",
+    "Routing",
+    "dynamic",
+    "em",
+    "get_routing",
+    "inverted_attention",
+    "kmeans",
+    "learns",
+    "random",
+    "self_attention",
+    "self_routing",
+    "uniform",
+    "variational",
+]

@@ -7,9 +7,10 @@ from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Routed
 from capsnet_jax.ops import capsule_norm, squash
-from capsnet_jax.routing.arguments import check_arguments
+from capsnet_jax.routing.arguments import check_arguments, learns
 
 
+@learns(prior_logits="i o", capsule_bias="o h")
 def dynamic(
     votes: Float[Array, "i o h"],
     activations: Float[Array, " i"],

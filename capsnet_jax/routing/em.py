@@ -9,9 +9,10 @@ from einops import rearrange, reduce
 from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Routed
-from capsnet_jax.routing.arguments import check_arguments
+from capsnet_jax.routing.arguments import check_arguments, learns
 
 
+@learns(beta_u="o", beta_a="o")
 def em(
     votes: Float[Array, "*positions i o h"],
     activations: Float[Array, "*positions i"],

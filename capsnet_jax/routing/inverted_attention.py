@@ -7,9 +7,10 @@ from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Routed
 from capsnet_jax.ops import standardize
-from capsnet_jax.routing.arguments import check_arguments
+from capsnet_jax.routing.arguments import check_arguments, learns
 
 
+@learns(gain="h", offset="h", readout="h", readout_bias="")
 def inverted_attention(
     votes: Float[Array, "i o h"],
     activations: Float[Array, " i"],

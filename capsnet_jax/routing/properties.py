@@ -1,4 +1,4 @@
-"""What every routing promises, as checks to run on any: the registered ones, and the user's own.
+"""The property suite: what every routing promises, checked on the registered ones and on the user's own.
 
 A check is a function of a `Subject`, the routing compiled once, and a `Case`, the numbers to try it on. It raises
 `Finding`, in plain words, if the promise is broken. The first line of its docstring is the promise.
@@ -14,7 +14,8 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Routed
-from capsnet_jax.routing.registry import Routing
+from capsnet_jax.errors import UsageError, in_words
+from capsnet_jax.routing.registry import Routing, get_routing
 
 INPUTS, OUTPUTS, IN_SIZE, OUT_SIZE = 11, 5, 4, 6  # all different, so that no two axes can be mixed up unnoticed
 BATCH = 3
@@ -236,6 +237,82 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
+class Outcome(NamedTuple):
+    """The result of one check.
+
+    Attributes:
+        name: of the check.
+        promise: what was checked.
+        status: "ok", "FAILED" or "not run".
+        finding: what failed, or why the check was not run; empty if all is well.
+    """
+
+    name: str
+    promise: str
+    status: str
+    finding: str
+
+
+def check_routing(
+    routing: str | Callable[..., Routed] | Routing,
+    *,
+    num_iterations: int = 3,
+    extra_checks: Sequence[Check] = (),
+    seed: int = 0,
+) -> list[Outcome]:
+    """Runs all checks on a routing. A check that fails does not keep the others from running.
+
+    Args:
+        routing: as for `get_routing`.
+        num_iterations: for routings that iterate.
+        extra_checks: run after those in `CHECKS`.
+        seed: of the random votes, activations, poses and weights.
+
+    Returns:
+        The outcome of each check. Where the routing cannot be called or compiled at all, the others are not run.
+
+    Raises:
+        UsageError: the routing is unknown or refuses its options.
+    """
+    subject = Subject(get_routing(routing, num_iterations=num_iterations))
+    case = draw_case(subject.routing, seed)
+    outcomes: list[Outcome] = []
+    obstacle = ""
+    for check in (*CHECKS, *extra_checks):
+        status, finding = ("not run", obstacle) if obstacle else ("ok", "")
+        if not obstacle:
+            try:
+                check(subject, case)
+            except Finding as error:
+                status, finding = "FAILED", str(error)
+            except Exception as error:  # the user's function may raise anything
+                status, finding = "FAILED", _told(error)
+                if check in (result, compiled):
+                    obstacle = f"The check '{name_of(check)}' must pass first."
+        outcomes.append(Outcome(name_of(check), promise_of(check), status, finding))
+    return outcomes
+
+
+def name_of(check: Check) -> str:
+    """The name of a check, as it is printed."""
+    return check.__name__.replace("_", " ")
+
+
+def promise_of(check: Check) -> str:
+    """The first line of a check's docstring."""
+    return (check.__doc__ or "").partition("\n")[0]
+
+
+def verdict(routing: str, outcomes: list[Outcome]) -> str:
+    """The outcomes in one sentence."""
+    failed = [outcome.name for outcome in outcomes if outcome.status == "FAILED"]
+    skipped = sum(outcome.status == "not run" for outcome in outcomes)
+    if not failed:
+        return f"{routing} passed all {len(outcomes)} checks."
+    rest = f"; {skipped} were not run" if skipped else ""
+    return f"{routing} failed {len(failed)} of {len(outcomes)} checks ({', '.join(failed)}){rest}."
+
+
 def to_float64(case: Case) -> Case:
     """The same numbers in float64; to be called where JAX has it."""
     return jax.tree.map(lambda array: jnp.asarray(np.asarray(array), jnp.float64), case)
@@ -285,3 +362,7 @@ def _pick(subject: Subject, case: Case, letter: str, indices: Any) -> Case:
 
     weights = {name: pick(case.weights[name], weight.axes) for name, weight in subject.routing.weights.items()}
     return Case(pick(case.votes, "ioh"), pick(case.activations, "i"), pick(case.poses, "id"), weights)
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, UsageError) else f"It raises {in_words(error)}"

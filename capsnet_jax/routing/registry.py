@@ -1,22 +1,43 @@
-"""From the name of a routing to what a layer calls: options bound, weights known, results checked."""
+"""From the name of a routing to what a layer calls: options bound, weights known, results checked, errors named."""
 
 import functools
 import importlib
 import inspect
 import math
+import traceback
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import AbstractArray, Array, Float
+from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Routed
-from capsnet_jax.errors import UsageError
-from capsnet_jax.routing import ROUTINGS
+from capsnet_jax.errors import UsageError, in_words
+from capsnet_jax.routing.arguments import GIVEN, learned_axes
+from capsnet_jax.routing.dynamic import dynamic
+from capsnet_jax.routing.em import em
+from capsnet_jax.routing.inverted_attention import inverted_attention
+from capsnet_jax.routing.kmeans import kmeans
+from capsnet_jax.routing.random import random
+from capsnet_jax.routing.self_attention import self_attention
+from capsnet_jax.routing.self_routing import self_routing
+from capsnet_jax.routing.uniform import uniform
+from capsnet_jax.routing.variational import variational
 
-GIVEN = ("poses", "softmax", "num_iterations")  # by the layer, to a routing that has them
+ROUTINGS: dict[str, Callable[..., Routed]] = {
+    "dynamic": dynamic,
+    "em": em,
+    "variational": variational,
+    "self_attention": self_attention,
+    "inverted_attention": inverted_attention,
+    "self_routing": self_routing,
+    "kmeans": kmeans,
+    "uniform": uniform,
+    "random": random,
+}
 OPTION_TYPES = (bool, int, float, str)
 
 
@@ -35,9 +56,7 @@ class Routing:
 
     - `poses`: those of the input capsules, `[i d]`;
     - `num_iterations`;
-    - every keyword argument annotated as an array, such as `beta: Float[Array, "i o"] | float = 0.0`: a weight, which
-      the layer learns, of the axes i (input capsules), o (output capsules), d (input pose size) and h (output pose
-      size), from that constant;
+    - the weights that it declares by `learns`;
     - `softmax`: the softmax over all parents of an input capsule, from `[positions i o]` to the same. A convolutional
       layer calls a routing with this argument once, with votes `[positions i o h]`; one without, for each position.
 
@@ -64,10 +83,17 @@ class Routing:
             given: weights, and poses and softmax, which are passed on if the routing has an argument for them.
 
         Raises:
-            UsageError: the result is not a `Routed` of the right shapes.
+            UsageError: the function raises an error, which is the cause of this one; or the result is not a `Routed`
+                of the right shapes.
         """
         given = {name: value for name, value in given.items() if self.takes(name)}
-        routed = self.function(votes, activations, **(dict(self.options) | given))
+        try:
+            routed = self.function(votes, activations, **(dict(self.options) | given))
+        except (UsageError, jax.errors.JaxRuntimeError):
+            raise  # in words already, or an error of the device, such as too little memory
+        except Exception as error:  # the user's function may raise anything
+            place = _place(self.function, error)
+            raise UsageError(f"Routing {self.name} raises {in_words(error)}{place}.") from error
         if not isinstance(routed, Routed):
             raise UsageError(
                 f"Routing {self.name} returned {type(routed).__name__}; expected Routed(poses, activations, couplings)."
@@ -93,15 +119,11 @@ class Routing:
 
     @property
     def weights(self) -> dict[str, Weight]:
-        """The weights to be learnt; those that start from None are not there."""
-        initial = dict(self.options)
-        weights = {}
-        for name, parameter in _parameters(self.function).items():
-            axes = _axes(parameter)
-            value = initial.get(name, parameter.default)
-            if axes is not None and value is not None:
-                weights[name] = Weight(axes, value)
-        return weights
+        """The weights to be learned; those that start from None are not there."""
+        defaults = {name: parameter.default for name, parameter in _parameters(self.function).items()}
+        initial = defaults | dict(self.options)
+        axes = learned_axes(self.function)
+        return {name: Weight(axes[name], initial[name]) for name in axes if initial[name] is not None}
 
 
 def get_routing(routing: str | Callable[..., Routed] | Routing, *, num_iterations: int = 3) -> Routing:
@@ -140,8 +162,6 @@ def get_routing(routing: str | Callable[..., Routed] | Routing, *, num_iteration
         options = {"num_iterations": num_iterations} | options
         if options["num_iterations"] < 1:
             raise UsageError(f"Routing {name}: num_iterations is {options['num_iterations']}, and must be at least 1.")
-    for parameter in parameters.values():
-        _check_weight(name, parameter)
     return Routing(name, function, tuple(sorted(options.items())))
 
 
@@ -150,8 +170,8 @@ def describe_options(function: Callable[..., Routed]) -> str:
     described = []
     for name, parameter in _parameters(function).items():
         if name not in GIVEN or name == "num_iterations":
-            learned = "" if _axes(parameter) is None else ", learned"
-            described.append(f"{name} ({_option_type(parameter).__name__}, {parameter.default}{learned})")
+            learned = ", learned" if name in learned_axes(function) else ""
+            described.append(f"{name} ({_option_type(function, parameter).__name__}, {parameter.default}{learned})")
     return ", ".join(described) or "none"
 
 
@@ -165,8 +185,10 @@ def _find(name: str) -> Callable[..., Routed]:
         )
     try:
         found = getattr(importlib.import_module(module), function)
+    except UsageError:  # of `learns`, in words already
+        raise
     except Exception as error:  # whatever the user's module does when it is imported
-        raise UsageError(f"Routing {name!r} cannot be imported: {type(error).__name__}: {error}.") from error
+        raise UsageError(f"Routing {name!r} cannot be imported: {in_words(error)}.") from error
     _check_callable(name, found)
     return typing.cast(Callable[..., Routed], found)
 
@@ -186,12 +208,14 @@ def _options(name: str, function: Callable[..., Routed], settings: list[str]) ->
             raise UsageError(f"Routing {name} has no option {option!r}; expected {describe_options(function)}.")
         if option in options:
             raise UsageError(f"Routing {name}: {option} is given twice.")
-        options[option] = _value(name, parameter, text)
+        options[option] = _value(name, function, parameter, text)
     return options
 
 
-def _value(name: str, parameter: inspect.Parameter, text: str) -> bool | int | float | str:
-    kind = _option_type(parameter)
+def _value(
+    name: str, function: Callable[..., Routed], parameter: inspect.Parameter, text: str
+) -> bool | int | float | str:
+    kind = _option_type(function, parameter)
     try:
         value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         if kind is float and not math.isfinite(value):
@@ -202,36 +226,14 @@ def _value(name: str, parameter: inspect.Parameter, text: str) -> bool | int | f
         raise UsageError(f"Routing {name}: {parameter.name} is {text!r}; expected {expected}.") from error
 
 
-def _option_type(parameter: inspect.Parameter) -> type:
+def _option_type(function: Callable[..., Routed], parameter: inspect.Parameter) -> type:
     """What an option is written as; a weight is written as the number that it starts from."""
-    if _axes(parameter) is not None:
+    if parameter.name in learned_axes(function):
         return float
     for kind in (parameter.annotation, *typing.get_args(parameter.annotation)):  # int, and the int of int | None
         if kind in OPTION_TYPES:
             return typing.cast(type, kind)
     return type(parameter.default) if type(parameter.default) in OPTION_TYPES else str
-
-
-def _check_weight(name: str, parameter: inspect.Parameter) -> None:
-    axes = _axes(parameter)
-    if axes is None:
-        return
-    unknown = [axis for axis in axes if axis not in ("i", "o", "d", "h")]
-    if unknown or parameter.default is inspect.Parameter.empty:
-        raise UsageError(
-            f"Routing {name}: the weight {parameter.name} has the axes {' '.join(axes)!r} and the default "
-            f"{parameter.default}; expected axes among i, o, d and h, and the number that it starts from."
-        )
-
-
-def _axes(parameter: inspect.Parameter) -> tuple[str, ...] | None:
-    """The axes of an argument annotated as an array; None if it is not a weight."""
-    if parameter.name in GIVEN:
-        return None
-    for option in (parameter.annotation, *typing.get_args(parameter.annotation)):
-        if isinstance(option, type) and issubclass(option, AbstractArray):
-            return tuple(option.dim_str.split())
-    return None
 
 
 @functools.cache
@@ -246,3 +248,12 @@ def _parameters(function: Callable[..., Routed]) -> dict[str, inspect.Parameter]
         ) from error
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {parameter.name: parameter for parameter in others if parameter.kind not in kinds}
+
+
+def _place(function: Callable[..., Routed], error: Exception) -> str:
+    """The last line of the function's file that an error passed through, as " (file, line n)"; empty if none."""
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    file = code.co_filename if code else ""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" ({Path(file).name}, line {lines[-1]})" if lines else ""

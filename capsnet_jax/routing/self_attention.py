@@ -7,9 +7,10 @@ from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Routed
 from capsnet_jax.ops import capsule_norm, exponential_squash
-from capsnet_jax.routing.arguments import check_arguments
+from capsnet_jax.routing.arguments import check_arguments, learns
 
 
+@learns(prior="i o")
 def self_attention(
     votes: Float[Array, "i o h"], activations: Float[Array, " i"], *, prior: Float[Array, "i o"] | float = 0.0
 ) -> Routed:

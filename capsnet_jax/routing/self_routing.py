@@ -6,9 +6,10 @@ from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Routed
 from capsnet_jax.errors import UsageError
-from capsnet_jax.routing.arguments import check_arguments
+from capsnet_jax.routing.arguments import check_arguments, learns
 
 
+@learns(route_weight="i d o", route_bias="i o")
 def self_routing(
     votes: Float[Array, "i o h"],
     activations: Float[Array, " i"],

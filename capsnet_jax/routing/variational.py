@@ -10,9 +10,10 @@ from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Routed
 from capsnet_jax.ops import standardize
-from capsnet_jax.routing.arguments import check_arguments
+from capsnet_jax.routing.arguments import check_arguments, learns
 
 
+@learns(gain="o", beta="o")
 def variational(
     votes: Float[Array, "i o h"],
     activations: Float[Array, " i"],

@@ -6,8 +6,10 @@ from torch import Tensor
 
 from capsnet_torch.capsules import Routed
 from capsnet_torch.ops import capsule_norm, squash
+from capsnet_torch.routing.arguments import learns
 
 
+@learns(prior_logits="i o", capsule_bias="o h")
 def dynamic(
     votes: Float[Tensor, "b i o h"],
     activations: Float[Tensor, "b i"],

@@ -10,10 +10,12 @@ from torch.distributions import Normal
 from torch.nn import functional
 
 from capsnet_torch.capsules import Routed
+from capsnet_torch.routing.arguments import learns
 
 over_outputs = partial(torch.softmax, dim=-1)
 
 
+@learns(beta_u="o", beta_a="o")
 def em(
     votes: Float[Tensor, "b *positions i o h"],
     activations: Float[Tensor, "b *positions i"],

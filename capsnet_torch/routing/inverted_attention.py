@@ -6,8 +6,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from capsnet_torch.capsules import Routed
+from capsnet_torch.routing.arguments import learns
 
 
+@learns(gain="h", offset="h", readout="h", readout_bias="")
 def inverted_attention(
     votes: Float[Tensor, "b i o h"],
     activations: Float[Tensor, "b i"],

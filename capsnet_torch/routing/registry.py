@@ -2,19 +2,35 @@
 
 import inspect
 import json
-import typing
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from jaxtyping import AbstractArray
 from torch import nn
 
 from capsnet_torch.capsules import Routed
-from capsnet_torch.routing import ROUTINGS
+from capsnet_torch.routing.dynamic import dynamic
+from capsnet_torch.routing.em import em
+from capsnet_torch.routing.inverted_attention import inverted_attention
+from capsnet_torch.routing.kmeans import kmeans
+from capsnet_torch.routing.random import random
+from capsnet_torch.routing.self_attention import self_attention
+from capsnet_torch.routing.self_routing import self_routing
+from capsnet_torch.routing.uniform import uniform
+from capsnet_torch.routing.variational import variational
 
-GIVEN = ("votes", "activations", "poses", "softmax")  # by the layer
+ROUTINGS: dict[str, Callable[..., Routed]] = {
+    "dynamic": dynamic,
+    "em": em,
+    "variational": variational,
+    "self_attention": self_attention,
+    "inverted_attention": inverted_attention,
+    "self_routing": self_routing,
+    "kmeans": kmeans,
+    "uniform": uniform,
+    "random": random,
+}
 
 
 class Routing:
@@ -44,18 +60,10 @@ class Routing:
 
     def new_weights(self, **sizes: int) -> nn.ParameterDict:
         """The weights that the routing learns, each full of the constant that it starts from."""
+        function = self.function.func if isinstance(self.function, partial) else self.function
         weights = nn.ParameterDict()
-        for name, parameter in self.parameters.items():
-            initial = self.options.get(name, parameter.default)
-            axes = _axes(parameter)
-            if axes is not None and initial is not None:
+        for name, axes in getattr(function, "learned_axes", {}).items():
+            initial = self.options.get(name, self.parameters[name].default)
+            if initial is not None:
                 weights[name] = nn.Parameter(torch.full([sizes[axis] for axis in axes], float(initial)))
         return weights
-
-
-def _axes(parameter: inspect.Parameter) -> list[str] | None:
-    """The axes of an argument annotated as a tensor; None if it is not a weight."""
-    for kind in typing.get_args(parameter.annotation):
-        if isinstance(kind, type) and issubclass(kind, AbstractArray) and parameter.name not in GIVEN:
-            return kind.dim_str.split()
-    return None

@@ -6,8 +6,10 @@ from torch import Tensor
 
 from capsnet_torch.capsules import Routed
 from capsnet_torch.ops import capsule_norm, exponential_squash
+from capsnet_torch.routing.arguments import learns
 
 
+@learns(prior="i o")
 def self_attention(
     votes: Float[Tensor, "b i o h"], activations: Float[Tensor, "b i"], *, prior: Float[Tensor, "i o"] | float = 0.0
 ) -> Routed:

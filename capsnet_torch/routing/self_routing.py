@@ -5,8 +5,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capsnet_torch.capsules import Routed
+from capsnet_torch.routing.arguments import learns
 
 
+@learns(route_weight="i d o", route_bias="i o")
 def self_routing(
     votes: Float[Tensor, "b i o h"],
     activations: Float[Tensor, "b i"],

@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from capsnet_torch.capsules import Routed
+from capsnet_torch.routing.arguments import learns
 
 
+@learns(gain="o", beta="o")
 def variational(
     votes: Float[Tensor, "b i o h"],
     activations: Float[Tensor, "b i"],

@@ -1,16 +1,22 @@
 """What every routing promises, on dynamic routing; and how routings are found."""
 
+import inspect
+import sys
+import traceback
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxtyping import Array, Float
 
 from capsnet_jax import Capsules, UsageError
 from capsnet_jax.nn.layers import CapsuleLayer
-from capsnet_jax.routing import ROUTINGS, dynamic, get_routing
+from capsnet_jax.routing import ROUTINGS, dynamic, get_routing, learns
+from capsnet_jax.routing.arguments import learned_axes
 
 INPUTS, OUTPUTS, SIZE = 11, 5, 6
 VOTES = jnp.asarray(np.random.default_rng(0).normal(size=(INPUTS, OUTPUTS, SIZE)), jnp.float32)
@@ -98,17 +104,180 @@ def test_the_error_lists_the_names():
         get_routing("dynamo", num_iterations=3)
 
 
-def test_learned_weights_are_what_is_annotated_as_an_array():
-    from jaxtyping import Array, Float
-
-    def mixed(u, a, *, mix: Float[Array, "h h"] | float = 0.5, top: int | None = None, **others):
-        return dynamic(u @ jnp.broadcast_to(mix, (SIZE, SIZE)), a)
+def test_learned_weights_are_what_is_declared():
+    @learns(mix="h h")
+    def mixed(u, a, *, mix=0.5, shift: Float[Array, " h"] | float = 0.0, top: int | None = None, **others):
+        return dynamic(u @ jnp.broadcast_to(mix, (SIZE, SIZE)) + shift, a)
 
     routing = get_routing(mixed)
     assert routing.weights == {"mix": (("h", "h"), 0.5)}
     assert not routing.takes("others")
+    assert get_routing(partial(mixed, mix=2.0, shift=1.0)).weights == {"mix": (("h", "h"), 2.0)}
     layer = CapsuleLayer(INPUTS, 4, OUTPUTS, SIZE, routing=mixed, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(layer.routing_weights["mix"][...], np.full((SIZE, SIZE), 0.5, np.float32))
+
+
+def test_a_declaration_leaves_the_function_as_it_is():
+    """Without the weight, the default is used, which is what a layer starts from."""
+
+    def scaled(votes, activations, *, scale=2.0):
+        return dynamic(scale * votes, activations)
+
+    assert learns(scale="")(scaled) is scaled
+    expected = dynamic(2 * VOTES, ACTIVATIONS).poses
+    np.testing.assert_array_equal(scaled(VOTES, ACTIVATIONS).poses, expected)
+    layer = CapsuleLayer(INPUTS, 4, OUTPUTS, SIZE, routing=scaled, rngs=nnx.Rngs(0))
+    assert layer.routing_weights["scale"][...] == 2
+
+
+def test_a_weight_that_starts_from_none_is_learned_if_a_number_is_given():
+    assert get_routing("dynamic").weights == {}
+    routing = get_routing("dynamic,capsule_bias=0.1,prior_logits=0")
+    assert routing.weights == {"prior_logits": (("i", "o"), 0.0), "capsule_bias": (("o", "h"), 0.1)}
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_declared_axes_are_those_of_the_annotations(name):
+    parameters = inspect.signature(ROUTINGS[name]).parameters
+    for weight, axes in learned_axes(ROUTINGS[name]).items():
+        array, *_ = get_args(parameters[weight].annotation)
+        assert tuple(array.dim_str.split()) == axes
+    arrays = {parameter.name for parameter in parameters.values() if get_args(parameter.annotation)[1:] != ()}
+    assert learned_axes(ROUTINGS[name]).keys() == arrays - {"softmax"}
+
+
+NO_DEFAULT = "is not a keyword argument with a default to start from; expected one of gain, bias."
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        ({"gian": "o"}, f"'gian' {NO_DEFAULT}"),
+        ({"must": "o"}, f"'must' {NO_DEFAULT}"),
+        (
+            {"poses": "i d"},
+            f"'poses' {NO_DEFAULT}",
+        ),
+        ({"gain": "io"}, "'gain' has the axes 'io'; expected i, o, d or h, with spaces between."),
+    ],
+)
+def test_a_wrong_declaration_is_an_error_where_it_stands(axes, words):
+    def f(votes, activations, *, must, poses=None, gain=1.0, bias=None): ...
+
+    with pytest.raises(UsageError) as caught:
+        learns(**axes)(f)
+    assert str(caught.value) == f"Routing f: the learned weight {words}"
+
+
+def test_a_wrong_declaration_is_told_by_the_command_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "misdeclared.py").write_text(
+        "from capsnet_jax.routing import learns\n@learns(gain='x')\ndef f(votes, activations, *, gain=1.0): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match=r"^Routing f: the learned weight 'gain' has the axes 'x'; expected"):
+        get_routing("misdeclared:f")
+
+
+FAULTY = """
+import functools
+import jax
+from capsnet_jax import UsageError
+from capsnet_jax.ops import squash
+
+def divides(votes, activations):
+    share = 1 / 0
+    return share
+
+def helped(votes, activations):
+    return squash(
+        votes + "a"
+    )
+
+@jax.jit
+def compiled(votes, activations):
+    if votes[0, 0, 0] > 0:
+        return votes
+
+def bare(votes, activations):
+    raise KeyError
+
+def refuses(votes, activations):
+    raise UsageError("Votes are cold.")
+
+def exhausts(votes, activations):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.")
+
+def needs(votes, activations, *, sharpness):
+    return votes
+
+class Callable:
+    def __call__(self, votes, activations):
+        return votes[:, 9, 9, 9]
+
+called = Callable()
+"""
+
+
+@pytest.fixture
+def faulty(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "faulty_routing", raising=False)
+    (tmp_path / "faulty_routing.py").write_text(FAULTY)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "faulty_routing"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "cause"),
+    [
+        ("divides", "ZeroDivisionError: division by zero (faulty_routing.py, line 8).", ZeroDivisionError),
+        ("helped", "TypeError: ", TypeError),
+        (
+            "compiled",
+            "TracerBoolConversionError: Attempted boolean conversion of traced array with shape bool[] "
+            "(faulty_routing.py, line 18).",
+            jax.errors.TracerBoolConversionError,
+        ),
+        ("bare", "KeyError: (no message) (faulty_routing.py, line 22).", KeyError),
+        ("needs", "TypeError: needs() missing 1 required keyword-only argument: 'sharpness'.", TypeError),
+        ("called", "IndexError: ", IndexError),
+    ],
+)
+def test_an_error_of_a_routing_is_told_with_its_place_and_has_the_original_as_its_cause(faulty, name, words, cause):
+    with pytest.raises(UsageError) as caught:
+        get_routing(f"{faulty}:{name}")(VOTES, ACTIVATIONS)
+    assert str(caught.value).startswith(f"Routing {faulty}:{name} raises {words}")
+    assert type(caught.value.__cause__) is cause
+    frames = traceback.extract_tb(caught.value.__cause__.__traceback__)
+    inside = [frame for frame in frames if frame.filename.endswith("faulty_routing.py")]
+    assert [frame.name for frame in inside] == {"called": ["__call__"], "needs": []}.get(name, [name])
+    if inside:
+        assert str(caught.value).endswith(f" (faulty_routing.py, line {inside[-1].lineno}).")
+
+
+def test_an_error_of_a_routing_is_told_alike_by_a_layer_with_the_traceback_of_the_function(faulty):
+    layer = CapsuleLayer(INPUTS, 4, OUTPUTS, SIZE, routing=f"{faulty}:divides", rngs=nnx.Rngs(0))
+    capsules = Capsules(jnp.ones((2, INPUTS, 4)), jnp.ones((2, INPUTS)))
+    words = "Routing faulty_routing:divides raises ZeroDivisionError: division by zero (faulty_routing.py, line 8)."
+    for call in (layer, nnx.jit(layer)):
+        with pytest.raises(UsageError) as caught:
+            call(capsules)
+        assert str(caught.value) == words
+        assert type(caught.value.__cause__) is ZeroDivisionError
+        assert "share = 1 / 0" in "".join(traceback.format_exception(caught.value))
+
+
+def test_an_error_that_is_in_words_or_of_the_device_is_passed_on(faulty):
+    with pytest.raises(UsageError, match=r"^Votes are cold.$"):
+        get_routing(f"{faulty}:refuses")(VOTES, ACTIVATIONS)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+        get_routing(f"{faulty}:exhausts")(VOTES, ACTIVATIONS)
+
+
+def test_an_error_outside_the_routing_is_not_blamed_on_it(monkeypatch):
+    monkeypatch.setattr(CapsuleLayer, "votes", lambda layer, poses: 1 / 0)
+    layer = CapsuleLayer(INPUTS, 4, OUTPUTS, SIZE, routing="uniform", rngs=nnx.Rngs(0))
+    with pytest.raises(ZeroDivisionError, match=r"^division by zero$"):
+        layer(Capsules(jnp.ones((2, INPUTS, 4)), jnp.ones((2, INPUTS))))
 
 
 def test_options_are_of_the_type_of_their_annotation(tmp_path, monkeypatch):

@@ -9,27 +9,45 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from capsnet_jax import Capsules
+from capsnet_jax import Capsules, UsageError
 from capsnet_jax.cli.main import main
 from capsnet_jax.nn.layers import CapsuleLayer
 from capsnet_jax.routing import ROUTINGS, get_routing
-from capsnet_jax.routing.registry import GIVEN, describe_options
+from capsnet_jax.routing.arguments import GIVEN
+from capsnet_jax.routing.registry import describe_options
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "routing.md").read_text()
-EXAMPLE = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+DECLARATION, EXAMPLE = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
 NAME = "my_routing:sharpened"
 
 
 @pytest.fixture
 def example(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "my_routing", raising=False)  # of another test in this process
-    (tmp_path / "my_routing.py").write_text(EXAMPLE[0])
+    (tmp_path / "my_routing.py").write_text(EXAMPLE)
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def test_there_is_one_example_and_it_is_under_20_lines():
-    assert len(EXAMPLE) == 1
-    assert 10 < len(EXAMPLE[0].splitlines()) < 20
+def test_the_example_is_under_20_lines():
+    assert 10 < len(EXAMPLE.splitlines()) < 20
+
+
+def test_the_weights_of_the_declaration_are_as_told(tmp_path, monkeypatch):
+    (tmp_path / "declared_routing.py").write_text(DECLARATION)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = get_routing("declared_routing:my_routing").weights
+    assert found == {"gain": (("i", "o"), 1.0), "sharpness": ((), 1.0)}
+    assert get_routing("declared_routing:my_routing,offset=0.5").weights == found | {"offset": (("o", "h"), 0.5)}
+
+
+def test_the_error_of_a_routing_is_told_as_shown(tmp_path, monkeypatch):
+    (tmp_path / "my_routing.py").write_text("def sharpened(votes, activations):\n    return 1 / 0\n")
+    monkeypatch.delitem(sys.modules, "my_routing", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    told = re.search(r"`(Routing my_routing:sharpened raises .*?)`", DOCUMENT, re.DOTALL)[1].replace("\n", " ")
+    with pytest.raises(UsageError) as caught:
+        get_routing(NAME)(jnp.ones((2, 3, 4)), jnp.ones(2))
+    assert str(caught.value) == told.replace("line 12", "line 2")
 
 
 def test_the_command_prints_about_the_example_what_the_document_shows(example, capsys):
@@ -39,7 +57,7 @@ def test_the_command_prints_about_the_example_what_the_document_shows(example, c
 
 
 def test_the_mistake_in_the_document_is_reported_as_shown(tmp_path, monkeypatch, capsys):
-    (tmp_path / "wrong_routing.py").write_text(EXAMPLE[0].replace("axis=1", "axis=0"))
+    (tmp_path / "wrong_routing.py").write_text(EXAMPLE.replace("axis=1", "axis=0"))
     monkeypatch.syspath_prepend(tmp_path)
     assert main(["check-routing", "wrong_routing:sharpened"]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]

@@ -9,7 +9,6 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from capsnet_jax.capsules import Routed
-from capsnet_jax.cli.check_routing import check_routing, name_of
 from capsnet_jax.ops import capsule_norm, squash
 from capsnet_jax.routing import ROUTINGS, get_routing
 from capsnet_jax.routing.properties import (
@@ -18,12 +17,14 @@ from capsnet_jax.routing.properties import (
     Subject,
     activations,
     batch,
+    check_routing,
     compiled,
     couplings,
     draw_case,
     finite,
     float32,
     float64,
+    name_of,
     order_of_inputs,
     order_of_outputs,
     positions,
@@ -205,11 +206,11 @@ def test_the_wrong_routings_are_wrong_in_one_way_only():
 @pytest.mark.parametrize(
     ("routing", "words", "number"),
     [
-        (raising, "It raises RuntimeError: no luck", 0),
+        (raising, "Routing raising raises RuntimeError: no luck (test_routing_properties.py, line ", 0),
         (batch_axis, "unbound axis name: batch", 0),
         (transposed, "Routing transposed: poses are (6, 5); expected (5, 6) from votes of shape (11, 5, 6)", 0),
         (not_a_routed, "Routing not_a_routed returned dict; expected Routed(poses, activations, couplings)", 0),
-        (branching, "It raises TracerBoolConversionError: Attempted boolean conversion of traced array", 2),
+        (branching, "Routing branching raises TracerBoolConversionError: Attempted boolean conversion", 2),
     ],
 )
 def test_what_cannot_be_called_or_compiled_at_all_is_checked_no_further(routing, words, number):

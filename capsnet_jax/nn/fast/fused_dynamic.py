@@ -90,6 +90,10 @@ def fused_dynamic(
     return Routed(routed, capsule_norm(routed), couplings)
 
 
+FUSED: dict[Callable[..., Routed], Callable[..., Routed]] = {dynamic: fused_dynamic}
+"""Of routings that need no votes: the function of a batch, `(poses [b i d], weight [i d o h]) -> Routed`."""
+
+
 def _uniform_sum(leaky: bool, operands: Operands, agreed: Float[Array, "o h b"]) -> Float[Array, "o h b"]:
     """The coupled sum of the first iteration, without a prior: no input capsule prefers any output."""
     poses, weight, _ = operands
