@@ -14,7 +14,7 @@ FORBIDDEN = {
     "capsnet_benchmark": ["torch", "capsnet_torch", "capsnet_verify"],
 }
 # What takes long to import, and only some commands need.
-HEAVY = ["torch", "matplotlib", "orbax", "sklearn", "tensorstore", "tyro", "capsnet_benchmark", "capsnet_verify"]
+HEAVY = ["torch", "matplotlib", "orbax", "sklearn", "tensorstore", "capsnet_benchmark", "capsnet_verify"]
 
 
 def modules_of(package: str) -> list[str]:

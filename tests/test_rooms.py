@@ -26,7 +26,10 @@ FLOORS = (
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ONLY = {"config": ("errors",), "presets": ("config", "errors")}  # though they are on a higher floor than routing
+ONLY = {
+    "config": ("capsules", "errors"),
+    "presets": ("config", "errors"),
+}  # though they are on a higher floor than routing
 OUTSIDE = ("torch", "capsnet_torch", *HOUSES)
 # Files of PyTorch are read by the twin's module when there is one to read; all else of `interchange` needs no torch.
 EXCEPTIONS = {("capsnet_jax/interchange/state_files.py", "capsnet_torch.state_files")}

@@ -95,7 +95,7 @@ def test_without_a_config_sizes_are_those_of_the_weights_and_the_rest_is_a_prese
         assert fields["model"]["primary_scale"] == scale
         assert fields["model"]["decoder_hidden"] == [12, 14]
         assert fields["model"]["primary_stride"] == 2
-        assert (fields["image_shape"], fields["class_names"]) == ([9, 11, 1], list("0123456789"))
+        assert (fields["model"]["image_shape"], fields["class_names"]) == ([9, 11, 1], list("0123456789"))
         assert fields["data_checksum"] == 0
         expected = json.loads(json.dumps(PRESETS[preset].to_json()))
         assert (fields["data"], fields["training"]) == (expected["data"], expected["training"])

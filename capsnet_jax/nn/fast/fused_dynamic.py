@@ -91,7 +91,7 @@ def fused_dynamic(
 
 
 FUSED: dict[Callable[..., Routed], Callable[..., Routed]] = {dynamic: fused_dynamic}
-"""Of routings that need no votes: the function of a batch, `(poses [b i d], weight [i d o h]) -> Routed`."""
+"""Routings that have an implementation without votes: `(poses [b i d], weight [i d o h]) -> Routed` of a batch."""
 
 
 def _uniform_sum(leaky: bool, operands: Operands, agreed: Float[Array, "o h b"]) -> Float[Array, "o h b"]:
@@ -227,8 +227,3 @@ def _over_chunks(step: Callable[[Any, Any, int], Any], initial: Any, operands: O
         return step(carry, whole * length, inputs % length) if inputs % length else carry
 
     return jax.lax.platform_dependent(initial, cpu=partial(run, CHUNK_ON_CPU), default=partial(run, CHUNK_ELSEWHERE))
-
-
-FUSED: dict[Callable[..., Routed], Callable[..., Routed]] = {dynamic: fused_dynamic}
-"""Routings that have an implementation without votes: a function of a batch, `(poses [b i d], weight [i d o h]) ->
-Routed`, with the same options."""
