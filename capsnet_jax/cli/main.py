@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from capsnet_jax import __version__
 from capsnet_jax.errors import NonFiniteLossError, StoppedBySignalError, UsageError
 
 
@@ -56,9 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(describe_commands())
         return 0
     if argv[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"capsnet-jax {version('capsnet-jax')}")
+        print(f"capsnet-jax {__version__}")
         return 0
     sys.path.insert(0, "")  # a routing of the user's own is looked for where they are, as `python` would
     try:

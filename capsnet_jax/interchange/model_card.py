@@ -165,10 +165,9 @@ def _use(model: ModelConfig, image_shape: tuple[int, int, int], num_classes: int
     predict = "\ncapsnet predict FOLDER image.png" if channels in (1, 3) else ""
     own = " Each image is standardised in the model." if model.standardize_images else ""
     return f"""```python
-from pathlib import Path
-from capsnet_jax.runs.folder import load_run
+import capsnet_jax
 
-run, model = load_run(Path("FOLDER"))
+model = capsnet_jax.load("FOLDER")
 capsules = model.encode(images)  # poses [b {num_classes} {dim}], activations [b {num_classes}]
 ```
 

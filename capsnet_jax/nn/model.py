@@ -21,6 +21,9 @@ from capsnet_jax.ops import check_labels, mask_by_label
 from capsnet_jax.presets import get_preset
 from capsnet_jax.routing import get_routing
 
+Images = Float[Array | np.ndarray, "b height width channels"]
+Indices = Shaped[Array | np.ndarray, "..."]  # of any shape and dtype here, as `check_labels` words what is wrong
+
 
 class Output(NamedTuple):
     """The result of a forward pass.
@@ -115,9 +118,7 @@ class CapsNet(nnx.Module):
         """
         return cls(**vars(get_preset(name).model) | options)
 
-    def __call__(
-        self, images: Float[Array, "b height width channels"], labels: Shaped[Array | np.ndarray, "..."] | None = None
-    ) -> Output:
+    def __call__(self, images: Images, labels: Indices | None = None) -> Output:
         """Classifies and reconstructs images with pixels in [0, 1].
 
         Args:
@@ -134,7 +135,7 @@ class CapsNet(nnx.Module):
         labels = capsules.activations.argmax(axis=1) if labels is None else labels
         return Output(*capsules, self.decode(capsules.poses, labels))
 
-    def encode(self, images: Float[Array, "b height width channels"]) -> Capsules:
+    def encode(self, images: Images) -> Capsules:
         """The class capsules of images with pixels in [0, 1].
 
         Raises:
@@ -145,7 +146,7 @@ class CapsNet(nnx.Module):
             capsules = layer(capsules)
         return capsules
 
-    def route(self, images: Float[Array, "b height width channels"]) -> list[Routed]:
+    def route(self, images: Images) -> list[Routed]:
         """The output capsules and couplings of each capsule layer; the class capsules are the last."""
         capsules, routed = self._primary(images), []
         for layer in self.capsule_layers:
@@ -153,9 +154,7 @@ class CapsNet(nnx.Module):
             capsules = layer.capsules_of(routed[-1])
         return routed
 
-    def decode(
-        self, poses: Float[Array, "b o h"], labels: Shaped[Array | np.ndarray, "..."]
-    ) -> Float[Array, "b height width channels"]:
+    def decode(self, poses: Float[Array, "b o h"], labels: Indices) -> Float[Array, "b height width channels"]:
         """The images that the capsules of the labels stand for, with pixels in (0, 1).
 
         Args:
@@ -180,12 +179,12 @@ class CapsNet(nnx.Module):
             choices[f"routing {number}"] = layer.choice(batch_size)
         return choices
 
-    def _primary(self, images: Float[Array, "b height width channels"]) -> Capsules:
+    def _primary(self, images: Images) -> Capsules:
         if images.shape[1:] != self.config.image_shape:
             raise UsageError(
                 f"Images are of shape {images.shape[1:]}, and the model was made for {self.config.image_shape}."
             )
-        return self.primary_capsules(self.stem(images))
+        return self.primary_capsules(self.stem(jnp.asarray(images)))
 
 
 def _new_capsule_layers(config: ModelConfig, **common: Any) -> list[CapsuleLayer | ConvCapsules]:

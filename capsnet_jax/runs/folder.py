@@ -169,3 +169,25 @@ def load_run(folder: Path, *, best: bool = False) -> tuple[Run, CapsNet]:
         raise UsageError(f"{folder} has no {path.name}: {why}.")
     load_weights(path, model)
     return run, model
+
+
+def load(path: str | Path, *, best: bool = False) -> CapsNet:
+    """Loads a trained model.
+
+    Args:
+        path: of a run folder, or of a folder that `capsnet convert` wrote.
+        best: the weights that were best on validation images, and not the last ones.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        UsageError: there is no such folder, or it has no config or no weights; says what was looked for.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UsageError(
+            f"{folder} {'is a file' if folder.exists() else 'does not exist'}; expected the folder of a run or of a "
+            f"converted model, with {CONFIG} and {BEST if best else WEIGHTS} in it."
+        )
+    return load_run(folder, best=best)[1]

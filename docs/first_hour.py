@@ -1,0 +1,59 @@
+"""The first hour: `capsnet train --run-dir runs/digits`, then `python docs/first_hour.py runs/digits`."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import capsnet_jax
+from capsnet_jax import CapsNet, Routed, load_dataset, margin_loss, reconstruction_loss
+from capsnet_jax.ops import squash, to_unit_range
+from capsnet_jax.routing import learns
+
+dataset = load_dataset("digits")  # 1,797 handwritten digits of 8 x 8 pixels
+images = to_unit_range(jnp.asarray(dataset.train_images[:64]))
+labels = jnp.asarray(dataset.train_labels[:64])
+
+
+@learns(prior="i o")  # an array [input capsules, output capsules], which starts from zero and is trained
+def my_routing(votes, activations, *, prior=0.0):
+    """One step of routing by agreement with the mean vote, for one example; layers map it over the batch."""
+    agreement = jnp.einsum("ioh,oh->io", votes, votes.mean(axis=0))
+    couplings = jax.nn.softmax(agreement + prior, axis=1)  # each input capsule shares itself out
+    poses = squash(jnp.einsum("io,ioh->oh", couplings, votes))
+    return Routed(poses, jnp.sqrt((poses**2).sum(axis=-1) + 1e-9), couplings)
+
+
+# A Flax module: the preset `digits`, with a routing of our own
+model = CapsNet.from_preset("digits", routing=my_routing, rngs=nnx.Rngs(0))
+print(nnx.tabulate(model, images, depth=2))
+for layer, choice in model.implementations(batch_size=64).items():
+    print(f"{layer}: {choice}")
+
+# Training by hand, as in any Flax program; `capsnet_jax.fit` does it with data, schedules and seeds.
+optimizer = nnx.Optimizer(model, optax.adam(2e-3), wrt=nnx.Param)
+
+
+@nnx.jit
+def step(model, optimizer, images, labels):
+    def loss(model):
+        _, activations, reconstructions = model(images, labels)
+        return (margin_loss(activations, labels) + 10 * reconstruction_loss(reconstructions, images)).mean()
+
+    value, gradients = nnx.value_and_grad(loss)(model)
+    optimizer.update(model, gradients)
+    return value
+
+
+losses = [float(step(model, optimizer, images, labels)) for _ in range(20)]
+print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+
+couplings = model.route(images)[-1].couplings  # [b, input capsules, classes]; captured as an intermediate, too:
+_, captured = nnx.capture(model, nnx.Intermediate)(images)
+print("couplings", couplings.shape, "captured", list(captured["capsule_layers"][0]))
+
+trained = capsnet_jax.load(sys.argv[1])
+predictions = trained(to_unit_range(jnp.asarray(dataset.test_images))).activations.argmax(axis=1)
+print(f"test accuracy of {sys.argv[1]}: {(predictions == dataset.test_labels).mean():.4f}")
