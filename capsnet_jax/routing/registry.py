@@ -89,8 +89,8 @@ class Routing:
         given = {name: value for name, value in given.items() if self.takes(name)}
         try:
             routed = self.function(votes, activations, **(dict(self.options) | given))
-        except (UsageError, jax.errors.JaxRuntimeError):
-            raise  # in words already, or an error of the device, such as too little memory
+        except (UsageError, jax.errors.JaxRuntimeError, Warning):
+            raise  # in words already; an error of the device, such as too little memory; or a warning made an error
         except Exception as error:  # the user's function may raise anything
             place = _place(self.function, error)
             raise UsageError(f"Routing {self.name} raises {in_words(error)}{place}.") from error
