@@ -18,9 +18,9 @@ def dispatch(trainer: Trainer) -> Calls:
     """A step, as part of a chunk that is sent to the device."""
     program, state = trainer.compiled(), trainer.snapshot.state
     order = np.arange(trainer.chunk * trainer.config.batch_size, dtype=np.int32)
-    indices = rearrange(order, "(steps b) -> steps b", b=trainer.config.batch_size)
+    indices = rearrange(order, "(steps b) -> 1 steps b", b=trainer.config.batch_size)
     data = place_tree((trainer.dataset.train_images, trainer.dataset.train_labels, indices), on_all(trainer.mesh))
-    key = jax.device_put(jax.random.key(0), on_all(trainer.mesh))
+    key = jax.device_put(jax.random.split(jax.random.key(0), 1), on_all(trainer.mesh))
 
     def call() -> Any:
         nonlocal state

@@ -37,7 +37,8 @@ from capsnet_jax.nn.model import CapsNet, Output
 from capsnet_jax.presets import PRESETS
 from capsnet_jax.routing import ROUTINGS
 from capsnet_jax.runs.folder import load
-from capsnet_jax.train.fit import fit
+from capsnet_jax.train.evaluation import evaluate
+from capsnet_jax.train.loop import fit
 
 __all__ = [
     "PRESETS",
@@ -55,6 +56,7 @@ __all__ = [
     "Stem",
     "TrainingConfig",
     "UsageError",
+    "evaluate",
     "fit",
     "from_torch",
     "load",

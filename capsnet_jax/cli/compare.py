@@ -7,22 +7,29 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import numpy as np
 import tyro
-from flax import nnx
 from rich.console import Console
 
 from capsnet_jax.config import Config
-from capsnet_jax.data import Dataset, configured_dataset
+from capsnet_jax.data import Dataset, configured_dataset, with_absolute_paths
 from capsnet_jax.data.augmentation import Augmentation
-from capsnet_jax.errors import NonFiniteLossError, UsageError
-from capsnet_jax.nn.model import CapsNet
+from capsnet_jax.errors import NonFiniteLossError, StoppedBySignalError, UsageError
 from capsnet_jax.routing import ROUTINGS
-from capsnet_jax.runs.comparison import Result, SeedOutcome, open_folder, table, write_report, write_results
-from capsnet_jax.runs.seeds import groups_of_seeds
-from capsnet_jax.train.couplings import make_coupling_entropy
+from capsnet_jax.runs.comparison import (
+    Result,
+    SeedOutcome,
+    folder_of_routing,
+    median_speed,
+    open_folder,
+    table,
+    write_report,
+    write_results,
+)
+from capsnet_jax.runs.folder import Run
+from capsnet_jax.runs.seeds import SeedFolders
+from capsnet_jax.runs.session import train_runs
+from capsnet_jax.train.evaluation import mean_coupling_entropy
 from capsnet_jax.train.loop import Trainer
-from capsnet_jax.train.progress_bar import show_progress
 
 COUPLED_IMAGES = 1000  # test images over which the entropy of the couplings is averaged
 
@@ -31,7 +38,8 @@ COUPLED_IMAGES = 1000  # test images over which the entropy of the couplings is 
 class Compare:
     """Trains every routing on the same images in the same order, from the same weights, and compares them.
 
-    The same command with the same --output goes on where it stopped, and adds further routings to those there."""
+    Each has a folder in the output folder, with the runs from its seeds. The same command with the same --output goes
+    on where it stopped, in the middle of a routing, too, and adds further routings to those there."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     routings: tuple[str, ...] = ("all",)
@@ -52,9 +60,12 @@ class Compare:
         data = self.config.data
         routings = expand(self.routings)
         dataset = configured_dataset(data).cropped(Augmentation.parse(data.augment).crop)
-        trainings = {routing: self.prepare(routing, dataset) for routing in routings}
         folder = self.output or Path("runs") / f"compare-{Path(data.dataset).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        trainings = {routing: self.prepare(routing, dataset, folder) for routing in routings}
         results = open_folder(folder, self.depends_on())
+        for routing, (_, folders) in trainings.items():
+            if routing not in results:
+                folders.check(resume=True)
         console = Console(highlight=False)
         console.print(
             f"{len(routings)} routings from {self.seeds} seeds each: {len(dataset.train_images):,} training and "
@@ -64,82 +75,65 @@ class Compare:
             soft_wrap=True,
         )
         for number, routing in enumerate(routings, 1):
-            training = trainings.pop(routing)  # so that its compiled programs go when it is done
+            trainer, folders = trainings.pop(routing)  # so that its compiled programs go when it is done
+            progress = f"{routing} ({number} of {len(routings)})"
             if routing in results:
-                console.print(f"{routing} ({number} of {len(routings)}): done before", soft_wrap=True)
-                continue
-            console.print(
-                f"{routing} ({number} of {len(routings)}): {training.num_params:,} parameters", soft_wrap=True
-            )
-            results[routing] = self.train(routing, training, console)
-            write_results(folder, results.values())
-            write_report(folder, results.values())
+                console.print(f"{progress}: done before", soft_wrap=True)
+            else:
+                console.print(f"{progress}: {trainer.num_params:,} parameters", soft_wrap=True)
+                results[routing] = self.train(routing, trainer, folders, console)
+                write_results(folder, results.values())
+                write_report(folder, results.values())
+            folders.delete_checkpoints()
         write_report(folder, results.values())
         print(table(results.values()))
 
-    def prepare(self, routing: str, dataset: Dataset) -> Trainer:
-        """The training of a routing, with nothing compiled yet.
+    def prepare(self, routing: str, dataset: Dataset, folder: Path) -> tuple[Trainer, SeedFolders]:
+        """The training of a routing, with nothing compiled yet, and the folders of its runs, which are not made yet.
 
         Raises:
             UsageError: the routing is unknown, or there is something wrong with it or with the config.
         """
-        config = self.config
-        model = replace(config.with_sizes(dataset.image_shape, dataset.num_classes).model, routing=routing)
+        data = with_absolute_paths(self.config.data)
+        config = replace(self.config, data=data, model=replace(self.config.model, routing=routing))
+        run = Run.of(folder / folder_of_routing(routing), config, dataset)
+        seeds = range(config.training.seed, config.training.seed + self.seeds)
+        trainer = Trainer(
+            run.new_model, dataset, config.training, augment=data.augment, stream=data.stream, seeds=seeds[:1]
+        )
+        return trainer, SeedFolders(run, seeds)
 
-        def new_model(seed: int) -> CapsNet:
-            return CapsNet.from_config(model, rngs=nnx.Rngs(seed))
-
-        return Trainer(new_model, dataset, config.training, augment=config.data.augment, stream=config.data.stream)
-
-    def train(self, routing: str, trainer: Trainer, console: Console) -> Result:
-        """Trains a routing from all seeds."""
-        seeds = range(self.config.training.seed, self.config.training.seed + self.seeds)
+    def train(self, routing: str, trainer: Trainer, folders: SeedFolders, console: Console) -> Result:
+        """Train a routing from all seeds, or what is left of that."""
+        folders.create()
+        images = trainer.dataset.test_images[:COUPLED_IMAGES]
         outcomes: list[SeedOutcome] = []
-        speeds: list[float] = []
-        memory, at_once, status = 0, 0, "ok"
+        status = "ok"
         try:
-            for group in groups_of_seeds(trainer, seeds, at_once=self.seeds_at_once):
-                if len(group.seeds) < self.seeds:
-                    console.print(f"seeds {group.seeds[0]} to {group.seeds[-1]}")
-                memory, at_once = max(memory, group.memory()), max(at_once, len(group.seeds))
-                outcomes += self.train_group(group, speeds, console)
+            for group in train_runs(trainer, folders, at_once=self.seeds_at_once, console=console):
+                for run, model in zip(group.runs, group.trainer.models(), strict=True):
+                    outcomes.append(SeedOutcome.of(run, mean_coupling_entropy(model, images)))
         except NonFiniteLossError as error:
             status = f"diverged at step {error.step}"
             console.print(f"{routing}: {error}", soft_wrap=True)
+        except (StoppedBySignalError, KeyboardInterrupt) as error:
+            error.add_note("To go on: the same command, with the output folder above as --output.")
+            raise
         return Result(
             routing=routing,
             status=status,
             num_params=trainer.num_params,
-            seeds_at_once=at_once,
-            memory_bytes=memory,
-            images_per_second=float(np.median(speeds[1:] or speeds)) if speeds else 0.0,
+            seeds_at_once=folders.at_once,
+            memory_bytes=trainer.with_seeds(folders.seeds[: folders.at_once]).memory(),
+            images_per_second=median_speed(folders),
             seeds=outcomes,
         )
-
-    def train_group(self, trainer: Trainer, speeds: list[float], console: Console) -> list[SeedOutcome]:
-        """Trains from a group of seeds, and adds the images per second of each chunk to the speeds."""
-        losses, errors = [], []
-        for progress in show_progress(trainer.run(), epochs=trainer.config.epochs, console=console):
-            speeds.append(progress.images_per_second)
-            if progress.ends_epoch:
-                losses.append([seed.epoch["total"] for seed in progress.seeds])
-                errors.append([1 - seed.test.accuracy for seed in progress.seeds if seed.test is not None])
-        coupling_entropy = make_coupling_entropy(trainer.graphdef)
-        images = trainer.dataset.test_images[:COUPLED_IMAGES]
-        return [
-            SeedOutcome(
-                seed=seed,
-                train_loss=[of_seeds[index] for of_seeds in losses],
-                test_error=[of_seeds[index] for of_seeds in errors],
-                coupling_entropy=float(coupling_entropy(trainer.weights(index), images)),
-            )
-            for index, seed in enumerate(trainer.seeds)
-        ]
 
     def depends_on(self) -> dict[str, Any]:
         """What the result of a routing depends on besides the routing."""
         fields = self.config.to_json()
-        del fields["model"]["routing"]
+        for name in ("routing", "image_shape", "num_classes"):  # the latter two are those of the data set
+            del fields["model"][name]
         return fields | {"seeds": self.seeds, "device": jax.devices()[0].device_kind}
 
 

@@ -14,8 +14,7 @@ from capsnet_jax.errors import UsageError
 from capsnet_jax.figures import confusion_figure, save_figure
 from capsnet_jax.runs.folder import load_run
 from capsnet_jax.tables import markdown_table
-from capsnet_jax.train.assessment import Assessment, assess
-from capsnet_jax.train.evaluation import final_line
+from capsnet_jax.train.evaluation import Evaluation, evaluate, final_line
 
 MATRIX_CLASSES = 12  # up to so many, the confusion matrix fits on a page
 CONFUSIONS = 10  # the most frequent ones, told in its place
@@ -61,15 +60,15 @@ class Evaluate:
             )
         if self.confusion and dataset.test_labels.ndim > 1:
             raise UsageError(f"Images of {data.dataset!r} have several classes each; there is no --confusion of them.")
-        assessment = assess(model, dataset.test_images, dataset.test_labels)
-        print(describe(assessment, dataset.class_names))
-        if self.confusion and assessment.confusion is not None:
-            save_figure(confusion_figure(assessment.confusion, dataset.class_names), self.confusion)
+        evaluation = evaluate(model, dataset.test_images, dataset.test_labels)
+        print(describe(evaluation, dataset.class_names))
+        if self.confusion and evaluation.confusion is not None:
+            save_figure(confusion_figure(np.array(evaluation.confusion), dataset.class_names), self.confusion)
 
 
-def describe(assessment: Assessment, class_names: Sequence[str]) -> str:
-    """An assessment in words and tables; the last line is that of `final_line`."""
-    low, high = (100 * (1 - end) for end in reversed(assessment.interval))
+def describe(evaluation: Evaluation, class_names: Sequence[str]) -> str:
+    """Describe an evaluation in words and tables; the last line is that of `final_line`."""
+    low, high = (100 * (1 - end) for end in reversed(evaluation.interval))
     paragraphs = [
         markdown_table(
             [
@@ -77,22 +76,22 @@ def describe(assessment: Assessment, class_names: Sequence[str]) -> str:
                 *(
                     (name, f"{count:,}", _share(precision), _share(recall))
                     for name, count, precision, recall in zip(
-                        class_names, assessment.counts, assessment.precision, assessment.recall, strict=True
+                        class_names, evaluation.counts, evaluation.precision, evaluation.recall, strict=True
                     )
                 ),
             ]
         )
     ]
-    if assessment.confusion is not None:
-        paragraphs.append(describe_confusion(assessment.confusion, class_names))
-    means = f"mean activation of the right capsule {assessment.right_activation:.3f}"
-    if assessment.runner_up_activation is not None:
-        means += f", of the most active wrong one {assessment.runner_up_activation:.3f}"
+    if evaluation.confusion is not None:
+        paragraphs.append(describe_confusion(np.array(evaluation.confusion), class_names))
+    means = f"mean activation of the right capsule {evaluation.right_activation:.3f}"
+    if evaluation.runner_up_activation is not None:
+        means += f", of the most active wrong one {evaluation.runner_up_activation:.3f}"
     lines = [means]
-    if assessment.reconstruction_error is not None:
-        lines.append(f"mean squared error of a reconstructed pixel {assessment.reconstruction_error:.5f}")
+    if evaluation.reconstruction_error is not None:
+        lines.append(f"mean squared error of a reconstructed pixel {evaluation.reconstruction_error:.5f}")
     lines.append(f"95 % interval of the error {low:.2f} to {high:.2f} %")
-    lines.append(final_line(assessment.num_correct, assessment.num_images))
+    lines.append(final_line(evaluation))
     return "\n\n".join([*paragraphs, "\n".join(lines)])
 
 

@@ -13,7 +13,7 @@ from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.data.folder import decode, read_header
 from capsnet_jax.errors import UsageError
 from capsnet_jax.runs.folder import Run, load_run
-from capsnet_jax.train.assessment import most_active, respond
+from capsnet_jax.train.evaluation import most_active, predict
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Predict:
             raise UsageError("There are no images to predict; expected one file or more after the run folder.")
         run, model = load_run(self.run_dir, best=self.best)
         images = np.stack([read_image(path, run) for path in self.images])
-        for path, activations in zip(self.images, respond(model, images).activations, strict=True):
+        for path, activations in zip(self.images, predict(model, images).activations, strict=True):
             print(f"{path}: {describe(activations, run.class_names, run.labels_per_image)}")
 
 

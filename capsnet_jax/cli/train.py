@@ -24,12 +24,10 @@ from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.ops import to_unit_range
 from capsnet_jax.runs.folder import Run
 from capsnet_jax.runs.metrics import event_writer_class
-from capsnet_jax.runs.seeds import SeedFolders, groups_of_seeds
-from capsnet_jax.runs.session import Session
-from capsnet_jax.train.assessment import most_active
-from capsnet_jax.train.evaluation import Evaluation, final_line
+from capsnet_jax.runs.seeds import SeedFolders
+from capsnet_jax.runs.session import train_runs
+from capsnet_jax.train.evaluation import Evaluation, final_line, most_active
 from capsnet_jax.train.loop import Trainer
-from capsnet_jax.train.progress_bar import show_progress
 from capsnet_jax.train.sharding import connect, failing_together
 
 PICTURED = 10  # test images above their reconstructions
@@ -86,14 +84,18 @@ class Train:
                 folders.create()
         console = Console(highlight=False, quiet=jax.process_index() > 0)
         console.print(describe(trainer, dataset), f"Run folder: {folder}", sep="\n", soft_wrap=True)
+        for layer, choice in trainer.implementations().items():
+            console.print(f"{layer}: {choice}", soft_wrap=True)
 
         tests: list[Evaluation] = []
         try:
-            for group in groups_of_seeds(trainer, seeds, at_once=folders.at_once):
-                with failing_together():
-                    if not folders.at_once and jax.process_index() == 0:
-                        folders.keep_together(len(group.seeds))
-                tests += self._train(group, folders, console)
+            for group in train_runs(
+                trainer, folders, resume=self.resume, tensorboard=self.tensorboard, console=console
+            ):
+                tests += group.tests
+                for run, model in zip(group.runs, group.trainer.models(), strict=True):
+                    if model.decoder is not None and not console.quiet:
+                        run.save_picture(picture(model, dataset))
         except NonFiniteLossError as error:
             check = f"`capsnet check-routing {config.model.routing}` tells whether the routing may be to blame."
             error.add_note(f"{check} The run folder keeps what was saved before.")
@@ -102,7 +104,7 @@ class Train:
             error.add_note(f"To go on: capsnet train --resume --run-dir {shlex.quote(str(folder))}")
             raise
         if not console.quiet:
-            print(lines_of_seeds(seeds, tests) if self.seeds > 1 else final_line(*tests[0]))
+            print(lines_of_seeds(seeds, tests) if self.seeds > 1 else final_line(tests[0]))
 
     def _check(self) -> None:
         if self.seeds < 1:
@@ -115,31 +117,6 @@ class Train:
             raise UsageError(f"Got {', '.join(given)} for a run of one process; expected --distributed, too.")
         if self.tensorboard:
             event_writer_class()  # if it is missing, better now than once there is a run folder
-
-    def _train(self, trainer: Trainer, folders: SeedFolders, console: Console) -> list[Evaluation]:
-        """Trains from a group of seeds; returns how each does in the test."""
-        runs = [folders.run(seed) for seed in trainer.seeds]
-        session = Session(
-            trainer,
-            runs,
-            folders.checkpoints(trainer.seeds),
-            tensorboard=self.tensorboard,
-            warn=lambda message: console.print(f"warning: {message}", soft_wrap=True),
-        )
-        if len(trainer.seeds) < self.seeds:
-            console.print(f"seeds {trainer.seeds[0]} to {trainer.seeds[-1]}")
-        if session.start:
-            console.print(f"Going on after step {session.start} of {trainer.last_step}")
-        elif self.resume:
-            console.print("There is no checkpoint to resume from; training begins.")
-        epochs = trainer.config.epochs
-        tests: list[Evaluation] = []
-        for progress in show_progress(session.train(), epochs=epochs, start=session.start, console=console):
-            tests = [seed.test for seed in progress.seeds if seed.test is not None]
-        for run, model in zip(runs, trainer.models(), strict=True):
-            if model.decoder is not None and not console.quiet:
-                run.save_picture(picture(model, trainer.dataset))
-        return tests or [trainer.evaluate_test(index) for index in range(len(runs))]
 
 
 def describe(trainer: Trainer, dataset: Dataset) -> str:
@@ -157,7 +134,7 @@ def lines_of_seeds(seeds: range, tests: list[Evaluation]) -> str:
     """The result from each seed, then mean and sample deviation."""
     accuracies = np.array([test.accuracy for test in tests])
     mean, deviation = accuracies.mean(), accuracies.std(ddof=1)
-    lines = [f"seed {seed}: {final_line(*test)}" for seed, test in zip(seeds, tests, strict=True)]
+    lines = [f"seed {seed}: {final_line(test)}" for seed, test in zip(seeds, tests, strict=True)]
     lines.append(
         f"test accuracy {mean:.4f} +- {deviation:.4f} from {len(seeds)} seeds on {tests[0].num_images} images (error "
         f"{100 * (1 - mean):.2f} +- {100 * deviation:.2f} %)"

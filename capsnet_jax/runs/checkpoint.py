@@ -18,6 +18,7 @@ from capsnet_jax.train.loop import Snapshot
 from capsnet_jax.train.sharding import wait_for_all
 
 LONG = 200  # letters of an error
+FORMAT = 2  # of checkpoints: the state of every seed, stacked. Those of 0.1.0 have no number.
 UNKNOWN = -1.0  # accuracy on validation of a checkpoint that was not evaluated; below all others
 
 
@@ -56,14 +57,15 @@ class Checkpoints:
 
         Args:
             snapshot: where training stands.
-            validation: accuracy on validation images, if it was evaluated now.
+            validation: accuracy on validation images, if it was evaluated now; mean over the seeds.
 
         Raises:
             UsageError: this one or the one before cannot be written.
         """
         arrays = _named_arrays(snapshot)
-        step = int(np.ravel(snapshot.state.step)[0])
+        step = int(arrays["step"][0])
         record = {
+            "format": FORMAT,
             "sums": snapshot.sums.tolist(),
             "depends_on": self._depends_on,
             "checksums": {name: zlib.crc32(array.tobytes()) for name, array in arrays.items()},
@@ -97,7 +99,8 @@ class Checkpoints:
             like: any snapshot of the same training.
 
         Raises:
-            UsageError: a checkpoint is of another config, or there are some and none can be used; all stay then.
+            UsageError: a checkpoint is of another config or version, or there are some and none can be used; all stay
+                then.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -132,6 +135,12 @@ class Checkpoints:
         record = json.loads(restored.record["text"])
         if _checksum(record) != restored.record["checksum"]:
             raise ValueError("the checksum of its record is wrong")
+        if record.get("format") != FORMAT:
+            version = "a later version of capsnet-jax" if "format" in record else "capsnet-jax 0.1.0"
+            raise UsageError(
+                f"The checkpoint {self.folder / str(step)} was written by {version} and cannot be resumed; start a new "
+                "run to train on (evaluate, predict, convert and capsnet_jax.load still read model.safetensors)."
+            )
         changes = differences(record["depends_on"], self._depends_on)
         if changes:
             raise UsageError(f"The checkpoint {self.folder / str(step)} is of another config: {'; '.join(changes)}.")

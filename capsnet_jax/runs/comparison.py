@@ -1,9 +1,11 @@
-"""The folder of a comparison of routings: what it depends on, a result for each routing, table and figure."""
+"""The folder of a comparison of routings: a run folder and a result for each routing, table and figure."""
 
 import csv
 import io
 import json
 import math
+import re
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +17,9 @@ from capsnet_jax.config import differences
 from capsnet_jax.errors import UsageError
 from capsnet_jax.figures import comparison_figure
 from capsnet_jax.files import replace_file
+from capsnet_jax.runs.folder import Run
+from capsnet_jax.runs.metrics import METRICS, read_lines
+from capsnet_jax.runs.seeds import SeedFolders
 from capsnet_jax.tables import markdown_table
 
 CONFIG, RESULTS = "config.json", "results.jsonl"
@@ -30,17 +35,28 @@ is every input capsule shared out evenly among the outputs, 0.00 every input cap
 
 @dataclass(frozen=True)
 class SeedOutcome:
-    """What came of a routing from a seed: in each epoch the mean training loss and the share of errors in the test."""
+    """The result of a routing from a seed: of each epoch the mean training loss and the share of errors in the test."""
 
     seed: int
     train_loss: list[float]
     test_error: list[float]
     coupling_entropy: float
 
+    @classmethod
+    def of(cls, run: Run, coupling_entropy: float) -> "SeedOutcome":
+        """Read the result of a run that has finished from its metrics."""
+        epochs = [line for line in read_lines(run.folder / METRICS)[0] if line["kind"] == "epoch"]
+        return cls(
+            seed=run.config.training.seed,
+            train_loss=[line["loss"] for line in epochs],
+            test_error=[1 - line["test_accuracy"] for line in epochs],
+            coupling_entropy=coupling_entropy,
+        )
+
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a routing; `status` is "ok", or at what step it diverged, and then `seeds` are those before."""
+    """The result of a routing; `status` is "ok", or at what step it diverged, and then `seeds` are those before."""
 
     routing: str
     status: str
@@ -75,6 +91,22 @@ class Result:
             "memory_bytes": self.memory_bytes,
             "coupling_entropy": float(np.mean(entropies)) if last.size else None,
         }
+
+
+def folder_of_routing(routing: str) -> str:
+    """The name of its run folder in that of a comparison."""
+    return re.sub(r"[^\w.,=+-]", "-", routing)
+
+
+def median_speed(folders: SeedFolders) -> float:
+    """Read the training images per second of runs from their metrics: median over the chunks but the first; 0 if none.
+
+    The first chunk is compiled. Seeds that train side by side all have the speed of their group.
+    """
+    paths = [folders.run(seed).folder / METRICS for seed in folders.seeds[:: max(folders.at_once, 1)]]
+    lines = [line for path in paths if path.exists() for line in read_lines(path)[0]]
+    speeds = [line["images_per_second"] for line in lines if line["kind"] == "chunk"]
+    return statistics.median(speeds[1:] or speeds or [0.0])
 
 
 def open_folder(folder: Path, depends_on: Mapping[str, Any]) -> dict[str, Result]:

@@ -1,6 +1,7 @@
 """Training from several seeds: as many side by side as fit in memory, one group after the other."""
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,17 +46,18 @@ class SeedFolders:
         seeds: of the runs.
 
     Attributes:
+        seeds: of the runs.
         at_once: number of seeds that are trained side by side, as was found when the runs began; 0 if that is not
             known yet. It stays what it is, as they share their checkpoints.
     """
 
     def __init__(self, run: Run, seeds: Sequence[int]):
-        self._run, self._seeds = run, list(seeds)
-        self.at_once = 1 if len(self._seeds) == 1 else 0
+        self._run, self.seeds = run, list(seeds)
+        self.at_once = 1 if len(self.seeds) == 1 else 0
 
     def run(self, seed: int) -> Run:
         """The run of a seed."""
-        if len(self._seeds) == 1:
+        if len(self.seeds) == 1:
             return self._run
         training = replace(self._run.config.training, seed=seed)
         config = replace(self._run.config, training=training)
@@ -64,7 +66,11 @@ class SeedFolders:
     def checkpoints(self, seeds: Sequence[int]) -> Path:
         """The folder of the checkpoints of seeds that are trained side by side."""
         folder = self._run.folder / CHECKPOINTS
-        return folder if len(self._seeds) == 1 else folder / f"seeds-{seeds[0]}-{seeds[-1]}"
+        return folder if len(self.seeds) == 1 else folder / f"seeds-{seeds[0]}-{seeds[-1]}"
+
+    def delete_checkpoints(self) -> None:
+        """Free their place on the disk, once training has finished; weights, configs and metrics stay."""
+        shutil.rmtree(self._run.folder / CHECKPOINTS, ignore_errors=True)
 
     def check(self, *, resume: bool) -> None:
         """Makes sure that the folder is free for these runs or, if they may be resumed, holds these very ones.
@@ -78,17 +84,17 @@ class SeedFolders:
             raise UsageError(f"{folder} is one of the runs in {folder.parent}; expected that as --run-dir.")
         before = read_seeds(folder)
         if before is None:
-            if len(self._seeds) > 1 and (folder / CONFIG).exists():
+            if len(self.seeds) > 1 and (folder / CONFIG).exists():
                 raise UsageError(f"The run folder {folder} holds a run from one seed; give a new one.")
         elif not resume:
             raise UsageError(f"The run folder {folder} holds runs already; give a new one, or --resume, too.")
         else:
             seeds, self.at_once = before
-            if seeds != self._seeds:
+            if seeds != self.seeds:
                 raise UsageError(
-                    f"The runs in {folder} are from seeds {_listed(seeds)}, and not {_listed(self._seeds)}."
+                    f"The runs in {folder} are from seeds {_listed(seeds)}, and not {_listed(self.seeds)}."
                 )
-        for run in map(self.run, self._seeds):
+        for run in map(self.run, self.seeds):
             run.check_folder(resume=resume)
 
     def create(self) -> None:
@@ -97,9 +103,9 @@ class SeedFolders:
         Raises:
             UsageError: they cannot be written.
         """
-        if len(self._seeds) > 1 and not self.at_once:
+        if len(self.seeds) > 1 and not self.at_once:
             self.keep_together(0)
-        for run in map(self.run, self._seeds):
+        for run in map(self.run, self.seeds):
             if not (run.folder / CONFIG).exists():
                 run.write_config()
 
@@ -110,11 +116,11 @@ class SeedFolders:
             UsageError: the folder cannot be written.
         """
         self.at_once = at_once
-        if len(self._seeds) > 1:
+        if len(self.seeds) > 1:
             path = self._run.folder / SEEDS
             try:
                 self._run.folder.mkdir(parents=True, exist_ok=True)
-                replace_file(path, json.dumps({"seeds": self._seeds, "at_once": at_once}) + "\n")
+                replace_file(path, json.dumps({"seeds": self.seeds, "at_once": at_once}) + "\n")
             except OSError as error:
                 raise UsageError(f"{path} cannot be written: {error.strerror}.") from error
 

@@ -1,31 +1,100 @@
-"""A training that survives: metrics, checkpoints and weights of runs, from wherever their folders stand."""
+"""Training that survives a crash: runs from one or several seeds, with metrics, checkpoints and weights in folders."""
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import NamedTuple
 
 import jax
+from rich.console import Console
 
 from capsnet_jax.errors import StoppedBySignalError, UsageError
 from capsnet_jax.runs.checkpoint import Checkpoints
 from capsnet_jax.runs.folder import BEST, Run
 from capsnet_jax.runs.metrics import MetricsLog
-from capsnet_jax.runs.signals import StopSignals
+from capsnet_jax.runs.seeds import SeedFolders, groups_of_seeds
+from capsnet_jax.train.evaluation import Evaluation
 from capsnet_jax.train.loop import Trainer
-from capsnet_jax.train.progress import Progress
+from capsnet_jax.train.progress import Progress, show_progress
 from capsnet_jax.train.sharding import any_process, failing_together, same_everywhere
 
 
+class TrainedGroup(NamedTuple):
+    """Runs that were trained side by side to the last epoch.
+
+    Attributes:
+        trainer: holds their last weights.
+        runs: one for each seed.
+        tests: evaluation of each on all test images.
+    """
+
+    trainer: Trainer
+    runs: list[Run]
+    tests: list[Evaluation]
+
+
+def train_runs(
+    trainer: Trainer,
+    folders: SeedFolders,
+    *,
+    at_once: int = 0,
+    resume: bool = False,
+    tensorboard: bool = False,
+    console: Console,
+) -> Iterator[TrainedGroup]:
+    """Train a run from each seed, in groups side by side, from wherever their folders stand, and yield each group.
+
+    Args:
+        trainer: of any seeds of the config.
+        folders: of the runs; they exist.
+        at_once: number of seeds in a group; 0 for as many as fit in memory. Runs that were begun stay in their groups.
+        resume: whether it is told that there is no checkpoint.
+        tensorboard: whether TensorBoard events are written.
+        console: where progress is shown.
+
+    Raises:
+        StoppedBySignalError: SIGTERM or SIGINT asked for it; a checkpoint of then is written.
+        NonFiniteLossError: names the first step whose loss or gradient is not finite.
+        UsageError: a folder cannot be used, or its checkpoints are of another config or version.
+    """
+    for group in groups_of_seeds(trainer, folders.seeds, at_once=folders.at_once or at_once):
+        with failing_together():
+            if not folders.at_once and jax.process_index() == 0:
+                folders.keep_together(len(group.seeds))
+        runs = [folders.run(seed) for seed in group.seeds]
+        session = Session(
+            group,
+            runs,
+            folders.checkpoints(group.seeds),
+            tensorboard=tensorboard,
+            warn=lambda message: console.print(f"warning: {message}", soft_wrap=True),
+        )
+        if len(group.seeds) < len(folders.seeds):
+            console.print(f"seeds {group.seeds[0]} to {group.seeds[-1]}")
+        if session.start:
+            console.print(f"Going on after step {session.start} of {group.last_step}")
+        elif resume:
+            console.print("There is no checkpoint to resume from; training begins.")
+        tests: list[Evaluation] = []
+        for progress in show_progress(
+            session.train(), epochs=group.config.epochs, start=session.start, console=console
+        ):
+            tests = [seed.test for seed in progress.seeds if seed.test is not None]
+        yield TrainedGroup(group, runs, tests or [group.evaluate_test(index) for index in range(len(runs))])
+
+
 class Session:
-    """Training of runs that differ in their seed only, recorded in their folders.
+    """Training of runs that differ in their seed only, side by side, recorded in their folders.
 
     Args:
         trainer: of the seeds of these runs.
         runs: one for each seed; their folders exist.
         checkpoints: folder of the checkpoints of all of them.
         tensorboard: whether TensorBoard events are written.
-        warn: is told of checkpoints that cannot be used.
+        warn: is called with a sentence about each checkpoint that cannot be used.
 
     Attributes:
         start: number of training steps done before; 0 if there was no checkpoint.
@@ -72,7 +141,7 @@ class Session:
             ]
 
     def train(self) -> Iterator[Progress]:
-        """Trains to the last epoch, and tells how far it is after every chunk of steps.
+        """Train to the last epoch, and yield the progress after every chunk of steps.
 
         Raises:
             StoppedBySignalError: SIGTERM or SIGINT asked for it; a checkpoint of then is written.
@@ -107,7 +176,7 @@ class Session:
             self._checkpoints.close()
 
     def _record(self, progress: Progress) -> bool:
-        """Writes the metrics, and the weights that are best on validation; tells whether any are."""
+        """Write the metrics, and the weights that are best on validation; return whether any are."""
         is_best = False
         for index, log in enumerate(self._logs):
             if log.write(progress, progress.seeds[index]):
@@ -119,14 +188,41 @@ class Session:
         with failing_together():
             for log in self._logs:
                 log.sync()
-        validation = progress.validation
         with failing_together():
-            self._checkpoints.save(
-                self.trainer.snapshot, validation=None if validation is None else validation.accuracy
-            )
+            self._checkpoints.save(self.trainer.snapshot, validation=progress.validation_accuracy)
             self._save_weights()
 
     def _save_weights(self) -> None:
         if self._is_primary:
             for run, model in zip(self.runs, self.trainer.models(), strict=True):
                 run.save_weights(model)
+
+
+class StopSignals:
+    """Within its block, SIGTERM and SIGINT are only remembered; a second one is a KeyboardInterrupt.
+
+    Attributes:
+        received: the one that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # others cannot have handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)

@@ -1,4 +1,4 @@
-"""Images on their way to the devices: the whole set once, or each chunk of steps while the one before is trained."""
+"""Sending images to the devices: the whole set once, or those of each chunk while the one before is trained on."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +15,17 @@ STREAMED_BYTES = 64 * 2**20  # of images in a chunk, of which two are on the dev
 
 
 class Batches(NamedTuple):
-    """What a chunk of steps is trained on; see `training.make_train_chunk`."""
+    """The images of a chunk of steps.
+
+    Attributes:
+        images: all training images; if they are streamed, those of each seed and step `[seeds steps b ...]`.
+        labels: of these images.
+        indices: of the images of each seed and step; None if they are streamed.
+    """
 
     images: Shaped[Array, "..."]
     labels: Int[Array, "..."]
-    indices: Int[Array, "*seeds steps b"] | None
+    indices: Int[Array, "seeds steps b"] | None
 
 
 def should_stream(images: Shaped[np.ndarray, "..."]) -> bool:
@@ -29,7 +35,7 @@ def should_stream(images: Shaped[np.ndarray, "..."]) -> bool:
 
 
 class Feed:
-    """Hands over the images of a training set.
+    """Sends training images to the devices, one chunk of steps ahead.
 
     Args:
         images: training images, in the host's memory.
@@ -50,8 +56,7 @@ class Feed:
         self._on_devices = () if stream else tuple(place(array, on_all(mesh)) for array in self._data)
 
     def batches(self, chunks: Iterable[Int[np.ndarray, "..."]]) -> Iterator[Batches]:
-        """What each chunk is trained on, given the indices `[*seeds steps b]` of its images; the next one is on its way
-        meanwhile."""
+        """Yield the images of each chunk, given their indices `[seeds steps b]`; the next are sent meanwhile."""
         send = self._send_images if self.stream else self._send_indices
         with ThreadPoolExecutor(1) as worker:
             ahead = None
@@ -62,12 +67,12 @@ class Feed:
             if ahead is not None:
                 yield ahead.result()
 
-    def _send_indices(self, indices: Int[np.ndarray, "*seeds steps b"]) -> Batches:
+    def _send_indices(self, indices: Int[np.ndarray, "seeds steps b"]) -> Batches:
         images, labels = self._on_devices
-        return Batches(images, labels, place(indices, along(self._mesh, indices.ndim - 1)))
+        return Batches(images, labels, place(indices, along(self._mesh, 2)))
 
-    def _send_images(self, indices: Int[np.ndarray, "*seeds steps b"]) -> Batches:
-        sharding = along(self._mesh, indices.ndim - 1)
+    def _send_images(self, indices: Int[np.ndarray, "seeds steps b"]) -> Batches:
+        sharding = along(self._mesh, 2)
 
         def send(array: np.ndarray) -> Array:
             # Each process reads only the images of its own devices.

@@ -1,4 +1,7 @@
-"""The training loop: from any number of seeds side by side, on all devices, from the beginning or from a checkpoint."""
+"""The training loop: epochs of compiled chunks of steps, from one or several seeds side by side, on all devices.
+
+States, metrics, orders of images and random keys have a leading axis of seeds everywhere, for a single seed, too.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,28 +14,68 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Float, Int
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from capsnet_jax.config import TrainingConfig
 from capsnet_jax.data import Dataset
 from capsnet_jax.data.augmentation import Augmentation
-from capsnet_jax.errors import UsageError
+from capsnet_jax.errors import NonFiniteLossError, UsageError
+from capsnet_jax.nn.fast.choice import Choice
 from capsnet_jax.nn.model import CapsNet
-from capsnet_jax.train.evaluation import Evaluation, evaluate, make_count_correct
-from capsnet_jax.train.feeding import Feed, should_stream
-from capsnet_jax.train.memory import program_memory
+from capsnet_jax.nn.precision import for_products
+from capsnet_jax.ops import to_unit_range
+from capsnet_jax.train.evaluation import Evaluation, evaluate
+from capsnet_jax.train.feeding import STREAMED_BYTES, Feed, should_stream
+from capsnet_jax.train.memory import compile_lean, program_memory
 from capsnet_jax.train.optimizer import create_optimizer, learning_rate
-from capsnet_jax.train.programs import ChunkPrograms, steps_per_chunk
 from capsnet_jax.train.progress import Progress, SeedProgress
 from capsnet_jax.train.sharding import along, data_mesh, on_all, place_tree
-from capsnet_jax.train.step import StepMetrics, TrainState, check_finite, create_state
+from capsnet_jax.train.step import StepMetrics, TrainState, create_state, make_train_step
+
+MOST_STEPS = 1000  # in a program that nobody can stop or watch; the full-size model takes a second or two for them
+
+
+def fit(
+    model: CapsNet,
+    dataset: Dataset,
+    config: TrainingConfig,
+    *,
+    augment: Sequence[str] = (),
+    stream: bool | None = None,
+) -> Iterator[Progress]:
+    """Train a model, and yield the progress after every chunk of steps.
+
+    Args:
+        model: the initial weights; at the end of every epoch it is given the trained ones.
+        dataset: training and test images; only the former are augmented.
+        config: epochs, batch size, learning rate and so on.
+        augment: names of the random changes; see `Augmentation`.
+        stream: as for `Trainer`.
+
+    Returns:
+        An iterator; training goes on while it is iterated over.
+
+    Raises:
+        UsageError: at once, as `Trainer`.
+        NonFiniteLossError: names the first step whose loss or gradient is not finite.
+    """
+    trainer = Trainer(lambda seed: model, dataset, config, augment=augment, stream=stream)
+
+    def run() -> Iterator[Progress]:
+        for progress in trainer.run():
+            if progress.ends_epoch:
+                nnx.update(model, nnx.state(trainer.models()[0], (nnx.Param, nnx.BatchStat)))
+            yield progress
+
+    return run()
 
 
 class Snapshot(NamedTuple):
     """All that the rest of a training depends on; what a checkpoint holds.
 
     Attributes:
-        state: of every seed; stacked, if there are several.
+        state: of every seed, stacked.
         sums: of the metrics of the steps of the epoch that is under way, for its means.
     """
 
@@ -45,7 +88,7 @@ class Trainer:
 
     Args:
         new_model: gives the model with the initial weights of a seed.
-        dataset: its training images are changed at random, validation and test images never are.
+        dataset: its training images are augmented, validation and test images never are.
         config: epochs, batch size, learning rate and so on.
         augment: names of the random changes; see `Augmentation`.
         stream: whether images are sent to the devices chunk by chunk; by default if the set is too large for them.
@@ -55,7 +98,6 @@ class Trainer:
         num_params: number of weights of a model.
         steps_per_epoch: number of training steps in an epoch.
         graphdef: of a model in training mode, for `nnx.merge`.
-        chunk: number of training steps that run as one program; the last chunk of an epoch may have fewer.
         snapshot: where training stands; set it to resume from there.
 
     Raises:
@@ -80,7 +122,7 @@ class Trainer:
         self.steps_per_epoch = len(images) // config.batch_size
         if self.steps_per_epoch == 0:
             raise UsageError(f"batch_size is {config.batch_size}, with only {len(images)} training images.")
-        self._augmentation = Augmentation.parse(augment)
+        augmentation = Augmentation.parse(augment)
         model = nnx.eval_shape(lambda: new_model(self.seeds[0]))  # the shapes, without weights
         self.num_params = sum(int(np.prod(param.shape)) for param in jax.tree.leaves(nnx.state(model, nnx.Param)))
         if model.decoder is None and config.reconstruction_weight:
@@ -89,49 +131,34 @@ class Trainer:
             )
         self.mesh = data_mesh(config.batch_size // config.accumulate)
         self.stream = should_stream(images) if stream is None else stream
-        self.chunk = min(steps_per_chunk(dataset, config, len(self.seeds), stream=self.stream), self.steps_per_epoch)
         self._learning_rate = jax.jit(learning_rate(config, self.steps_per_epoch))
         self._optimizer = create_optimizer(config, self.steps_per_epoch)
         model.train()
         self.graphdef = nnx.graphdef(model)
-        self._programs = self._new_programs()
-        self._count_correct = make_count_correct(self.graphdef, along(self.mesh, 0))
-
-    def _new_programs(self) -> ChunkPrograms:
-        return ChunkPrograms(
+        train_step = make_train_step(
             self.graphdef,
             self._optimizer,
-            jax.eval_shape(lambda: self._new_state(self.seeds[0])),
-            self.dataset,
-            self.config,
-            augmentation=self._augmentation,
-            mesh=self.mesh,
-            num_seeds=len(self.seeds),
-            stream=self.stream,
+            accumulate=config.accumulate,
+            ema_decay=config.ema_decay,
+            precision=config.precision,
+            loss=config.loss,
+            reconstruction_weight=config.reconstruction_weight,
+            reconstruction_error=config.reconstruction_error,
         )
+        train_chunk = make_train_chunk(train_step, augmentation, along(self.mesh, 0))
+        self._train_chunk = jax.jit(train_chunk, donate_argnums=0)
+        self._compiled: dict[tuple[int, int], jax.stages.Compiled] = {}  # by numbers of seeds and steps
 
-    @cached_property
-    def _feed(self) -> Feed:
-        return Feed(self.dataset.train_images, self.dataset.train_labels, self.mesh, stream=self.stream)
-
-    @cached_property
-    def _keys(self) -> tuple[list[Any], Any]:
-        """The keys of the orders of the images, and of the changes of the images on the devices."""
-        orders, steps = zip(*(jax.random.split(jax.random.key(seed)) for seed in self.seeds), strict=True)
-        data = [jax.random.key_data(key) for key in steps]
-        stacked = np.stack(data) if len(data) > 1 else np.asarray(data[0])
-        return list(orders), jax.random.wrap_key_data(place_tree(stacked, on_all(self.mesh)))
-
-    @cached_property
-    def snapshot(self) -> Snapshot:
-        # One by one, not as a mapped program: that would be compiled again for each routing, ten seconds on CPU.
-        states = [self._new_state(seed) for seed in self.seeds]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states) if len(states) > 1 else states[0]
-        return self.on_devices(Snapshot(stacked, np.zeros((len(self.seeds), len(StepMetrics._fields)))))
-
-    def on_devices(self, snapshot: Snapshot) -> Snapshot:
-        """A snapshot of arrays that every process has, with the state on all devices."""
-        return snapshot._replace(state=place_tree(snapshot.state, on_all(self.mesh)))
+    @property
+    def chunk(self) -> int:
+        """Number of training steps that run as one program; the last chunk of an epoch may have fewer."""
+        most = self.config.steps_per_chunk
+        if not most and jax.default_backend() == "cpu":
+            most = 1  # a loop gains nothing there, and the losses are seen the sooner
+        if not most and self.stream:
+            bytes_per_step = self.dataset.train_images[0].nbytes * self.config.batch_size * len(self.seeds)
+            most = max(STREAMED_BYTES // bytes_per_step, 1)
+        return min(most or MOST_STEPS, self.steps_per_epoch)
 
     @property
     def last_step(self) -> int:
@@ -141,56 +168,29 @@ class Trainer:
     @property
     def step(self) -> int:
         """Number of training steps done."""
-        return int(np.ravel(self.snapshot.state.step)[0])
+        return int(np.asarray(self.snapshot.state.step)[0])
 
-    def weights(self, index: int = 0) -> nnx.State:
-        """What is kept of the training from one of the seeds: weights, or their average, and running means."""
-        weights = self.snapshot.state.weights
-        return jax.tree.map(lambda leaf: leaf[index], weights) if len(self.seeds) > 1 else weights
+    @cached_property
+    def snapshot(self) -> Snapshot:
+        # One by one, not as a mapped program: that would be compiled again for each routing, ten seconds on CPU.
+        states = [self._new_state(seed) for seed in self.seeds]
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *states)
+        return self.on_devices(Snapshot(stacked, np.zeros((len(self.seeds), len(StepMetrics._fields)))))
 
-    def models(self) -> list[CapsNet]:
-        """For each seed a model with these weights, in evaluation mode."""
-        # By way of the host, as only one of several processes may want them, which must not compute on all devices.
-        weights = jax.device_get(self.snapshot.state.weights)
-        models = []
-        for index in range(len(self.seeds)):
-            own = jax.tree.map(lambda leaf: jnp.array(leaf[index] if len(self.seeds) > 1 else leaf), weights)  # noqa: B023
-            models.append(nnx.merge(self.graphdef, own))
-            models[-1].eval()
-        return models
-
-    def evaluate_test(self, index: int = 0) -> Evaluation:
-        """Right answers on all test images, from one of the seeds."""
-        return self._evaluate(index, self.dataset.test_images, self.dataset.test_labels)
+    def on_devices(self, snapshot: Snapshot) -> Snapshot:
+        """Put the state of a snapshot that every process has on all devices."""
+        return snapshot._replace(state=place_tree(snapshot.state, on_all(self.mesh)))
 
     def with_seeds(self, seeds: Sequence[int]) -> "Trainer":
-        """The same training from the beginning, from other seeds; what is compiled is kept if they are as many."""
+        """The same training from the beginning, from other seeds; it shares the compiled programs."""
         other = copy(self)
         other.seeds = tuple(seeds)
         for name in ("snapshot", "_keys"):
             vars(other).pop(name, None)
-        if len(other.seeds) != len(self.seeds):
-            other._programs = other._new_programs()
         return other
 
-    def trace(self) -> None:
-        """Goes through a training step without numbers, for what is wrong with it to show; a second, not a compilation.
-
-        Raises:
-            UsageError: an augmentation does not fit the images, or the loss does not fit the labels.
-        """
-        self._programs.trace(self.chunk)
-
-    def compiled(self, length: int | None = None) -> jax.stages.Compiled:
-        """The program of a chunk of so many steps; by default of a whole chunk."""
-        return self._programs.compiled(length or self.chunk)
-
-    def memory(self) -> int:
-        """Bytes that a device needs at most, by XLA's own account: training images, state and what a chunk needs."""
-        return program_memory(self.compiled())
-
     def run(self) -> Iterator[Progress]:
-        """Trains on from the snapshot to the last epoch, and tells how far it is after every chunk of steps.
+        """Train from the snapshot to the last epoch, and yield the progress after every chunk of steps.
 
         Raises:
             NonFiniteLossError: names the first step whose loss or gradient is not finite.
@@ -201,16 +201,12 @@ class Trainer:
     def _run_epoch(self) -> Iterator[Progress]:
         epoch, done = divmod(self.step, self.steps_per_epoch)
         order_keys, step_keys = self._keys
-        batch_size = self.config.batch_size
-        orders = [self._order(key, epoch) for key in order_keys]
-        order = np.stack(orders) if len(orders) > 1 else orders[0]
-        chunks = [order[..., start : start + self.chunk, :] for start in range(done, self.steps_per_epoch, self.chunk)]
-        for batches in self._feed.batches(chunks):
-            start = time.perf_counter()
-            length = (batches.labels if batches.indices is None else batches.indices).shape[len(self.seeds) > 1]
+        order = np.stack([self._order(key, epoch) for key in order_keys])
+        chunks = [order[:, start : start + self.chunk] for start in range(done, self.steps_per_epoch, self.chunk)]
+        for indices, batches in zip(chunks, self._feed.batches(chunks), strict=True):
+            start, length = time.perf_counter(), indices.shape[1]
             state, metrics = self.compiled(length)(self.snapshot.state, *batches, step_keys)
             values = np.asarray(jax.device_get(metrics), np.float64)  # waits for the chunk
-            values = rearrange(values, "metrics ... steps -> metrics (...) steps")
             seconds = time.perf_counter() - start
             self.snapshot = Snapshot(state, self.snapshot.sums + values.sum(axis=2).T)
             done += length
@@ -221,12 +217,12 @@ class Trainer:
             )
             if done == self.steps_per_epoch:
                 self.snapshot = self.snapshot._replace(sums=np.zeros_like(self.snapshot.sums))
-            images_per_second = len(self.seeds) * length * batch_size / seconds
+            images_per_second = len(self.seeds) * length * self.config.batch_size / seconds
             rate = float(self._learning_rate(step - 1))
             yield Progress(epoch + 1, step, self.steps_per_epoch, rate, images_per_second, seeds)
 
     def _seed_progress(self, index: int, chunk: Float[np.ndarray, " metrics"], done: int) -> SeedProgress:
-        """Of one of the seeds, after so many steps of the epoch."""
+        """The metrics of one of the seeds after so many steps of the epoch."""
         data, validation, test = self.dataset, None, None
         if done == self.steps_per_epoch:
             test = self.evaluate_test(index)
@@ -238,10 +234,94 @@ class Trainer:
         )
         return SeedProgress(self.seeds[index], of_chunk, of_epoch, validation, test)
 
-    def _evaluate(self, index: int, images: np.ndarray, labels: np.ndarray) -> Evaluation:
-        return evaluate(self._count_correct, self.weights(index), images, labels, num_devices=self.mesh.size)
+    def weights(self, index: int = 0) -> nnx.State:
+        """What is evaluated and kept of one of the seeds: weights, or their average, and running means."""
+        return _select(self.snapshot.state.weights, index)
 
-    def _order(self, key: Any, epoch: int) -> Int[np.ndarray, "steps b"]:
+    def models(self) -> list[CapsNet]:
+        """A model in evaluation mode for each seed, with the weights of now."""
+        # By way of the host, as only one of several processes may want them, which must not compute on all devices.
+        weights = jax.device_get(self.snapshot.state.weights)
+        models = []
+        for index in range(len(self.seeds)):
+            own = jax.tree.map(lambda leaf: jnp.array(leaf[index]), weights)  # noqa: B023
+            models.append(nnx.merge(self.graphdef, own))
+            models[-1].eval()
+        return models
+
+    def evaluate_test(self, index: int = 0) -> Evaluation:
+        """Evaluate the weights of one of the seeds on all test images."""
+        return self._evaluate(index, self.dataset.test_images, self.dataset.test_labels)
+
+    def _evaluate(self, index: int, images: np.ndarray, labels: np.ndarray) -> Evaluation:
+        model = nnx.merge(self.graphdef, self.weights(index))
+        return evaluate(model, images, labels, reconstruct=False, mesh=self.mesh)
+
+    def trace(self) -> None:
+        """Trace a training step without compiling it, to find out in a second what is wrong with it.
+
+        Raises:
+            UsageError: an augmentation does not fit the images, or the loss does not fit the labels.
+        """
+        jax.eval_shape(self._train_chunk, *self._arguments(self.chunk))
+
+    def compiled(self, length: int | None = None) -> jax.stages.Compiled:
+        """The program of a chunk of so many steps; by default of a whole chunk."""
+        length = length or self.chunk
+        sizes = len(self.seeds), length
+        if sizes not in self._compiled:
+            self._compiled[sizes] = compile_lean(self._train_chunk, *self._arguments(length))
+        return self._compiled[sizes]
+
+    def memory(self) -> int:
+        """Bytes that a device needs at most, by XLA's own account: training images, state and what a chunk needs."""
+        return program_memory(self.compiled())
+
+    def implementations(self) -> dict[str, Choice]:
+        """The implementation of each layer in training, and why it was chosen; see `CapsNet.implementations`."""
+
+        def in_training() -> CapsNet:
+            model = self._new_model(self.seeds[0])
+            if self.config.precision == "bfloat16":
+                nnx.update(model, for_products(nnx.state(model, nnx.Param), jnp.bfloat16))
+            return model
+
+        return nnx.eval_shape(in_training).implementations(self.config.batch_size // self.config.accumulate)
+
+    def _arguments(self, length: int) -> tuple[Any, ...]:
+        """Shapes, dtypes and shardings of the arguments of a chunk of so many steps."""
+        seeds = len(self.seeds)
+        everywhere, shared = on_all(self.mesh), along(self.mesh, 2)
+
+        def of_seeds(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype, sharding=everywhere)
+
+        state, key = jax.tree.map(of_seeds, self._shapes)
+        data = self.dataset.train_images, self.dataset.train_labels
+        indices = (seeds, length, self.config.batch_size)
+        if self.stream:
+            chunk = [jax.ShapeDtypeStruct(indices + array.shape[1:], array.dtype, sharding=shared) for array in data]
+            return state, *chunk, None, key
+        whole = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=everywhere) for array in data]
+        return state, *whole, jax.ShapeDtypeStruct(indices, jnp.int32, sharding=shared), key
+
+    @cached_property
+    def _shapes(self) -> tuple[TrainState, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the state and the key of one seed."""
+        return jax.eval_shape(lambda: (self._new_state(self.seeds[0]), jax.random.key(0)))
+
+    @cached_property
+    def _feed(self) -> Feed:
+        return Feed(self.dataset.train_images, self.dataset.train_labels, self.mesh, stream=self.stream)
+
+    @cached_property
+    def _keys(self) -> tuple[list[Array], Key[Array, " seeds"]]:
+        """For each seed, the key of the orders of the images, and that of the augmentations on the devices."""
+        orders, steps = zip(*(jax.random.split(jax.random.key(seed)) for seed in self.seeds), strict=True)
+        data = np.stack([jax.random.key_data(key) for key in steps])
+        return list(orders), jax.random.wrap_key_data(place_tree(data, on_all(self.mesh)))
+
+    def _order(self, key: Key[Array, ""], epoch: int) -> Int[np.ndarray, "steps b"]:
         """The images of each step of an epoch, which depend on the key and the epoch alone."""
         order = jax.random.permutation(jax.random.fold_in(key, epoch), len(self.dataset.train_images))
         whole_batches = np.asarray(order, np.int32)[: self.steps_per_epoch * self.config.batch_size]
@@ -249,3 +329,73 @@ class Trainer:
 
     def _new_state(self, seed: int) -> TrainState:
         return create_state(self._new_model(seed), self._optimizer, average=self.config.ema_decay > 0)[1]
+
+
+def make_train_chunk(
+    train_step: Callable[..., tuple[TrainState, StepMetrics]], augmentation: Augmentation, sharding: NamedSharding
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """Make a function that runs several training steps of each seed without coming back to the host.
+
+    Args:
+        train_step: what `make_train_step` returned.
+        augmentation: random changes of the images, drawn anew in each step.
+        sharding: how a batch is spread over the devices.
+
+    Returns:
+        A function `(state, images, labels, indices, key) -> (state, metrics of each step)`, to be compiled with a
+        donated state; all but a whole data set begins with an axis of seeds. The indices `[seeds steps b]` are those of
+        the images of each step; without them, images and labels have these axes themselves. The randomness of a step
+        depends on the key and the number of the step alone.
+    """
+
+    def of_one_seed(
+        state: TrainState,
+        images: Shaped[Array, "*images height width channels"],
+        labels: Int[Array, "..."],
+        indices: Int[Array, "steps b"] | None,
+        key: Key[Array, ""],
+    ) -> tuple[TrainState, StepMetrics]:
+        def body(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+            originals, of_batch = batch if indices is None else (images[batch], labels[batch])
+            originals, of_batch = jax.lax.with_sharding_constraint((originals, of_batch), sharding)
+            step_key = jax.random.fold_in(key, state.step)
+            return train_step(state, augmentation(step_key, to_unit_range(originals)), of_batch)
+
+        return jax.lax.scan(body, state, (images, labels) if indices is None else indices)
+
+    def train_chunk(
+        state: TrainState,
+        images: Shaped[Array, "*images height width channels"],
+        labels: Int[Array, "..."],
+        indices: Int[Array, "seeds steps b"] | None,
+        key: Key[Array, " seeds"],
+    ) -> tuple[TrainState, StepMetrics]:
+        data = 0 if indices is None else None
+        return jax.vmap(of_one_seed, in_axes=(0, data, data, 0, 0))(state, images, labels, indices, key)
+
+    return train_chunk
+
+
+def check_finite(metrics: Float[np.ndarray, "metrics seeds steps"], seeds: Sequence[int], *, first_step: int) -> None:
+    """Refuse a loss or a gradient that is not finite.
+
+    Args:
+        metrics: those of `StepMetrics`, in that order.
+        seeds: of the runs, for the message.
+        first_step: number of the first step, from 1.
+
+    Raises:
+        NonFiniteLossError: names the first such step.
+    """
+    for name, what in (("total", "loss"), ("gradient_norm", "gradient")):
+        numbers = metrics[StepMetrics._fields.index(name)]
+        steps, places = np.nonzero(~np.isfinite(numbers.T))
+        if steps.size:
+            place, step = places[0], steps[0]
+            raise NonFiniteLossError(what, seeds[place], first_step + int(step), float(numbers[place, step]))
+
+
+@jax.jit
+def _select(tree: Any, index: Int[Array, ""] | int) -> Any:
+    """The part of a tree of arrays that belongs to one seed."""
+    return jax.tree.map(lambda leaf: leaf[index], tree)

@@ -1,23 +1,20 @@
-"""A training step, pure, and a chunk of steps as one compiled program."""
+"""One training step: loss, gradient, update."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from einops import rearrange
 from flax import nnx
-from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, Int
 
-from capsnet_jax.data.augmentation import Augmentation
-from capsnet_jax.errors import NonFiniteLossError, UsageError
+from capsnet_jax.errors import UsageError
 from capsnet_jax.nn.losses import margin_loss, reconstruction_loss, spread_loss, spread_margin
 from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.nn.precision import for_products
-from capsnet_jax.ops import answers_right, to_unit_range
+from capsnet_jax.ops import answers_right
 
 
 class TrainState(NamedTuple):
@@ -26,8 +23,8 @@ class TrainState(NamedTuple):
     Attributes:
         params: weights.
         average: their exponential moving average, where there is one; otherwise empty.
-        batch_stats: running means of batch normalisation.
-        opt_state: the state of the optimiser.
+        batch_stats: running means of batch normalization.
+        opt_state: the state of the optimizer.
         step: number of training steps done.
     """
 
@@ -35,7 +32,7 @@ class TrainState(NamedTuple):
     average: nnx.State
     batch_stats: nnx.State
     opt_state: optax.OptState
-    step: Int[Array, ""]
+    step: Int[Array, "*seeds"]
 
     @property
     def weights(self) -> nnx.State:
@@ -43,42 +40,22 @@ class TrainState(NamedTuple):
         return nnx.merge_state(self.average or self.params, self.batch_stats)
 
 
-class Losses(NamedTuple):
-    """The loss that training minimises, its parts, and the share of right answers; each a mean over the batch."""
-
-    total: Float[Array, "*steps"]
-    margin: Float[Array, "*steps"]
-    reconstruction: Float[Array, "*steps"]
-    accuracy: Float[Array, "*steps"]
-
-
 class StepMetrics(NamedTuple):
-    """What is known of a training step: its `Losses`, before it, and the norm of the gradient before clipping."""
+    """Loss, accuracy and gradient norm of one step, each a mean over the batch, before the update.
 
-    total: Float[Array, "*steps"]
-    margin: Float[Array, "*steps"]
-    reconstruction: Float[Array, "*steps"]
-    accuracy: Float[Array, "*steps"]
-    gradient_norm: Float[Array, "*steps"]
-
-
-def check_finite(metrics: Float[np.ndarray, "metrics seeds steps"], seeds: Sequence[int], *, first_step: int) -> None:
-    """Refuses a loss or a gradient that is not finite.
-
-    Args:
-        metrics: those of `StepMetrics`, in that order.
-        seeds: of the runs, for the message.
-        first_step: number of the first step, from 1.
-
-    Raises:
-        NonFiniteLossError: names the first such step.
+    Attributes:
+        total: the loss that training minimizes.
+        margin: its part for the class capsules: margin or spread loss.
+        reconstruction: its part for the pixels, before it is weighted.
+        accuracy: share of images that are classified correctly.
+        gradient_norm: norm of the gradient over all weights, before clipping; None where only losses are computed.
     """
-    for name, what in (("total", "loss"), ("gradient_norm", "gradient")):
-        numbers = metrics[StepMetrics._fields.index(name)]
-        steps, places = np.nonzero(~np.isfinite(numbers.T))
-        if steps.size:
-            place, step = places[0], steps[0]
-            raise NonFiniteLossError(what, seeds[place], first_step + int(step), float(numbers[place, step]))
+
+    total: Float[Array, "..."]
+    margin: Float[Array, "..."]
+    reconstruction: Float[Array, "..."]
+    accuracy: Float[Array, "..."]
+    gradient_norm: Float[Array, "..."] | None = None
 
 
 def compute_losses(
@@ -90,11 +67,11 @@ def compute_losses(
     reconstruction_error: str = "mean",
     loss: str = "margin",
     step: Int[Array, ""] | int = 0,
-) -> Losses:
-    """The losses of a batch of images in [0, 1].
+) -> StepMetrics:
+    """Compute the losses and the accuracy of a batch of images in [0, 1].
 
     Args:
-        model: in training mode, if it has batch normalisation that shall see this batch.
+        model: in training mode, if batch normalization is to see this batch.
         images: of the shape that the model was made for.
         labels: class indices, one or several for each image.
         reconstruction_weight: weight of the reconstruction; 0 leaves the decoder out.
@@ -114,16 +91,16 @@ def compute_losses(
         raise UsageError(f"loss is {loss!r}; expected margin or spread.")
     accuracy = answers_right(capsules.activations, labels).mean(dtype=margin.dtype)
     if reconstruction_weight == 0:
-        return Losses(margin, margin, jnp.zeros_like(margin), accuracy)
+        return StepMetrics(margin, margin, jnp.zeros_like(margin), accuracy)
     reconstructions = model.decode(capsules.poses, labels)
     reconstruction = reconstruction_loss(reconstructions, images, error=reconstruction_error).mean()
-    return Losses(margin + reconstruction_weight * reconstruction, margin, reconstruction, accuracy)
+    return StepMetrics(margin + reconstruction_weight * reconstruction, margin, reconstruction, accuracy)
 
 
 def create_state(
     model: CapsNet, optimizer: optax.GradientTransformation, *, average: bool = False
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """Splits a model, once, into what is compiled and what is trained.
+    """Split a model into its static definition and the state that training changes.
 
     Args:
         model: the initial weights; they are copied, as training donates its state.
@@ -146,13 +123,12 @@ def make_train_step(
     precision: str = "float32",
     **options: Any,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    r"""A pure function `(state, images, labels) -> (state, metrics of the step)`.
+    r"""Make a pure function `(state, images, labels) -> (state, metrics)`.
 
     Args:
         graphdef: of `create_state`.
-        optimizer: what makes an update of the gradient.
-        accumulate: number of parts that the batch is gone through in, one after the other; their gradients are
-            averaged, which with batch normalisation is not the gradient of the whole batch.
+        optimizer: turns a gradient into an update of the weights.
+        accumulate: number of micro-batches of a batch; see `in_micro_batches`.
         ema_decay: factor $\beta$ of the moving average $m \leftarrow \beta m + (1 - \beta) w$. In step $t$ it is no
             more than $(1 + t) / (10 + t)$, so that the initial weights are soon forgotten.
         precision: "bfloat16" for operands of products in bfloat16; see `precision.for_products`.
@@ -161,80 +137,79 @@ def make_train_step(
 
     def loss(
         params: nnx.State, batch_stats: nnx.State, images: Array, labels: Array, step: Array
-    ) -> tuple[Array, tuple[Losses, nnx.State]]:
+    ) -> tuple[Array, tuple[StepMetrics, nnx.State]]:
         weights = for_products(params, jnp.bfloat16) if precision == "bfloat16" else params
         model = nnx.merge(graphdef, weights, batch_stats, copy=True)
-        losses = compute_losses(model, images, labels, step=step, **options)
-        return losses.total, (losses, nnx.state(model, nnx.BatchStat))
+        metrics = compute_losses(model, images, labels, step=step, **options)
+        return metrics.total, (metrics, nnx.state(model, nnx.BatchStat))
 
     gradient = jax.grad(loss, has_aux=True)
-
-    def gradient_of_batch(state: TrainState, images: Array, labels: Array) -> tuple[nnx.State, Losses, nnx.State]:
-        if accumulate == 1:
-            grads, (losses, batch_stats) = gradient(state.params, state.batch_stats, images, labels, state.step)
-            return grads, losses, batch_stats
-        # Neighbours go to different parts, so that every device has its share of each.
-        pattern = "(b parts) ... -> parts b ..."
-        parts = rearrange(images, pattern, parts=accumulate), rearrange(labels, pattern, parts=accumulate)
-
-        def add_part(carry: tuple[Any, nnx.State], part: tuple[Array, Array]) -> tuple[tuple[Any, nnx.State], None]:
-            sums, batch_stats = carry
-            grads, (losses, batch_stats) = gradient(state.params, batch_stats, *part, state.step)
-            return (jax.tree.map(jnp.add, sums, (grads, losses)), batch_stats), None
-
-        shapes = jax.eval_shape(gradient, state.params, state.batch_stats, parts[0][0], parts[1][0], state.step)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0], shapes[1][0]))
-        (sums, batch_stats), _ = jax.lax.scan(add_part, (zeros, state.batch_stats), parts)
-        grads, losses = jax.tree.map(lambda leaf: leaf / accumulate, sums)
-        return grads, losses, batch_stats
+    if accumulate > 1:
+        gradient = in_micro_batches(gradient, accumulate)
+    gradient = without_axis_of_one(gradient)
 
     def train_step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, StepMetrics]:
-        grads, losses, batch_stats = gradient_of_batch(state, images, labels)
+        grads, (metrics, batch_stats) = gradient(state.params, state.batch_stats, images, labels, state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if average:
             decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
             average = optax.incremental_update(params, average, 1 - decay)
-        metrics = StepMetrics(*losses, gradient_norm=optax.tree.norm(grads))
+        metrics = metrics._replace(gradient_norm=optax.tree.norm(grads))
         return TrainState(params, average, batch_stats, opt_state, state.step + 1), metrics
 
     return train_step
 
 
-def make_train_chunk(
-    train_step: Callable[..., tuple[TrainState, StepMetrics]],
-    *,
-    augmentation: Augmentation,
-    sharding: NamedSharding | None = None,
-) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """A function that runs a training step for each row of indices, without coming back to the host.
+def in_micro_batches(gradient: Callable[..., Any], number: int) -> Callable[..., Any]:
+    """Make a gradient function go through its batch in parts, one after the other, which takes less memory.
+
+    With batch normalization the mean of their gradients is not the gradient of the whole batch.
 
     Args:
-        train_step: what `make_train_step` gave.
-        augmentation: random changes of the images, drawn anew in each step.
-        sharding: how a batch is spread over devices; None to leave it to the compiler.
+        gradient: `(params, batch_stats, images, labels, step) -> (gradient, (metrics, batch_stats))`.
+        number: of parts; it divides the batch size.
 
     Returns:
-        A function `(state, images, labels, indices, key) -> (state, metrics of each step)`, to be compiled with a
-        donated state. The indices `[steps b]` are those of the images of each step; without them, images and labels
-        have these two axes themselves. The randomness of a step depends on the key and the number of the step alone.
+        A function of the same arguments: the mean gradient and metrics, and the running means after the last part.
     """
 
-    def train_chunk(
-        state: TrainState,
-        images: Shaped[Array, "*images height width channels"],
-        labels: Int[Array, "..."],
-        indices: Int[Array, "steps b"] | None,
-        key: PRNGKeyArray,
-    ) -> tuple[TrainState, StepMetrics]:
-        def body(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
-            originals, of_batch = batch if indices is None else (images[batch], labels[batch])
-            if sharding is not None:
-                originals, of_batch = jax.lax.with_sharding_constraint((originals, of_batch), sharding)
-            step_key = jax.random.fold_in(key, state.step)
-            return train_step(state, augmentation(step_key, to_unit_range(originals)), of_batch)
+    def mean_gradient(
+        params: nnx.State, batch_stats: nnx.State, images: Array, labels: Array, step: Array
+    ) -> tuple[nnx.State, tuple[StepMetrics, nnx.State]]:
+        # Neighbours go to different parts, so that every device has its share of each.
+        parts = [rearrange(array, "(b parts) ... -> parts b ...", parts=number) for array in (images, labels)]
 
-        return jax.lax.scan(body, state, (images, labels) if indices is None else indices)
+        def add_part(carry: tuple[Any, nnx.State], part: list[Array]) -> tuple[tuple[Any, nnx.State], None]:
+            sums, batch_stats = carry
+            grads, (metrics, batch_stats) = gradient(params, batch_stats, *part, step)
+            return (jax.tree.map(jnp.add, sums, (grads, metrics)), batch_stats), None
 
-    return train_chunk
+        grads, (metrics, _) = jax.eval_shape(gradient, params, batch_stats, *(part[0] for part in parts), step)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (grads, metrics))
+        (sums, batch_stats), _ = jax.lax.scan(add_part, (zeros, batch_stats), parts)
+        grads, metrics = jax.tree.map(lambda leaf: leaf / number, sums)
+        return grads, (metrics, batch_stats)
+
+    return mean_gradient
+
+
+def without_axis_of_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make `jax.vmap` of a function over an axis of 1 call the function itself, without that axis.
+
+    States have an axis of seeds, for a single seed, too. On CPU, XLA computes a batch of one matrix product slower than
+    the product by itself.
+    """
+    mapped = jax.custom_batching.custom_vmap(function)
+
+    @mapped.def_vmap
+    def call(size: int, is_mapped: list[Any], *arguments: Any) -> tuple[Any, Any]:
+        if size > 1:
+            results = jax.vmap(function, in_axes=jax.tree.map(lambda flag: 0 if flag else None, is_mapped))(*arguments)
+        else:
+            single = jax.tree.map(lambda flag, leaf: leaf[0] if flag else leaf, is_mapped, list(arguments))
+            results = jax.tree.map(lambda leaf: leaf[None], function(*single))
+        return results, jax.tree.map(lambda _: True, results)
+
+    return mapped

@@ -10,7 +10,6 @@ import jax
 import matplotlib.image
 import numpy as np
 import pytest
-from flax import nnx
 
 from capsnet_jax.cli.main import COMMANDS, main
 from capsnet_jax.cli.training_options import default_options
@@ -18,7 +17,7 @@ from capsnet_jax.config import Config
 from capsnet_jax.interchange.weights import to_torch
 from capsnet_jax.presets import PRESETS
 from capsnet_jax.runs.folder import load_run
-from capsnet_jax.train.evaluation import evaluate, make_count_correct
+from capsnet_jax.train.evaluation import evaluate
 from capsnet_jax.train.loop import Trainer
 from tests.conftest import write_idx
 
@@ -49,9 +48,25 @@ def test_the_last_line_is_the_accuracy_on_all_test_images(run_dir, capsys, small
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r"test accuracy \d\.\d{4} on 23 images \(error \d+\.\d\d %\)", last)
     _, model = load_run(run_dir)
-    graphdef, params = nnx.split(model)
-    test = evaluate(make_count_correct(graphdef), params, small_dataset.test_images, small_dataset.test_labels)
+    test = evaluate(model, small_dataset.test_images, small_dataset.test_labels)
     assert last.startswith(f"test accuracy {test.accuracy:.4f} ")
+
+
+def test_the_chosen_implementations_are_told_once_after_the_run_folder(idx_folder, tmp_path, capsys):
+    """Those for a micro-batch: dynamic routing has another implementation from 16 examples on."""
+    for accumulate, choice in ((1, "fused, because 24 >= 16 examples on one device"), (2, "votes, because 12 < 16")):
+        folder = tmp_path / str(accumulate)
+        options = ("--batch-size", "24", "--accumulate", str(accumulate), "--epochs", "1")
+        assert train(idx_folder, folder, *options) == 0
+        lines = capsys.readouterr().out.splitlines()
+        place = lines.index(f"Run folder: {folder}")
+        assert [line.split(":")[0] for line in lines[place + 1 : place + 4]] == [
+            "stem 0",
+            "primary capsules",
+            "routing 0",
+        ]
+        assert lines[place + 3].startswith(f"routing 0: {choice}")
+        assert sum(", because " in line for line in lines) == 3
 
 
 def test_evaluate_reproduces_the_last_line(run_dir, capsys):

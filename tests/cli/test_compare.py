@@ -3,7 +3,9 @@
 import csv
 import dataclasses
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -22,13 +24,15 @@ from capsnet_jax.figures import comparison_figure
 from capsnet_jax.ops import capsule_norm
 from capsnet_jax.routing import ROUTINGS, uniform
 from capsnet_jax.runs.comparison import read_results
-from capsnet_jax.train.couplings import coupling_entropy
+from capsnet_jax.runs.metrics import MetricsLog
+from capsnet_jax.train.evaluation import coupling_entropy
 from capsnet_jax.train.loop import Trainer
 from tests.cli.test_cli import SMALL
 from tests.conftest import IMAGE_SHAPE, make_small_dataset, write_idx_folder
 from tests.conftest import SMALL as SMALL_MODEL
 
 FILES = ["comparison.csv", "comparison.md", "comparison.png", "config.json", "results.jsonl"]
+RUN_FILES = ["config.json", "metrics.jsonl", "model.safetensors"]
 AUGMENT = ("shift=0.2",)
 CONFIG = Config(
     ModelConfig(**SMALL_MODEL), DataConfig(augment=AUGMENT), TrainingConfig(epochs=2, batch_size=8, learning_rate=0.003)
@@ -103,12 +107,17 @@ def without_speed(folder: Path) -> list:
     ]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def weights(folder: Path) -> dict[Path, bytes]:
+    """Those of all runs."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("model.safetensors")}
 
 
 def test_the_table_and_the_sheet_say_what_the_results_say(whole):
-    assert sorted(path.name for path in whole.iterdir()) == FILES
+    assert sorted(path.name for path in whole.iterdir() if path.is_file()) == FILES
     results = read_results(whole)
     assert list(results) == ["uniform", HARD, ALSO_UNIFORM]
     lines = (whole / "comparison.md").read_text().splitlines()[2:5]
@@ -157,49 +166,126 @@ def test_seeds_start_from_the_same_weights_whatever_the_routing(small_dataset):
     alone = {seed: CapsNet(IMAGE_SHAPE, 10, **SMALL_MODEL, rngs=nnx.Rngs(seed)) for seed in (0, 1, 2)}
     for routing in ("dynamic", "em", "self_attention"):  # the latter two have weights of their own
         config = dataclasses.replace(CONFIG, model=ModelConfig(**SMALL_MODEL, routing=routing))
-        trainer = Compare(config).prepare(routing, small_dataset).with_seeds([0, 1, 2])
+        trainer, _ = Compare(config).prepare(routing, small_dataset, Path("never made"))
+        trainer = trainer.with_seeds([0, 1, 2])
         params = dict(nnx.to_flat_state(trainer.snapshot.state.params))
         for seed, model in alone.items():
             for path, weight in nnx.to_flat_state(nnx.state(model, nnx.Param)):
                 np.testing.assert_array_equal(params[path][...][seed], weight[...], err_msg=f"{routing} {path}")
 
 
-def test_a_comparison_that_was_stopped_goes_on(whole, data_dir, tmp_path, monkeypatch, capsys):
-    """Killed in the second routing, and while a line was being written; in the end all is as without that."""
+def test_each_routing_has_runs_of_its_own(whole, capsys):
+    """Ordinary ones, which other commands read; their checkpoints are deleted, as they are done with."""
+    names = ["uniform", "tests.cli.test_compare-hard", "tests.cli.test_compare-also_uniform"]
+    assert sorted(path.name for path in whole.iterdir() if path.is_dir()) == sorted(names)
+    results = read_results(whole)
+    for name, result in zip(names, results.values(), strict=True):
+        assert sorted(path.name for path in (whole / name).iterdir()) == ["seed-0", "seed-1", "seed-2", "seeds.json"]
+        for seed, outcome in enumerate(result.seeds):
+            folder = whole / name / f"seed-{seed}"
+            assert sorted(path.name for path in folder.iterdir()) == RUN_FILES
+            config = json.loads((folder / "config.json").read_text())
+            assert (config["model"]["routing"], config["training"]["seed"]) == (result.routing, seed)
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            epochs = [line for line in lines if line["kind"] == "epoch"]
+            assert [line["loss"] for line in epochs] == outcome.train_loss
+            assert [1 - line["test_accuracy"] for line in epochs] == outcome.test_error
+    assert main(["evaluate", str(whole / names[1] / "seed-2")]) == 0
+    error = 100 * results[HARD].seeds[2].test_error[-1]
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"on 23 images (error {error:.2f} %)")
+
+
+def begun(monkeypatch) -> list[str]:
+    """Notes every training, by the name of its routing, as it begins."""
+    train, trained = Trainer.run, []
+
+    def noting(self):
+        trained.append(routing_of(self))
+        return train(self)
+
+    monkeypatch.setattr(Trainer, "run", noting)
+    return trained
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, None], ids=["stopped", "crashed"])
+def test_a_comparison_that_was_stopped_goes_on(number, whole, data_dir, tmp_path, monkeypatch, capsys):
+    """In the middle of the second routing, and while a line was being written; in the end all is as without that."""
     output = tmp_path / "comparison"
-    train = Compare.train_group
-    trained = []
+    trained, write, steps = begun(monkeypatch), MetricsLog.write, []
 
-    def stopping(self, trainer, speeds, console):
-        trained.append(routing_of(trainer))
-        if trained[-1] == HARD:
-            next(trainer.run())
-            raise KeyboardInterrupt
-        return train(self, trainer, speeds, console)
+    def stopping(self, progress, seed):
+        if (trained[-1], progress.step, seed.seed) == (HARD, 8, 0):
+            if number is None:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
+        return write(self, progress, seed)
 
-    monkeypatch.setattr(Compare, "train_group", stopping)
-    assert run(data_dir, output) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", stopping)
+        assert run(data_dir, output, "--save-minutes", "0") == (130 if number is None else 143)
     assert trained == ["uniform", HARD]
+    assert "To go on: the same command, with the output folder above as --output." in capsys.readouterr().err
     assert [row["routing"] for row in rows(output)] == ["uniform"]
     with (output / "results.jsonl").open("a") as file:
         file.write('{"routing": "tests.test_comp')
 
-    def counting(self, trainer, speeds, console):
-        trained.append(routing_of(trainer))
-        return train(self, trainer, speeds, console)
+    def counting(self, progress, seed):
+        steps.append(progress.step)
+        return write(self, progress, seed)
 
     trained.clear()
-    monkeypatch.setattr(Compare, "train_group", counting)
-    assert run(data_dir, output) == 0
+    monkeypatch.setattr(MetricsLog, "write", counting)
+    assert run(data_dir, output, "--save-minutes", "0") == 0
     assert trained == [HARD, ALSO_UNIFORM]
-    assert without_speed(output) == without_speed(whole)
+    done = 7 if number is None else 8
+    assert f"Going on after step {done} of 18" in capsys.readouterr().out
+    assert steps[::3] == [*range(done + 1, 19), *range(1, 19)]
+    without = [without_speed(folder) for folder in (output, whole)]
+    for fields in without:
+        fields[3] = json.loads(fields[3])
+        del fields[3]["training"]["save_minutes"]
+    assert without[0] == without[1]
+    assert weights(output) == weights(whole)
+    assert len(weights(output)) == 9
 
     before = contents(output)
     trained.clear()
-    assert run(data_dir, output, "--routings", "uniform", "--seeds-at-once", "1") == 0
+    assert run(data_dir, output, "--save-minutes", "0", "--routings", "uniform", "--seeds-at-once", "1") == 0
     assert trained == []
     assert contents(output) == before
     assert "uniform (1 of 1): done before" in capsys.readouterr().out
+
+
+def test_one_seed_at_a_time_has_the_same_results_and_runs(whole, data_dir, tmp_path):
+    """But for what is measured of the machine, and rounding errors."""
+    output = tmp_path / "comparison"
+    assert run(data_dir, output, "--routings", "uniform", "--seeds-at-once", "1") == 0
+    (result,) = read_results(output).values()
+    expected = read_results(whole)["uniform"]
+    assert (result.seeds_at_once, expected.seeds_at_once) == (1, 3)
+    assert result.memory_bytes < expected.memory_bytes
+    assert result.test_errors.shape == expected.test_errors.shape
+    for ours, theirs in zip(result.seeds, expected.seeds, strict=True):
+        np.testing.assert_allclose(ours.train_loss[0], theirs.train_loss[0], rtol=1e-3)
+
+
+def test_a_single_seed_has_the_folder_of_the_routing_for_itself(data_dir, tmp_path):
+    output = tmp_path / "comparison"
+    assert run(data_dir, output, "--routings", "uniform", "--seeds", "1", "--epochs", "1") == 0
+    assert sorted(path.name for path in (output / "uniform").iterdir()) == RUN_FILES
+
+
+def test_a_comparison_by_the_version_before_is_gone_on_with(whole, data_dir, tmp_path, monkeypatch):
+    """It had results alone, and no runs."""
+    output = tmp_path / "comparison"
+    output.mkdir()
+    for name in FILES:
+        shutil.copy(whole / name, output)
+    trained = begun(monkeypatch)
+    assert run(data_dir, output, "--routings", HARD, "random") == 0
+    assert trained == ["random"]
+    assert list(read_results(output)) == ["uniform", HARD, ALSO_UNIFORM, "random"]
+    assert [path.name for path in output.iterdir() if path.is_dir()] == ["random"]
 
 
 def test_a_folder_of_another_comparison_is_refused_and_left_alone(whole, data_dir, tmp_path, capsys):
@@ -219,6 +305,8 @@ def test_a_routing_that_diverges_does_not_stop_the_others(data_dir, tmp_path, ca
     assert run(data_dir, tmp_path / "out", "--routings", DIVERGING, "uniform") == 0
     results = read_results(tmp_path / "out")
     assert [result.status for result in results.values()] == ["diverged at step 1", "ok"]
+    assert results[DIVERGING].seeds == []
+    assert list((tmp_path / "out").rglob("checkpoints")) == []
     diverged, uniform = rows(tmp_path / "out")
     assert diverged["test_error_percent"] == diverged["coupling_entropy"] == ""
     assert uniform["test_error_percent"] != ""

@@ -10,8 +10,8 @@ from flax import nnx
 from capsnet_jax import CapsNet
 from capsnet_jax.config import TrainingConfig
 from capsnet_jax.interchange.weights import from_torch, to_torch
-from capsnet_jax.train.evaluation import evaluate, make_count_correct
-from capsnet_jax.train.fit import fit
+from capsnet_jax.train.evaluation import evaluate
+from capsnet_jax.train.loop import fit
 from tests.conftest import IMAGE_SHAPE, SMALL
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, learning_rate=0.01)
@@ -64,17 +64,15 @@ def test_a_trained_model_evaluates_as_its_training_said(model, small_dataset):
     other = CapsNet(IMAGE_SHAPE, 10, **SMALL, batch_norm=True, rngs=nnx.Rngs(1))
     counter = {"encoder.image2primary_capsules.2.num_batches_tracked": np.array(18)}  # PyTorch keeps one
     from_torch(other, state | counter)
-    graphdef, values = nnx.split(other)
-    again = evaluate(make_count_correct(graphdef), values, small_dataset.test_images, small_dataset.test_labels)
-    assert again == last.test
+    again = evaluate(other, small_dataset.test_images, small_dataset.test_labels, reconstruct=False)
+    assert again == last.seeds[0].test
 
 
 def test_evaluation_counts_what_running_means_predict_whatever_the_batch(model, small_dataset):
     """Right answers are those of the evaluated model; in training mode, batches of two would give others."""
     *_, _ = fit(model, small_dataset, dataclasses.replace(CONFIG, epochs=10))
     shown, labels = small_dataset.test_images, small_dataset.test_labels
-    count_correct = make_count_correct(nnx.graphdef(model))
-    counted = [evaluate(count_correct, nnx.state(model), shown, labels, batch_size=size) for size in (2, 23)]
+    counted = [evaluate(model, shown, labels, batch_size=size) for size in (2, 23)]
 
     def right(start: int, stop: int) -> int:
         predicted = model.encode(jnp.asarray(shown[start:stop]) / jnp.float32(255)).activations.argmax(axis=1)

@@ -1,5 +1,6 @@
 """Checkpoints: exact, or not used; what is damaged is told of, and the one before it serves."""
 
+import json
 import re
 import resource
 import shutil
@@ -13,10 +14,12 @@ from flax import nnx
 from capsnet_jax import CapsNet, UsageError
 from capsnet_jax.cli.main import main
 from capsnet_jax.config import TrainingConfig
+from capsnet_jax.runs import checkpoint
 from capsnet_jax.runs.checkpoint import Checkpoints
 from capsnet_jax.runs.folder import read_run
 from capsnet_jax.train.loop import Snapshot, Trainer
 from tests.cli.test_cli import SMALL as SMALL_OPTIONS
+from tests.cli.test_cli import contents
 from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset, write_idx_folder
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, ema_decay=0.9, clip_norm=0.5)
@@ -164,6 +167,34 @@ def test_a_checkpoint_of_another_config_is_refused_by_name(saved, folder):
     with pytest.raises(UsageError, match=r"checkpoints/2 is of another config: routing was dynamic and is em\."):
         checkpoints(folder, depends_on=other).restore(saved[1].snapshot)
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_and_left_alone(saved, folder):
+    """Its record has no number of a format; one with another number is of a later version."""
+    for record, version in ((without_format, r"capsnet-jax 0\.1\.0"), (of_format_3, "a later version of capsnet-jax")):
+        (path,) = (path for path in (folder / "2" / "record").iterdir() if "checksum" in path.read_text())
+        fields = record(json.loads(json.loads(path.read_text())["text"]))
+        path.write_text(json.dumps({"text": checkpoint._text(fields), "checksum": checkpoint._checksum(fields)}))
+        before = contents(folder)
+        message = f"checkpoints/2 was written by {version} and cannot be resumed; start a new run to train on"
+        warnings: list[str] = []
+        with pytest.raises(UsageError, match=message):
+            checkpoints(folder, warnings=warnings).restore(saved[1].snapshot)
+        assert (contents(folder), warnings) == (before, [])
+
+
+def without_format(record: dict) -> dict:
+    return {name: value for name, value in record.items() if name != "format"}
+
+
+def of_format_3(record: dict) -> dict:
+    return record | {"format": 3}
+
+
+def test_a_single_seed_has_an_axis_in_checkpoints_too(saved):
+    leaves = jax.tree.leaves(saved[2][1].state)
+    assert {leaf.shape[0] for leaf in leaves} == {1}
+    assert saved[2][1].sums.shape == (1, 5)
 
 
 def test_the_last_ones_and_the_best_are_kept(saved, tmp_path):

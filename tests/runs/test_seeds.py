@@ -10,8 +10,7 @@ from capsnet_jax import CapsNet
 from capsnet_jax.config import TrainingConfig
 from capsnet_jax.runs import seeds
 from capsnet_jax.runs.seeds import groups_of_seeds
-from capsnet_jax.train.fit import fit
-from capsnet_jax.train.loop import Trainer
+from capsnet_jax.train.loop import Trainer, fit
 from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, learning_rate=0.003)
@@ -31,6 +30,11 @@ def losses(progress, index: int) -> list[float]:
     return [step.seeds[index].chunk["total"] for step in progress]
 
 
+def answers(seed) -> tuple | None:
+    """All that an evaluation counts; activations differ by rounding errors."""
+    return None if seed.test is None else seed.test[:6]
+
+
 @pytest.fixture(scope="module")
 def together():
     """Three seeds side by side: the trainer, and what it told."""
@@ -44,7 +48,7 @@ def test_seeds_side_by_side_equal_runs_of_their_own(together):
         model = new_model(seed)
         alone = list(fit(model, make_small_dataset(), dataclasses.replace(CONFIG, seed=seed), augment=AUGMENT))
         np.testing.assert_allclose(losses(progress, index), losses(alone, 0), rtol=1e-4)
-        assert [step.seeds[index].test for step in progress] == [step.test for step in alone]
+        assert [answers(step.seeds[index]) for step in progress] == [answers(step.seeds[0]) for step in alone]
         for weight, expected in zip(
             nnx.to_flat_state(trainer.weights(index)), nnx.to_flat_state(nnx.state(model, nnx.Param)), strict=True
         ):
@@ -58,8 +62,8 @@ def test_what_is_told_of_all_is_the_mean(together):
     last = progress[-1]
     assert last.losses["total"] == pytest.approx(np.mean([seed.epoch["total"] for seed in last.seeds]))
     assert last.seeds[1].epoch["total"] == pytest.approx(np.mean(losses(progress[6:], 1)))
-    assert last.test == tuple(np.sum([seed.test for seed in last.seeds], axis=0))
-    assert last.test.num_images == 3 * 23
+    assert last.test_accuracy == pytest.approx(sum(seed.test.num_correct for seed in last.seeds) / (3 * 23))
+    assert (progress[0].test_accuracy, last.validation_accuracy) == (None, None)
 
 
 def test_groups_of_two_seeds_and_one_equal_three(together):

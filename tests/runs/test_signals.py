@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from capsnet_jax.runs.signals import StopSignals
+from capsnet_jax.runs.session import StopSignals
 
 
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGINT)])

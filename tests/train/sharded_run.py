@@ -39,7 +39,7 @@ def train(variant: str) -> dict[str, np.ndarray]:
     progress = list(trainer.run())
     results = {
         "losses": np.array([[list(seed.chunk.values()) for seed in step.seeds] for step in progress]),
-        "right": np.array([step.test for step in progress if step.test is not None]),
+        "right": np.array([[seed.test.num_correct for seed in step.seeds] for step in progress if step.ends_epoch]),
     }
     for index in range(len(trainer.seeds)):
         results |= {f"{index} {name}": array for name, array in to_torch(trainer.models()[index]).items()}

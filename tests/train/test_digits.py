@@ -10,7 +10,7 @@ from capsnet_jax.config import ModelConfig
 from capsnet_jax.data import load_digits
 from capsnet_jax.presets import PRESETS
 from capsnet_jax.routing import ROUTINGS
-from capsnet_jax.train.fit import fit
+from capsnet_jax.train.loop import fit
 
 DIGITS = PRESETS["digits"]
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ def last_accuracy(config: ModelConfig, epochs: int) -> float:
     dataset = load_digits()
     model = CapsNet(dataset.image_shape, dataset.num_classes, **vars(config), rngs=nnx.Rngs(0))
     *_, last = fit(model, dataset, dataclasses.replace(DIGITS.training, epochs=epochs), augment=("shift=0.1",))
-    return last.test.accuracy
+    return last.test_accuracy
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)

@@ -22,7 +22,7 @@ CONFIG = TrainingConfig(epochs=2, batch_size=8, learning_rate=0.01, reconstructi
 MODEL = SMALL | {"decoder_hidden": None, "routing": "uniform"}
 RNG = np.random.default_rng(0)
 IMAGES, LABELS = RNG.integers(0, 256, (31, 5, 7, 3), dtype=np.uint8), RNG.integers(0, 10, 31).astype(np.int32)
-CHUNKS = [RNG.integers(0, 31, (steps, 4)) for steps in (3, 3, 3, 3, 2)]
+CHUNKS = [RNG.integers(0, 31, (2, steps, 4)) for steps in (3, 3, 3, 3, 2)]
 
 
 def train(seeds: tuple[int, ...], steps_per_chunk: int, *, stream: bool) -> tuple[list, list[np.ndarray]]:
@@ -143,7 +143,7 @@ def test_while_a_chunk_is_in_use_the_next_is_fetched_and_no_other(feed, monkeypa
 
 def test_what_goes_wrong_in_fetching_is_raised_where_the_chunk_is_wanted(feed):
     """There is no image 31; the chunks before are trained on."""
-    wrong = np.full((3, 4), 31)
+    wrong = np.full((2, 3, 4), 31)
     batches = feed.batches([*CHUNKS[:2], wrong, *CHUNKS[2:]])
     for indices in CHUNKS[:2]:
         np.testing.assert_array_equal(next(batches).labels, LABELS[indices])

@@ -50,7 +50,7 @@ def in_processes(commands: list[list[str]], num_devices: int, *, status: int = 0
 
 
 def results_of(output: Path, num_devices: int, num_processes: int = 1) -> dict[str, np.ndarray]:
-    script, port = str(ROOT / "tests" / "sharded_run.py"), free_port()
+    script, port = str(ROOT / "tests" / "train" / "sharded_run.py"), free_port()
     joined = [[f"127.0.0.1:{port}", str(num_processes), str(number)] for number in range(num_processes)]
     commands = [[script, str(output), *(arguments if num_processes > 1 else [])] for arguments in joined]
     in_processes(commands, num_devices)

@@ -15,8 +15,16 @@ from capsnet_jax.figures import confusion_figure
 from capsnet_jax.interchange.weights import save_weights
 from capsnet_jax.ops import to_unit_range
 from capsnet_jax.runs.folder import BEST, WEIGHTS, Run
-from capsnet_jax.train.assessment import Assessment, Responses, assess, judge, respond, wilson_interval
-from capsnet_jax.train.evaluation import final_line
+from capsnet_jax.train import evaluation
+from capsnet_jax.train.evaluation import (
+    Evaluation,
+    Predictions,
+    evaluate,
+    mean_coupling_entropy,
+    predict,
+    score,
+    wilson_interval,
+)
 from tests.conftest import IMAGE_SHAPE, SMALL, write_idx_folder
 
 
@@ -50,7 +58,7 @@ def k_best(activations, k):
 def test_counts_are_those_of_loops(k):
     activations, labels = random_answers(k)
     errors = np.random.default_rng(9).uniform(0, 1, 40).astype(np.float32)
-    result = judge(Responses(activations, errors), labels)
+    result = score(Predictions(activations, errors), labels)
     confusion = np.zeros((6, 6), int)
     correct, hits, counts, predicted = 0, [0] * 6, [0] * 6, [0] * 6
     right, runners_up = [], []
@@ -82,18 +90,18 @@ def test_counts_are_those_of_loops(k):
 
 
 def test_without_wrong_capsules_or_decoder_there_is_nothing_to_tell_of_them():
-    result = judge(Responses(np.array([[0.25, 0.5]], np.float32), None), np.array([[1, 0]], np.int32))
+    result = score(Predictions(np.array([[0.25, 0.5]], np.float32), None), np.array([[1, 0]], np.int32))
     assert (result.right_activation, result.runner_up_activation, result.reconstruction_error) == (0.375, None, None)
     assert result.num_correct == 1
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_responses_are_those_of_the_model_for_every_image_once(small_model, k):
+def test_predictions_are_those_of_the_model_for_every_image_once(small_model, k):
     """23 images in batches of 7: the last one is padded."""
     rng = np.random.default_rng(3)
     images = rng.integers(0, 256, (23, *IMAGE_SHAPE), dtype=np.uint8)
     labels = np.array([rng.permutation(10)[:k] for _ in images], np.int32)
-    got = respond(small_model, images, labels[:, 0] if k == 1 else labels, batch_size=7)
+    got = predict(small_model, images, labels[:, 0] if k == 1 else labels, batch_size=7)
     unit = images.astype(np.float32) / 255
     capsules = small_model.encode(jnp.asarray(unit))
     poses = np.zeros_like(capsules.poses)
@@ -107,7 +115,47 @@ def test_responses_are_those_of_the_model_for_every_image_once(small_model, k):
 def test_a_model_without_decoder_has_no_reconstruction_error():
     model = CapsNet(IMAGE_SHAPE, 10, **{**SMALL, "decoder_hidden": None}, rngs=nnx.Rngs(0))
     images = np.zeros((2, *IMAGE_SHAPE), np.uint8)
-    assert assess(model, images, np.zeros(2, np.int32)).reconstruction_error is None
+    assert evaluate(model, images, np.zeros(2, np.int32)).reconstruction_error is None
+
+
+def test_reconstructions_are_left_out_where_they_are_not_asked_for(small_model, small_dataset):
+    whole, short = (
+        evaluate(small_model, small_dataset.test_images, small_dataset.test_labels, reconstruct=reconstruct)
+        for reconstruct in (True, False)
+    )
+    assert whole.reconstruction_error > 0.01
+    assert short == whole._replace(reconstruction_error=None)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 23, 250])
+def test_the_mean_coupling_entropy_counts_every_image_once(batch_size, small_dataset):
+    """Of dynamic routing, by a loop over images, inputs and outputs."""
+    model = CapsNet(IMAGE_SHAPE, 10, **SMALL, rngs=nnx.Rngs(0))
+    weight = model.capsule_layers[-1].weight
+    weight[...] = 30 * weight[...]  # so that capsules agree
+    images = small_dataset.test_images
+    couplings = np.float64(model.route(to_unit_range(jnp.asarray(images)))[-1].couplings)
+    expected = np.mean([[-(row * np.log(row)).sum() / np.log(10) for row in image] for image in couplings])
+    assert 0.1 < expected < 0.99
+    assert mean_coupling_entropy(model, images, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_program_serves_all_weights_of_a_model(small_model, small_dataset, monkeypatch):
+    """Of one batch size; it is compiled once, the last batch being padded."""
+    evaluation._compiled.cache_clear()
+    shapes = []
+
+    def noting(images):
+        shapes.append(images.shape)
+        return to_unit_range(images)
+
+    monkeypatch.setattr(evaluation, "to_unit_range", noting)
+    answers = [
+        evaluate(CapsNet(IMAGE_SHAPE, 10, **SMALL, rngs=nnx.Rngs(seed)), *small_dataset[2:4], batch_size=5)
+        for seed in (0, 1)
+    ]
+    assert shapes == [(5, *IMAGE_SHAPE)]
+    assert answers[0] != answers[1]
 
 
 @pytest.mark.parametrize(
@@ -128,13 +176,13 @@ def test_the_interval_stays_within_0_and_1():
         assert 0 < wilson_interval(total, total)[0] < wilson_interval(total, total)[1] <= 1
 
 
-TINY = Assessment(
+TINY = Evaluation(
     num_correct=353,
     num_images=355,
     counts=(200, 155, 0),
     precision=(0.995, 0.99, None),
     recall=(1.0, 0.9871, None),
-    confusion=np.array([[200, 0, 0], [1, 153, 1], [0, 0, 0]]),
+    confusion=((200, 0, 0), (1, 153, 1), (0, 0, 0)),
     right_activation=0.91234,
     runner_up_activation=0.1,
     reconstruction_error=0.0213456,
@@ -207,16 +255,17 @@ def test_the_command_ends_in_the_line_of_train(run_dir, tmp_path, small_dataset,
     picture = tmp_path / "confusion.png"
     tyro.cli(Evaluate, args=[str(run_dir), "--confusion", str(picture)]).run()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == final_line(num_correct, 23)
+    share = num_correct / 23
+    assert lines[-1] == f"test accuracy {share:.4f} on 23 images (error {100 * (1 - share):.2f} %)"
     assert lines[2].startswith("| 0 ")
     counts = [int(line.split("|")[2]) for line in lines[2:12]]
     assert counts == np.bincount(small_dataset.test_labels, minlength=10).tolist()
     assert len(np.unique(matplotlib.image.imread(picture))) > 20
     Evaluate(run_dir, best=True).run()
     best = CapsNet(IMAGE_SHAPE, 10, **SMALL, rngs=nnx.Rngs(1))
-    text = describe(assess(best, *data), small_dataset.class_names)
+    text = describe(evaluate(best, *data), small_dataset.class_names)
     assert capsys.readouterr().out == text + "\n"
-    assert text != describe(assess(small_model, *data), small_dataset.class_names)
+    assert text != describe(evaluate(small_model, *data), small_dataset.class_names)
 
 
 def test_another_data_set_is_evaluated_if_it_fits(run_dir, tmp_path, small_dataset, capsys):

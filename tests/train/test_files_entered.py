@@ -1,0 +1,70 @@
+"""How many files of the package a reader goes through to follow a forward pass, or a training step."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import capsnet_jax
+from capsnet_jax import CapsNet
+from capsnet_jax.config import Config
+from capsnet_jax.data import make_dataset
+from capsnet_jax.train.loop import Trainer
+
+PACKAGE = Path(capsnet_jax.__file__).parent
+IMAGE_SHAPE = (28, 28, 1)
+
+
+def files_entered(function: Callable[[], object]) -> list[str]:
+    """The files of the package whose functions are called, in the order in which they first are."""
+    entered: dict[str, None] = {}
+
+    def note(frame, event, argument):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(PACKAGE):
+            entered[str(path.relative_to(PACKAGE))] = None
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return list(entered)
+
+
+@pytest.fixture(scope="module")
+def model() -> CapsNet:
+    return CapsNet(IMAGE_SHAPE, 10, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(("batch_size", "most", "most_beside_fast"), [(3, 10, 6), (64, 8, 3)])
+def test_a_forward_pass(batch_size, most, most_beside_fast, model):
+    """Of few examples, which routes votes, and of many, which does without them.
+
+    On CPU convolutions go through `nn/fast` in either case.
+    """
+    images = jnp.zeros((batch_size, *IMAGE_SHAPE))
+    files = files_entered(lambda: jax.eval_shape(model, images))
+    assert len(files) <= most, f"{len(files)}: {', '.join(files)}"
+    beside_fast = [file for file in files if not file.startswith("nn/fast/")]
+    assert len(beside_fast) <= most_beside_fast, ", ".join(beside_fast)
+
+
+def test_a_training_step():
+    config = Config()
+    images, labels = np.zeros((64, *IMAGE_SHAPE), np.uint8), np.arange(64) % 10
+    trainer = Trainer(
+        lambda seed: CapsNet.from_config(config.model, rngs=nnx.Rngs(seed)),
+        make_dataset(images, labels, images, labels, num_classes=10),
+        config.training,
+        augment=config.data.augment,
+    )
+    arguments = trainer._arguments(1)  # shapes; those of the state are found by creating model and optimizer
+    files = files_entered(lambda: jax.eval_shape(trainer._train_chunk, *arguments))
+    assert len(files) <= 13, f"{len(files)}: {', '.join(files)}"
