@@ -1,4 +1,7 @@
-"""Random changes of training images, asked for by name, drawn and applied on the device."""
+"""Random changes of training images, asked for by name, drawn and applied on the device.
+
+The functions at the end change a batch, each image by an amount of its own; they are pure, without randomness.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,9 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from einops import rearrange, reduce
+from jax.scipy.ndimage import map_coordinates
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from capsnet_jax.data import transforms
 from capsnet_jax.errors import UsageError
 
 
@@ -147,18 +151,18 @@ class Augmentation:
         # The constants stay as they are whatever is added, so that a run can be repeated.
         if self.rotation:
             limit = math.radians(self.rotation)
-            images = transforms.rotate(images, uniform(1, -limit, limit))
+            images = rotate(images, uniform(1, -limit, limit))
         if self.shift or self.shift_pixels:
             # By the key itself: runs from when there was no other augmentation can be repeated, too.
             images = random_shift(key, images, fraction=self.shift, pixels=self.shift_pixels)
         if self.crop is not None:
             images = random_crop(own_key(2), images, side=self.crop)
         if self.flip:
-            images = transforms.flip(images, jax.random.bernoulli(own_key(3), shape=(count,)))
+            images = flip(images, jax.random.bernoulli(own_key(3), shape=(count,)))
         if self.brightness:
-            images = transforms.adjust_brightness(images, uniform(4, -self.brightness, self.brightness))
+            images = adjust_brightness(images, uniform(4, -self.brightness, self.brightness))
         if self.contrast:
-            images = transforms.adjust_contrast(images, uniform(5, 1 - self.contrast, 1 + self.contrast))
+            images = adjust_contrast(images, uniform(5, 1 - self.contrast, 1 + self.contrast))
         return images
 
 
@@ -194,7 +198,7 @@ def random_shift(
     else:
         limits = jnp.array([fraction * height, fraction * width])
         offsets = jnp.round(jax.random.uniform(key, (count, 2), minval=-limits, maxval=limits)).astype(jnp.int32)
-    return transforms.shift(images, offsets, largest=largest)
+    return shift(images, offsets, largest=largest)
 
 
 def random_crop(
@@ -214,7 +218,7 @@ def random_crop(
     if side > min(height, width):
         raise UsageError(f"crop is {side} for images of {height} x {width}; expected at most {min(height, width)}.")
     corners = jax.random.randint(key, (count, 2), 0, jnp.array([height, width]) - side + 1)
-    return transforms.crop(images, corners, side=side)
+    return crop(images, corners, side=side)
 
 
 def _read(text: str, value: str, known: _Name) -> float | int | bool:
@@ -230,3 +234,89 @@ def _read(text: str, value: str, known: _Name) -> float | int | bool:
 
 def _unfit(text: str, known: _Name) -> UsageError:
     return UsageError(f"Got the augmentation {text!r}; expected {known.usage}, {known.allowed}.")
+
+
+def rotate(
+    images: Float[Array, "b height width channels"], radians: Float[Array, " b"]
+) -> Float[Array, "b height width channels"]:
+    """Turns each image about its centre, anticlockwise as one sees it, with bilinear interpolation.
+
+    Args:
+        images: zero is the background: it surrounds the image, and is interpolated with at the border.
+        radians: pi / 2 is `np.rot90` of a square image.
+    """
+    _, height, width, _ = images.shape
+    middle_row, middle_column = (height - 1) / 2, (width - 1) / 2
+    down = rearrange(jnp.arange(height, dtype=images.dtype) - middle_row, "height -> height 1")
+    right = jnp.arange(width, dtype=images.dtype) - middle_column
+
+    def turn(
+        image: Float[Array, "height width channels"], angle: Float[Array, ""]
+    ) -> Float[Array, "height width channels"]:
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        sources = [cos * down + sin * right + middle_row, cos * right - sin * down + middle_column]
+        return jax.vmap(lambda channel: map_coordinates(channel, sources, order=1, mode="constant"), -1, -1)(image)
+
+    return jax.vmap(turn)(images, radians)
+
+
+def shift(
+    images: Float[Array, "b height width channels"], offsets: Int[Array, "b 2"], *, largest: tuple[int, int]
+) -> Float[Array, "b height width channels"]:
+    """Moves each image by whole pixels; what moves in is zero.
+
+    Args:
+        images: zero is the background.
+        offsets: pixels down and to the right.
+        largest: the offsets are at most this large, either way.
+    """
+    _, height, width, _ = images.shape
+    vertical, horizontal = largest
+    padded = jnp.pad(images, ((0, 0), (vertical, vertical), (horizontal, horizontal), (0, 0)))
+    return _windows(padded, jnp.array(largest) - offsets, height, width)
+
+
+def crop(
+    images: Float[Array, "b height width channels"], corners: Int[Array, "b 2"], *, side: int
+) -> Float[Array, "b {side} {side} channels"]:
+    """Cuts a square out of each image.
+
+    Args:
+        images: at least as large as the square.
+        corners: row and column of the square's first pixel.
+        side: of the square, in pixels.
+    """
+    return _windows(images, corners, side, side)
+
+
+def flip(
+    images: Float[Array, "b height width channels"], flipped: Bool[Array, " b"]
+) -> Float[Array, "b height width channels"]:
+    """Swaps left and right of the images for which this is asked."""
+    return jnp.where(rearrange(flipped, "b -> b 1 1 1"), images[:, :, ::-1], images)
+
+
+def adjust_brightness(
+    images: Float[Array, "b height width channels"], amounts: Float[Array, " b"]
+) -> Float[Array, "b height width channels"]:
+    """Adds a number to all pixels of each image, and clips to [0, 1]."""
+    return jnp.clip(images + rearrange(amounts, "b -> b 1 1 1"), 0, 1)
+
+
+def adjust_contrast(
+    images: Float[Array, "b height width channels"], factors: Float[Array, " b"]
+) -> Float[Array, "b height width channels"]:
+    """Multiplies the deviation of each channel from its mean over the image, and clips to [0, 1].
+
+    References:
+        The same as `tf.image.adjust_contrast`, which does not clip floats.
+    """
+    means = reduce(images, "b height width channels -> b 1 1 channels", "mean")
+    return jnp.clip(means + rearrange(factors, "b -> b 1 1 1") * (images - means), 0, 1)
+
+
+def _windows(
+    images: Float[Array, "b _ _ channels"], corners: Int[Array, "b 2"], height: int, width: int
+) -> Float[Array, "b {height} {width} channels"]:
+    size = (height, width, images.shape[-1])
+    return jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, (*corner, 0), size))(images, corners)

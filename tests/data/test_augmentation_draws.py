@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from capsnet_jax.data.augmentation import Augmentation
-from capsnet_jax.data.transforms import rotate
+from capsnet_jax.data.augmentation import Augmentation, rotate
 
 COUNT, HEIGHT, WIDTH, SIDE = 400, 20, 30, 18
 IMAGES = np.random.default_rng(0).uniform(0.1, 1, size=(COUNT, HEIGHT, WIDTH, 2)).astype(np.float32)
