@@ -18,7 +18,7 @@ from capsnet_jax.train import evaluation
 from capsnet_jax.train import loop as trainer
 from capsnet_jax.train.evaluation import evaluate
 from capsnet_jax.train.loop import Trainer
-from capsnet_jax.train.step import TrainState, compute_losses, create_state, make_train_step
+from capsnet_jax.train.step import TrainState, compute_losses, create_state, make_train_step, without_axis_of_one
 from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset
 
 
@@ -56,6 +56,24 @@ def test_a_batch_in_parts_is_the_same_batch(accumulate, in_one):
     assert np.all(metrics[0, :3] > metrics[1, :3])
     for (path, leaf), expected in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(expected_state), strict=True):
         np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-12 * np.abs(expected).max(), err_msg=str(path))
+
+
+@pytest.mark.parametrize(("seeds", "is_batched"), [(1, False), (3, True)])
+def test_a_single_seed_has_no_batched_products(seeds, is_batched):
+    rng = np.random.default_rng(0)
+    left, right, shared = rng.random((seeds, 2, 5)), rng.random((seeds, 5, 3)), rng.random(3)
+
+    @partial(jax.vmap, in_axes=(0, 0, None))
+    @without_axis_of_one
+    def products(left, right, shared):
+        return {"sum": left @ right + shared}, left.sum()
+
+    with jax.enable_x64(True):
+        (result, sums), program = products(left, right, shared), jax.make_jaxpr(products)(left, right, shared)
+    np.testing.assert_allclose(result["sum"], np.einsum("sab,sbc->sac", left, right) + shared, rtol=1e-12)
+    np.testing.assert_allclose(sums, left.sum((1, 2)), rtol=1e-12)
+    (product,) = (equation for equation in program.jaxpr.eqns if equation.primitive.name == "dot_general")
+    assert (product.invars[0].aval.ndim == 3) is is_batched
 
 
 def test_the_norm_that_is_told_is_that_of_the_gradient_before_clipping(in_one):
