@@ -19,7 +19,8 @@ pytestmark = pytest.mark.slow
 def last_accuracy(config: ModelConfig, epochs: int) -> float:
     """On all test images after the last epoch, which need not be the best one."""
     dataset = load_digits()
-    model = CapsNet(dataset.image_shape, dataset.num_classes, **vars(config), rngs=nnx.Rngs(0))
+    sizes = {"image_shape": dataset.image_shape, "num_classes": dataset.num_classes}
+    model = CapsNet.from_config(dataclasses.replace(config, **sizes), rngs=nnx.Rngs(0))
     *_, last = fit(model, dataset, dataclasses.replace(DIGITS.training, epochs=epochs), augment=("shift=0.1",))
     return last.test_accuracy
 
