@@ -32,8 +32,6 @@ class Work:
 
     Args:
         config: that of a run, as JSON.
-        image_shape: height, width and channels.
-        num_classes: number of classes.
         shift: largest shift of training images, as a fraction of their size.
         train_images: number of images in an epoch.
         test_images: number of images that are evaluated after it.
@@ -49,8 +47,6 @@ class Work:
         self,
         *,
         config: Mapping[str, Any],
-        image_shape: list[int],
-        num_classes: int,
         shift: float,
         train_images: int,
         test_images: int,
@@ -63,8 +59,7 @@ class Work:
         self.platform, self.device = device.platform, device.device_kind
         self._config = Config.from_json(config)
         self._training = self._config.training
-        self._image_shape = (image_shape[0], image_shape[1], image_shape[2])
-        self._num_classes = num_classes
+        self._image_shape, self._num_classes = self._config.model.image_shape, self._config.model.num_classes
         self._shift = shift
         self._train_images, self._test_images, self._evaluation_batch = train_images, test_images, evaluation_batch
         self._steps = train_images // self._training.batch_size
@@ -73,7 +68,7 @@ class Work:
         rng = np.random.default_rng(0)
         count = self._training.batch_size
         self._pixels = jax.device_put(rng.integers(0, 256, (count, *self._image_shape), dtype=np.uint8))
-        self._labels = jax.device_put(rng.integers(0, num_classes, count, dtype=np.int32))
+        self._labels = jax.device_put(rng.integers(0, self._num_classes, count, dtype=np.int32))
         self._images = to_unit_range(self._pixels)
 
     def prepare(self, name: str) -> Calls:

@@ -25,8 +25,6 @@ class Work:
 
     Args:
         config: of a run of `capsnet_jax`, as JSON.
-        image_shape: height, width and channels.
-        num_classes: number of classes.
         shift: largest shift of training images, as a fraction of their size.
         train_images: number of images in an epoch.
         test_images: number of images that are evaluated after it.
@@ -43,8 +41,6 @@ class Work:
         self,
         *,
         config: Mapping[str, Any],
-        image_shape: list[int],
-        num_classes: int,
         shift: float,
         train_images: int,
         test_images: int,
@@ -61,7 +57,8 @@ class Work:
             torch.backends.cudnn.benchmark = True
         self._training = config["training"]
         self._dtype = getattr(torch, self._training["precision"])
-        self._num_classes, self._channels_first = num_classes, (image_shape[2], *image_shape[:2])
+        height, width, channels = config["model"]["image_shape"]
+        self._num_classes, self._channels_first = config["model"]["num_classes"], (channels, height, width)
         self._shift = shift
         self._train_images, self._test_images, self._evaluation_batch = train_images, test_images, evaluation_batch
         self._gemm_size = gemm_sizes[self.platform]

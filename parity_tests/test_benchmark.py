@@ -56,12 +56,7 @@ def test_the_compiled_twin(tmp_path):
 
 def test_both_sides_measure_the_same():
     config = Config(model=SMALL, training=TrainingConfig(batch_size=3, reconstruction_weight=3.0))
-    arguments = {
-        "config": config.to_json(),
-        "image_shape": list(SMALL_IMAGES),
-        "num_classes": SMALL_CLASSES,
-        "shift": 0.1,
-    }
+    arguments = {"config": config.with_sizes(SMALL_IMAGES, SMALL_CLASSES).to_json(), "shift": 0.1}
     arguments |= {"train_images": 12, "test_images": 20, "evaluation_batch": 4, "gemm_sizes": {"cpu": 16, "gpu": 16}}
     ours, theirs = jax_work.Work(**arguments), benchmark.Work(**arguments, compile_mode="eager")
     for name in MEASUREMENTS:

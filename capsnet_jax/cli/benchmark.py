@@ -113,8 +113,6 @@ class Benchmark:
         names = [name for name in MEASUREMENTS if name in self.measure and (has_decoder or name != "decoder")]
         arguments = {
             "config": config.to_json(),
-            "image_shape": self.image_shape,
-            "num_classes": self.num_classes,
             "shift": SHIFT,
             "train_images": TRAIN_IMAGES,
             "test_images": TEST_IMAGES,

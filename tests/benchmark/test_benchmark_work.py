@@ -31,11 +31,11 @@ def test_forward_and_backward_of_a_part():
 @pytest.fixture(scope="module")
 def work():
     """The measurements of a tiny model."""
-    model = ModelConfig(stem_channels=6, stem_kernel=3, primary_groups=2, primary_dim=4, primary_kernel=3, class_dim=5)
+    model = ModelConfig(
+        (9, 11, 1), 7, stem_channels=6, stem_kernel=3, primary_groups=2, primary_dim=4, primary_kernel=3, class_dim=5
+    )
     return Work(
         config=Config(model=model, training=TrainingConfig(batch_size=3)).to_json(),
-        image_shape=[9, 11, 1],
-        num_classes=7,
         shift=0.2,
         train_images=12,
         test_images=20,
