@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 import capsnet_jax
@@ -109,13 +110,10 @@ def new_pair(
     torch_model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()}, strict=False)
     jax_model.train()
     torch_model.train()
-    images = jnp.asarray(rng.random((batch_size, *image_shape)), param_dtype)
-    labels = np.stack([rng.permutation(num_classes)[:labels_per_image] for _ in range(batch_size)])
     return Pair(
         jax_model,
         torch_model,
-        images,
-        jnp.asarray(labels if labels_per_image > 1 else labels[:, 0], "int32"),
+        *_draw_batch(rng, (batch_size, *image_shape), param_dtype, num_classes, labels_per_image),
         dtype,
         {
             "reconstruction_weight": training.reconstruction_weight if model.decoder_hidden else 0.0,
@@ -125,9 +123,27 @@ def new_pair(
     )
 
 
+def with_batch(pair: Pair, size: int, *, seed: int) -> Pair:
+    """The same models with a batch of another size, of random images and labels; with their own if it has that size."""
+    if size == len(pair.images):
+        return pair
+    num_classes, labels_per_image = pair.jax_model.config.num_classes, pair.labels[0].size
+    shape, rng = (size, *pair.images.shape[1:]), np.random.default_rng((seed, size))
+    images, labels = _draw_batch(rng, shape, pair.images.dtype, num_classes, labels_per_image)
+    return pair._replace(images=images, labels=labels)
+
+
 def to_channels_first(images: Any) -> torch.Tensor:
     """Images of JAX as the twin takes them."""
     return torch.tensor(rearrange(np.asarray(images), "b h w c -> b c h w").copy())
+
+
+def _draw_batch(
+    rng: np.random.Generator, shape: tuple[int, ...], dtype: DTypeLike, num_classes: int, labels_per_image: int
+) -> tuple[Float[Array, "b height width channels"], Int[Array, "b *classes"]]:
+    images = jnp.asarray(rng.random(shape), dtype)
+    labels = np.stack([rng.permutation(num_classes)[:labels_per_image] for _ in images])
+    return images, jnp.asarray(labels if labels_per_image > 1 else labels[:, 0], "int32")
 
 
 def _shaken(name: str, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 from capsnet_jax.tables import markdown_table
 from capsnet_verify.checks import Check
 from capsnet_verify.heat import Heat
+from capsnet_verify.implementations import in_words
 from capsnet_verify.verification import Verification
 
 GROUPS = {"values": (), "gradients": ("gradient",), "steps": ("step",)}
@@ -20,7 +21,8 @@ def describe(verification: Verification) -> str:
         (check.name, _number(check.scale), _number(check.error), f"{check.tolerance:.0e}", check.verdict)
         for check in verification.checks
     ]
-    said = [*_of_heats(verification.heats), *verification.notes, sentence(verification)]
+    heats, batches = _of_heats(verification.heats), _of_batches(verification)
+    said = [*heats, *batches, *verification.notes, sentence(verification)]
     return "\n\n".join([markdown_table(rows), *said])
 
 
@@ -84,6 +86,7 @@ def to_json(verification: Verification) -> dict[str, Any]:
         "cause": verification.cause,
         "without_power": verification.without_power,
         "notes": verification.notes,
+        **_plan_in_json(verification),
         "capsule_layers": [_in_json(found) for found in verification.heats],
         "checks": [_in_json(check) for check in verification.checks],
     }
@@ -97,6 +100,30 @@ def _of_heats(heats: Sequence[Heat]) -> list[str]:
         if found.factor != 1
     ]
     return ["\n".join(scaled)] if scaled else []
+
+
+def _of_batches(verification: Verification) -> list[str]:
+    """Which implementations were compared at which batch, each where it is new, and which were not."""
+    if verification.plan is None:
+        return []
+    batches, unproved = verification.plan
+    verb = "compared" if verification.status else "proved"
+    new = "; ".join(f"at a {batch}, {in_words(verification.plan.new(batch))}" for batch in batches)
+    said = [f"{verb.capitalize()} {new}."]
+    if unproved:
+        said.append(f"Not {verb}, as other batch sizes or platforms have them: {in_words(unproved)}.")
+    return ["\n".join(said)]
+
+
+def _plan_in_json(verification: Verification) -> dict[str, Any]:
+    if verification.plan is None:
+        return {}
+    batches = [
+        {"size": batch.size, "platform": batch.platform or verification.settings.device}
+        | {"implementations": dict(batch.implementations)}
+        for batch in verification.plan.batches
+    ]
+    return {"batches": batches, "unproved": [list(layer) for layer in verification.plan.unproved]}
 
 
 def _number(value: float) -> str:

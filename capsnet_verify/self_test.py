@@ -11,7 +11,7 @@ from capsnet_verify import fused_routing, routings
 from capsnet_verify.checks import DIFFERS, VALUES, compare
 from capsnet_verify.mutants import fused, models
 from capsnet_verify.mutants import routings as wrong_routings
-from capsnet_verify.mutants.models import NORMALISED, PLAIN, TWO_LABELS, ModelMutant
+from capsnet_verify.mutants.models import NORMALISED, PLAIN, SPECTRAL, TWO_LABELS, ModelMutant
 from capsnet_verify.routings import Case, check
 from capsnet_verify.verification import Settings, verify
 
@@ -34,7 +34,7 @@ class Trial(NamedTuple):
 
 def trials() -> Iterator[Trial]:
     """What is right, and every mutant: models and optimizers, routings, and dynamic routing without votes."""
-    for subject in (PLAIN, TWO_LABELS, NORMALISED):
+    for subject in (PLAIN, TWO_LABELS, NORMALISED, SPECTRAL):
         control = ModelMutant("no mistake", "", models.right, subject)
         yield Trial(f"no mistake, {subject.title}", None, partial(caught_model, control))
     for mutant in models.MUTANTS:

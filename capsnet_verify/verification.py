@@ -4,19 +4,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import optax
+from flax import nnx
 from jaxtyping import Shaped
 
 from capsnet_jax.interchange.weights import StateDict
+from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.runs.folder import Run
 from capsnet_verify.causes import VISIBLE, cause, mixed_up, usual_cause
 from capsnet_verify.checks import DIFFERS, NO_POWER, Check, compare, tolerance_of
 from capsnet_verify.devices import both_on
 from capsnet_verify.heat import Heat, heat
-from capsnet_verify.pair import Pair, new_pair
+from capsnet_verify.implementations import FIRST, Layer, Plan, as_on, in_words, plan
+from capsnet_verify.pair import Pair, new_pair, with_batch
 from capsnet_verify.subjects import Subject
 from capsnet_verify.trajectory import trajectory
 from capsnet_verify.values import in_jax, in_torch, jittered
@@ -36,7 +39,7 @@ class Settings:
         steps: number of training steps.
         learning_rate: of Adam, in these steps. With a large one rounding errors are amplified: 1e-3 brings weights of
             the reference model, whose gradients are as small as Adam's epsilon, off by 1e-9 in the first step.
-        batch_size: number of images.
+        batch_size: number of images; by default several, at which each implementation that `auto` may choose is chosen.
         seed: of weights and batches.
         torch_routing: the twin's, if it is another.
         torch_state: weights of the twin, if they are others.
@@ -46,7 +49,7 @@ class Settings:
     device: str = "cpu"
     steps: int = 20
     learning_rate: float = 1e-4
-    batch_size: int = 3
+    batch_size: int | None = None
     seed: int = 0
     torch_routing: str | Callable[..., Any] | None = None
     torch_state: Mapping[str, Shaped[np.ndarray, "..."]] | None = None
@@ -59,6 +62,7 @@ class Verification:
     Attributes:
         subject: what was verified.
         settings: how.
+        plan: batches that are compared, and which implementations are proved at them; None before they are.
         heats: of each capsule layer.
         checks: all of them, in the order in which what is compared depends on each other.
         cause: of the first divergence, in words; None if there is none.
@@ -67,6 +71,7 @@ class Verification:
 
     subject: Subject
     settings: Settings
+    plan: Plan | None = None
     heats: list[Heat] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     cause: str | None = None
@@ -103,7 +108,7 @@ def verify(
     optimizer: Callable[[float], optax.GradientTransformation] = optax.adam,
     only_first: bool = False,
 ) -> Verification:
-    """Compares every value and gradient, and then training.
+    """Compares every value and gradient, in every implementation, and then training.
 
     Args:
         subject: the model.
@@ -117,23 +122,37 @@ def verify(
     """
     verification = Verification(subject, settings)
     with both_on(settings.device, settings.dtype):
+        verification.plan = plan_of(subject.run, settings)
         pair = pair_of(subject.run, settings, state=subject.state)
-        for check, *sides in _weights(subject, settings):
-            _add(verification, check, *sides)
+        for compared in _weights(subject, settings):
+            _add(verification, compared)
         verification.heats = heat(pair)
         with nullcontext() if mutate is None else mutate(pair):
-            for check, *sides in _values_and_steps(pair, settings, optimizer):
-                _add(verification, check, *sides)
-                if only_first and check.verdict == DIFFERS:
+            for compared in _values_and_steps(pair, verification.plan, settings, optimizer):
+                _add(verification, compared)
+                if only_first and compared.check.verdict == DIFFERS:
                     break
     return verification
 
 
-Compared = tuple[Check, np.ndarray | None, np.ndarray | None]
-"""A check, and what was compared, if it is kept."""
+class Compared(NamedTuple):
+    """A check, and what was compared.
+
+    Attributes:
+        check: what came of it.
+        actual: of JAX, if it is kept.
+        expected: of PyTorch, if it is kept.
+        new: layers and their implementations, if this is the first batch that they are compared at, and not the first.
+    """
+
+    check: Check
+    actual: np.ndarray | None = None
+    expected: np.ndarray | None = None
+    new: Sequence[Layer] = ()
 
 
-def _add(verification: Verification, check: Check, actual: np.ndarray | None, expected: np.ndarray | None) -> None:
+def _add(verification: Verification, compared: Compared) -> None:
+    check, actual, expected, new = compared
     verification.checks.append(check)
     if check.verdict != DIFFERS or verification.cause is not None:
         return
@@ -142,16 +161,26 @@ def _add(verification: Verification, check: Check, actual: np.ndarray | None, ex
     else:
         state = verification.subject.state or {}
         verification.cause = mixed_up(check.name, expected, state) or cause(check.name, actual, expected)
+    if new:  # and all agrees where others compute the same
+        verification.cause = f"in {in_words(new)}: {verification.cause}"
+
+
+def plan_of(run: Run, settings: Settings) -> Plan:
+    """The batches at which the model of a run is compared."""
+    dtype = settings.dtype  # of the products, by which a convolution is chosen
+    model = nnx.eval_shape(lambda: CapsNet.from_config(run.config.model, param_dtype=dtype, rngs=nnx.Rngs(0)))
+    training_size = run.config.training.batch_size
+    return plan(model, settings.device, only=settings.batch_size, training_size=training_size)
 
 
 def pair_of(run: Run, settings: Settings, *, state: StateDict | None = None) -> Pair:
-    """Both sides of the model of a run, of these weights if there are any."""
+    """Both sides of the model of a run, of these weights if there are any, and the first batch."""
     return new_pair(
         settings.dtype,
         run.config.model,
         run.config.training,
         labels_per_image=run.labels_per_image,
-        batch_size=settings.batch_size,
+        batch_size=settings.batch_size or FIRST,
         seed=settings.seed,
         state=state,
         torch_state=settings.torch_state,
@@ -165,13 +194,36 @@ def _weights(subject: Subject, settings: Settings) -> Iterator[Compared]:
         return
     for name, expected in settings.torch_state.items():
         actual, wanted = subject.state[name].astype("float64"), expected.astype("float64")
-        yield compare(f"weight {name}", actual, wanted, tolerance=0.0, floor=-1.0), actual, wanted
+        yield Compared(compare(f"weight {name}", actual, wanted, tolerance=0.0, floor=-1.0), actual, wanted)
 
 
 def _values_and_steps(
-    pair: Pair, settings: Settings, optimizer: Callable[[float], optax.GradientTransformation]
+    pair: Pair, plan: Plan, settings: Settings, optimizer: Callable[[float], optax.GradientTransformation]
 ) -> Iterator[Compared]:
-    ours, theirs = in_jax(pair), in_torch(pair)
+    theirs: dict[int, dict[str, np.ndarray]] = {}
+    for batch in plan.batches:
+        on_batch = with_batch(pair, batch.size, seed=settings.seed)
+        if batch.size not in theirs:
+            theirs[batch.size] = in_torch(on_batch)
+        compared = _values(on_batch, batch.platform, theirs[batch.size], settings)
+        if batch == plan.batches[0]:
+            yield from compared
+            continue
+        for one in compared:
+            yield one._replace(check=one.check._replace(name=f"{one.check.name}, {batch}"), new=plan.new(batch))
+    on_batch = with_batch(pair, plan.for_training.size, seed=settings.seed)
+    for check in trajectory(on_batch, settings.steps, learning_rate=settings.learning_rate, optimizer=optimizer):
+        yield Compared(check)
+
+
+def _values(
+    pair: Pair, platform: str | None, theirs: Mapping[str, np.ndarray], settings: Settings
+) -> Iterator[Compared]:
+    def computed(pair: Pair) -> dict[str, np.ndarray]:
+        with as_on(platform):
+            return in_jax(pair)
+
+    ours = computed(pair)
     moved: list[dict[str, np.ndarray]] = []
     for name, expected in theirs.items():
         tolerance = tolerance_of(name, settings.dtype, settings.device)
@@ -179,11 +231,9 @@ def _values_and_steps(
         measure = partial(compare, name, tolerance=tolerance, euclidean=settings.dtype == "bfloat16")
         check = measure(ours[name], expected)
         if check.verdict == DIFFERS and check.error < VISIBLE:
-            moved = moved or [in_jax(jittered(pair, seed)) for seed in range(JITTERS)]
+            moved = moved or [computed(jittered(pair, seed)) for seed in range(JITTERS)]
             check = _as_far_as_rounding_tells(check, [measure(values[name], ours[name]).error for values in moved])
-        yield check, ours[name], expected
-    for check in trajectory(pair, settings.steps, learning_rate=settings.learning_rate, optimizer=optimizer):
-        yield check, None, None
+        yield Compared(check, ours[name], expected)
 
 
 def _as_far_as_rounding_tells(check: Check, jitters: Sequence[float]) -> Check:

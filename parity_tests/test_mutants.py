@@ -7,12 +7,21 @@ import pytest
 from capsnet_jax.routing import dynamic, get_routing
 from capsnet_verify import self_test
 from capsnet_verify.mutants import models
-from capsnet_verify.mutants.models import MUTANTS, NORMALISED, PLAIN, TWO_LABELS, ModelMutant
+from capsnet_verify.mutants.models import (
+    IN_ONE_IMPLEMENTATION,
+    MUTANTS,
+    NORMALISED,
+    PLAIN,
+    SPECTRAL,
+    TWO_LABELS,
+    ModelMutant,
+)
+from capsnet_verify.verification import Settings, verify
 from parity_tests.compare import assert_close
 from parity_tests.pairs import make_pair
 
 
-@pytest.mark.parametrize("subject", [PLAIN, TWO_LABELS, NORMALISED], ids=lambda subject: subject.title)
+@pytest.mark.parametrize("subject", [PLAIN, TWO_LABELS, NORMALISED, SPECTRAL], ids=lambda subject: subject.title)
 def test_the_right_model_is_not_caught(subject):
     assert self_test.caught_model(ModelMutant("none", "", models.right, subject)) is None
 
@@ -27,6 +36,13 @@ def test_the_base_of_the_mutants_is_right(float64):
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_wrong_model_is_caught(mutant):
     assert self_test.caught_model(mutant) == mutant.caught_by
+
+
+@pytest.mark.parametrize("mutant", IN_ONE_IMPLEMENTATION, ids=str)
+def test_a_batch_of_three_does_not_show_a_mistake_in_an_implementation_of_larger_ones(mutant):
+    """Why several batches are compared by default, which do show it."""
+    verification = verify(mutant.subject, Settings("float32", steps=0, batch_size=3), mutate=mutant.wrong)
+    assert verification.status == 0
 
 
 def test_at_the_reference_scale_a_model_without_routing_would_pass():

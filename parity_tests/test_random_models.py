@@ -10,7 +10,7 @@ from capsnet_verify.verification import Settings, verify
 
 
 def check(seed: int) -> None:
-    verification = verify(random_subject(seed), Settings(steps=0))
+    verification = verify(random_subject(seed), Settings(steps=0, batch_size=3))
     repeat = f"capsnet verify --random-model {seed} --steps 0"
     assert verification.first_divergence is None, f"{sentence(verification)}\n{repeat}"
     # Weights that nothing depends on have no gradient, such as what hidden capsules of some routings are read out by.

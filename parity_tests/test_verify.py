@@ -4,11 +4,16 @@ import importlib.util
 import json
 
 import pytest
+from flax import nnx
 
+from capsnet_jax import CapsNet
 from capsnet_jax.cli.main import main
+from capsnet_jax.presets import PRESETS
 from capsnet_verify import self_test
 from capsnet_verify.mutants.models import MUTANTS
 from capsnet_verify.self_test import Trial
+from capsnet_verify.subjects import of_preset
+from capsnet_verify.verification import Settings, plan_of
 
 QUICKLY = ["--steps", "0"]
 USERS = '''
@@ -96,11 +101,57 @@ def test_every_check_is_a_row_of_the_table_and_of_the_file(tmp_path, capsys):
     assert rows[0][0].split() == ["stem", "0"]
     assert rows[-1][0].split() == ["step", "2"]
     assert printed.splitlines()[-1].startswith(
-        "JAX and PyTorch agree in all 26 checks of routing dynamic: values within"
+        "JAX and PyTorch agree in all 74 checks of routing dynamic: values within"
     )
     factor = results["capsule_layers"][0]["factor"]
     assert factor != 1
     assert f"The weight of capsule layer 0 was multiplied by {factor:g} on both sides" in printed
+    compared = [
+        (batch["size"], batch["platform"], [*batch["implementations"].values()]) for batch in results["batches"]
+    ]
+    assert compared == [
+        (3, "cpu", ["patches", "patches", "votes"]),
+        (16, "cpu", ["patches", "patches", "fused"]),
+        (3, "gpu", ["xla", "xla", "votes"]),
+    ]
+    assert results["unproved"] == []
+    assert (
+        "Proved at a batch of 3, stem 0 by patches, primary capsules by patches, routing 0 by votes; at a batch of 16, "
+        "routing 0 by fused; at a batch of 3 as on GPU, stem 0 by xla, primary capsules by xla.\n"
+    ) in printed
+
+
+def test_a_batch_size_that_is_given_is_the_only_one(capsys):
+    status, printed, _ = verify(capsys, "--batch-size", 2, *QUICKLY)
+    assert status == 0
+    assert "Proved at a batch of 2, stem 0 by patches, primary capsules by patches, routing 0 by votes.\n" in printed
+    unproved = "routing 0 by fused, stem 0 by xla, primary capsules by xla"
+    assert f"Not proved, as other batch sizes or platforms have them: {unproved}.\n" in printed
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_implementation_that_training_and_evaluation_have_is_proved(name):
+    run = of_preset(name).run
+    plan = plan_of(run, Settings())
+    proved = {layer for batch in plan.batches if batch.platform is None for layer in batch.implementations.items()}
+    model = nnx.eval_shape(lambda: CapsNet.from_config(run.config.model, rngs=nnx.Rngs(0)))
+    for size in (*range(1, 100), run.config.training.batch_size, 500, 1000, 10_000):
+        choices = model.implementations(size)
+        assert {(layer, choice.name) for layer, choice in choices.items()} <= proved, size
+    trained = {(layer, choice.name) for layer, choice in model.implementations(plan.for_training.size).items()}
+    assert trained == {
+        (layer, choice.name) for layer, choice in model.implementations(run.config.training.batch_size).items()
+    }
+
+
+def test_a_mistake_in_one_implementation_is_told_as_one(monkeypatch, capsys):
+    wrong = next(mutant for mutant in MUTANTS if mutant.mistake == "softmax over input capsules, without votes")
+    with wrong.wrong(None):
+        status, printed, _ = verify(capsys, *QUICKLY)
+    assert status == 1
+    last = printed.splitlines()[-1]
+    assert "differ, first in couplings 0, batch of 16 (" in last
+    assert "Most likely: in routing 0 by fused: the softmax axis: couplings of JAX sum to one over" in last
 
 
 def test_both_precisions_are_rows_of_a_summary(capsys):
@@ -236,6 +287,6 @@ def test_every_preset_and_routing_agrees(capsys):
 
 def test_every_mutant_is_a_trial():
     trials = list(self_test.trials())
-    assert sum(trial.caught_by is not None for trial in trials) == 97  # as README.md and docs/parity.md tell
-    assert sum(trial.caught_by is None for trial in trials) == 3
+    assert sum(trial.caught_by is not None for trial in trials) == 102  # as README.md and docs/parity.md tell
+    assert sum(trial.caught_by is None for trial in trials) == 4
     assert len({trial.mistake for trial in trials}) == len(trials)

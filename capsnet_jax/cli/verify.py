@@ -25,8 +25,9 @@ class Verify:
 
     A row for each intermediate in forward order, the losses, the gradient of each weight and each training step. An
     error is a fraction of the largest value. Layers whose capsules are so short that routing does nothing are first
-    scaled on both sides. Exit status: 0 if all agrees, 1 if something differs, 2 if not all could be compared. Without
-    a model, a small one in which all sizes differ is verified."""
+    scaled on both sides. Every implementation that may be chosen for a layer is compared, at a batch at which it is.
+    Exit status: 0 if all agrees, 1 if something differs, 2 if not all could be compared. Without a model, a small one
+    in which all sizes differ is verified."""
 
     model: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Folder of a run; a file of weights, .safetensors or .pt; or the two files of the reference model."""
@@ -61,8 +62,9 @@ class Verify:
     """Number of training steps; no more than 5 are compared in float32, in which rounding errors soon grow."""
     learning_rate: float = 1e-4
     """Of Adam, in these steps; with a large one rounding errors grow."""
-    batch_size: int = 3
-    """Number of images; from 16 on, dynamic routing is without votes, as in training."""
+    batch_size: int | None = None
+    """Number of images. By default several are compared, of 3 and of as many as each implementation of a layer is
+    chosen at, as in training; training steps are at the batch with the most of the fast ones."""
     seed: int = 0
     """Of weights and images."""
     json: Path | None = None

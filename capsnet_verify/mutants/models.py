@@ -10,19 +10,21 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import optax
-from einops import rearrange
+from einops import rearrange, reduce
 
 from capsnet_jax import CapsNet
 from capsnet_jax.capsules import Capsules, Routed
+from capsnet_jax.nn.fast import fourier, fused_dynamic
 from capsnet_jax.nn.layers import CapsuleLayer, PrimaryCapsules
-from capsnet_jax.ops import capsule_norm, mask_by_label, multi_hot, squash
+from capsnet_jax.ops import capsule_norm, convolution, mask_by_label, multi_hot, squash
 from capsnet_jax.routing import get_routing
 from capsnet_verify.pair import Pair
-from capsnet_verify.subjects import SMALL, Subject, of_model
+from capsnet_verify.subjects import SMALL, Subject, of_model, of_preset
 
 PLAIN = of_model("small", SMALL)
 TWO_LABELS = of_model("standardized images of two classes", replace(SMALL, standardize_images=True), labels_per_image=2)
 NORMALISED = of_model("batch normalisation", replace(SMALL, batch_norm=True))
+SPECTRAL = of_preset("digits")  # small enough, and from 26 images on a convolution of it multiplies spectra
 CLASS_WEIGHT = "encoder.primary2digit_capsules.input_caps2U.weight"
 
 
@@ -145,6 +147,28 @@ def _sum_to_one(labels: jax.Array, *rest: Any) -> jax.Array:
     return multi_hot(labels, *rest) / 2
 
 
+def _fused_over_inputs(leaky: bool, detach: bool, operands: fused_dynamic.Operands, projected: jax.Array) -> jax.Array:
+    return jax.nn.softmax(reduce(projected * operands.poses, "o i d b -> o i b", "sum"), axis=1)
+
+
+def _fused_without_agreement(*arguments: Any, right: Any = fused_dynamic._coupled_sum_backward) -> Any:
+    gradients, of_agreed = right(*arguments)
+    return gradients, jnp.zeros_like(of_agreed)
+
+
+def _fourier_mirrored(images: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
+    return fourier.fourier(images, kernel[::-1, ::-1], **options)
+
+
+def _fourier_without_images(*arguments: Any, right: Any = fourier._backward) -> Any:
+    of_images, of_kernel = right(*arguments)
+    return jnp.zeros_like(of_images), of_kernel
+
+
+def _xla_mirrored(images: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    return convolution(images, kernel[::-1, ::-1], stride)
+
+
 @contextmanager
 def _another_epsilon(pair: Pair) -> Iterator[None]:
     for norm in pair.jax_model.stem.norms:
@@ -164,6 +188,36 @@ def right(pair: Pair) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+# What a batch of 3 on a CPU does not show: it has votes, and products of patches.
+IN_ONE_IMPLEMENTATION = [
+    ModelMutant(
+        "softmax over input capsules, without votes",
+        "couplings 0, batch of 16",
+        with_function("capsnet_jax.nn.fast.fused_dynamic._couplings", _fused_over_inputs),
+    ),
+    ModelMutant(
+        "no gradient through the agreement, without votes",
+        f"gradient {CLASS_WEIGHT}, batch of 16",
+        with_function("capsnet_jax.nn.fast.fused_dynamic._coupled_sum_backward", _fused_without_agreement),
+    ),
+    ModelMutant(
+        "kernel mirrored in products of spectra",
+        "primary poses, batch of 26",
+        with_function("capsnet_jax.nn.fast.convolution.fourier", _fourier_mirrored),
+        SPECTRAL,
+    ),
+    ModelMutant(
+        "no gradient of what is multiplied as spectra",
+        "gradient encoder.image2primary_capsules.0.bias, batch of 26",
+        with_function("capsnet_jax.nn.fast.fourier._backward", _fourier_without_images),
+        SPECTRAL,
+    ),
+    ModelMutant(
+        "kernel mirrored on other platforms",
+        "stem 0, batch of 3 as on GPU",
+        with_function("capsnet_jax.nn.fast.convolution.convolution", _xla_mirrored),
+    ),
+]
 MUTANTS = [
     ModelMutant("softmax over input capsules", "couplings 0", routed_by(softmax_axis=0)),
     ModelMutant("one iteration fewer", "couplings 0", routed_by(num_iterations=2)),
@@ -236,6 +290,7 @@ MUTANTS = [
     ),
     ModelMutant("another epsilon of batch normalisation", "stem 0", _another_epsilon, NORMALISED),
     ModelMutant("another momentum of batch normalisation", "step 1", _another_momentum, NORMALISED),
+    *IN_ONE_IMPLEMENTATION,
     ModelMutant(
         "Adam with its epsilon in the root", "step 1", right, optimizer=partial(optax.adam, eps=0, eps_root=1e-8)
     ),

@@ -1,0 +1,130 @@
+"""The implementations that `auto` may choose for a model, and batches at which each of them is chosen."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+
+from capsnet_jax.nn.model import CapsNet
+
+FIRST = 3  # images: fewer would not tell an example from another, or from the mean of both
+SIZES = (*range(FIRST, 65), 128, 256, 1, 2)
+"""Batch sizes at which an implementation may first be chosen, the preferred ones first."""
+FAST = ("fourier", "fused")
+PLATFORMS = ("cpu", "gpu")
+MOST_PRODUCTS = 2e8  # in XLA's own convolutions, which take a CPU 15 seconds for as many, gradients included
+
+Layer = tuple[str, str]
+"""Name of a layer and of its implementation."""
+
+
+class Batch(NamedTuple):
+    """A batch to compare, and what computes each layer of it.
+
+    Attributes:
+        size: number of images.
+        implementations: of each layer, by name.
+        platform: whose implementations they are, if not those of the platform that computes.
+    """
+
+    size: int
+    implementations: Mapping[str, str]
+    platform: str | None = None
+
+    def __str__(self) -> str:
+        return f"batch of {self.size}" + (f" as on {self.platform.upper()}" if self.platform else "")
+
+
+class Plan(NamedTuple):
+    """What to compare.
+
+    Attributes:
+        batches: at which all values and gradients are; the first is the one that all others are told from.
+        unproved: layers and implementations that `auto` may choose, and no batch has.
+    """
+
+    batches: Sequence[Batch]
+    unproved: Sequence[Layer]
+
+    @property
+    def for_training(self) -> Batch:
+        """The batch with the most of the fast implementations, of those as on this platform."""
+        ours = [batch for batch in self.batches if batch.platform is None]
+        return max(ours, key=lambda batch: sum(name in FAST for name in batch.implementations.values()))
+
+    def new(self, batch: Batch) -> list[Layer]:
+        """The layers and implementations that no earlier batch has."""
+        earlier = self.batches[: self.batches.index(batch)]
+        seen = {layer for other in earlier for layer in other.implementations.items()}
+        return [layer for layer in batch.implementations.items() if layer not in seen]
+
+
+def plan(model: CapsNet, platform: str, *, only: int | None = None, training_size: int = FIRST) -> Plan:
+    """Finds a few small batches among whose implementations is each that `auto` may choose, on every platform.
+
+    Args:
+        model: its weights may be abstract.
+        platform: where both sides compute, "cpu" or "gpu".
+        only: size of the one batch that is compared.
+        training_size: of the batches that the model is trained with.
+    """
+    possible = {
+        each: [
+            Batch(size, implementations(model, size, each), None if each == platform else each)
+            for size in dict.fromkeys((*SIZES, training_size))
+        ]
+        for each in sorted(PLATFORMS, key=lambda name: name != platform)
+    }
+    every = dict.fromkeys(layer for of in possible.values() for batch in of for layer in batch.implementations.items())
+    first = Batch(only or FIRST, implementations(model, only or FIRST, platform))
+    batches, missing = [first], every.keys() - first.implementations.items()
+
+    def num_new(batch: Batch) -> int:
+        return len(missing & batch.implementations.items())
+
+    for of_platform in possible.values() if only is None else ():
+        affordable = [batch for batch in of_platform if _is_affordable(model, batch)]
+        while affordable and num_new(best := max(affordable, key=num_new)):
+            batches.append(best)
+            missing -= best.implementations.items()
+    return Plan(batches, [layer for layer in every if layer in missing])
+
+
+def in_words(layers: Iterable[Layer]) -> str:
+    """Layers and their implementations, such as "primary capsules by fourier, routing 0 by fused"."""
+    return ", ".join(f"{layer} by {name}" for layer, name in layers)
+
+
+def implementations(model: CapsNet, batch_size: int, platform: str) -> dict[str, str]:
+    """The name of the implementation of each layer, for batches of this size on this platform."""
+    with mock.patch.object(jax, "default_backend", return_value=platform):
+        return {layer: choice.name for layer, choice in model.implementations(batch_size).items()}
+
+
+@contextmanager
+def as_on(platform: str | None) -> Iterator[None]:
+    """What is traced has the implementations of this platform, wherever it is computed then; None leaves all as is."""
+    if platform is None:
+        yield
+        return
+
+    def choose(*operands: Any, default: Callable[..., Any], **branches: Callable[..., Any]) -> Any:
+        return branches.get(platform, default)(*operands)
+
+    with mock.patch.object(jax.lax, "platform_dependent", choose):
+        yield
+
+
+def _is_affordable(model: CapsNet, batch: Batch) -> bool:
+    """Whether XLA's own convolutions, if they are to be computed on a CPU, take seconds, and not minutes."""
+    if batch.platform in (None, "cpu"):
+        return True
+    shape, products = (batch.size, *model.config.image_shape), 0
+    for convolution in (*model.stem.convolutions, model.primary_capsules.convolution):
+        shape = convolution.out_shape(shape)
+        # The gradient of a strided convolution multiplies zeros between rows and columns, too.
+        products += math.prod(shape[:3]) * math.prod(convolution.kernel.shape) * convolution.stride**2
+    return products <= MOST_PRODUCTS
