@@ -12,8 +12,8 @@ import pytest
 from capsnet_jax.nn.fast.fused_dynamic import fused_dynamic
 from capsnet_verify.checks import VALUES
 from capsnet_verify.fused_routing import in_chunks, in_jax, in_torch, make_inputs
-from capsnet_verify.mutants.edited import edited
 from capsnet_verify.mutants.fused import ALL, MUTANTS
+from capsnet_verify.mutants.mistakes import copied
 from capsnet_verify.report import sentence
 from capsnet_verify.routings import BATCH, INPUT_SIZE, INPUTS, OUTPUTS, SIZE, Case
 from capsnet_verify.self_test import caught_fused, first_fused_divergence
@@ -79,7 +79,7 @@ def test_agrees_with_the_oracle(case, float64):
 
 @pytest.mark.parametrize("spec", dict.fromkeys(mutant.spec for mutant in MUTANTS))
 def test_the_right_routing_is_not_caught(spec):
-    assert first_fused_divergence(Case(spec, 3), edited(fused_dynamic)) is None
+    assert first_fused_divergence(Case(spec, 3), copied(fused_dynamic)) is None
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)

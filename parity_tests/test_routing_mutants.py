@@ -3,7 +3,7 @@
 import pytest
 
 from capsnet_jax.routing import ROUTINGS
-from capsnet_verify.mutants.edited import edited
+from capsnet_verify.mutants.mistakes import copied
 from capsnet_verify.mutants.routings import MUTANTS
 from capsnet_verify.routings import Case
 from capsnet_verify.self_test import caught_routing, first_routing_divergence
@@ -13,7 +13,7 @@ from capsnet_verify.self_test import caught_routing, first_routing_divergence
     ("spec", "positions"), dict.fromkeys((mutant.spec, mutant.positions) for mutant in MUTANTS), ids=str
 )
 def test_the_right_routing_is_not_caught(spec, positions):
-    assert first_routing_divergence(Case(spec, 3, positions), edited(ROUTINGS[spec.split(",")[0]])) is None
+    assert first_routing_divergence(Case(spec, 3, positions), copied(ROUTINGS[spec.split(",")[0]])) is None
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)

@@ -132,7 +132,7 @@ def test_a_batch_size_that_is_given_is_the_only_one(capsys):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_implementation_that_training_and_evaluation_have_is_proved(name):
     run = of_preset(name).run
-    plan = plan_of(run, Settings())
+    plan = plan_of(run, Settings("float32"))
     proved = {layer for batch in plan.batches if batch.platform is None for layer in batch.implementations.items()}
     model = nnx.eval_shape(lambda: CapsNet.from_config(run.config.model, rngs=nnx.Rngs(0)))
     for size in (*range(1, 100), run.config.training.batch_size, 500, 1000, 10_000):

@@ -1,11 +1,14 @@
-"""Wrong dynamic routings without votes: the right one with one place of its source edited; parity must catch them."""
+"""Wrong dynamic routings without votes, each the right one with one mistake; parity must catch them."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from capsnet_jax.capsules import Routed
-from capsnet_jax.nn.fast.fused_dynamic import fused_dynamic
-from capsnet_verify.mutants.edited import edited
+from capsnet_jax.nn.fast import fused_dynamic as right
+from capsnet_verify.mutants.mistakes import Mistake, edited, given, replaced
 
 ALL = "dynamic,leaky=true,prior_logits=0,capsule_bias=0.1"
 
@@ -16,74 +19,133 @@ class FusedMutant(NamedTuple):
     Attributes:
         mistake: in words.
         spec: routing and options with which the mistake shows.
-        right: what the source says.
-        wrong: what the mutant has instead, wherever it does.
+        wrong: makes it, of the right routing.
         caught_by: what is the first to differ, in the order couplings, poses, activations, gradients.
     """
 
     mistake: str
     spec: str
-    right: str
-    wrong: str
+    wrong: Mistake
     caught_by: str
 
     @property
     def function(self) -> Callable[..., Routed]:
         """With the signature of the right one."""
-        return edited(fused_dynamic, self.right, self.wrong)
+        return self.wrong(right.fused_dynamic)
 
     def __str__(self) -> str:
         return self.mistake.replace(" ", "_")
 
 
+def _replaced(names: Mapping[str, Any]) -> Mistake:
+    """Other functions, which call those of the module and so are given operands of its class."""
+    return replaced({"Operands": right.Operands, **names})
+
+
+def _without_prior(leaky: bool, detach: bool, operands: right.Operands, projected: jax.Array) -> jax.Array:
+    return right._couplings(leaky, detach, operands._replace(prior=None), projected)
+
+
+def _leak_first(logits: jax.Array, axis: int) -> jax.Array:
+    """Couplings in another order, of which the first, taken for the leak, is that of the last output."""
+    return jnp.roll(jax.nn.softmax(logits, axis=axis), 1, axis=axis)
+
+
+def _without_gradient_of_prior(*arguments: Any) -> Any:
+    gradients, of_agreed = right._coupled_sum_backward(*arguments)
+    return gradients._replace(prior=jax.tree.map(jnp.zeros_like, gradients.prior)), of_agreed
+
+
+def _without_gradient_of_agreement(*arguments: Any) -> Any:
+    gradients, of_agreed = right._coupled_sum_backward(*arguments)
+    return gradients, jnp.zeros_like(of_agreed)
+
+
 MUTANTS = [
-    FusedMutant("softmax over inputs", "dynamic", "softmax(logits, axis=0)", "softmax(logits, axis=2)", "couplings"),
-    FusedMutant("agreement with the last poses alone", "dynamic", "agreed += ", "agreed = ", "couplings"),
+    FusedMutant(
+        "softmax over inputs",
+        "dynamic",
+        replaced({"jax.nn.softmax": lambda logits, axis: jax.nn.softmax(logits, axis=1)}),
+        "couplings",
+    ),
+    FusedMutant("agreement with the last poses alone", "dynamic", edited("agreed += ", "agreed = "), "couplings"),
     FusedMutant(
         "last chunk left out",
         "dynamic",
-        "return step(carry, whole * length, inputs % length) if inputs % length else carry",
-        "return carry",
+        edited(
+            "return step(carry, whole * length, inputs % length) if inputs % length else carry",
+            "return carry",
+        ),
         "couplings",
     ),
-    FusedMutant("first chunk left out", "dynamic", "fori_loop(0, whole,", "fori_loop(1, whole,", "couplings"),
-    FusedMutant("leaks from the second iteration on", "dynamic,leaky=true", "[2] + leaky)", "[2])", "couplings"),
-    FusedMutant("returns the leak", "dynamic,leaky=true", "[int(leaky) :]", "[: -int(leaky)]", "couplings"),
-    FusedMutant("bias after squash", ALL, " + bias)", ") + bias", "couplings"),
-    FusedMutant("no prior in the first iteration", ALL, "prior is None else coupled", "True else coupled", "couplings"),
-    FusedMutant("no prior in later iterations", ALL, "if operands.prior is not None:", "if False:", "couplings"),
-    FusedMutant("detaches nothing", "dynamic,detach=true", "if detach", "if False", "gradient of poses"),
-    FusedMutant("detaches undemanded", "dynamic", "if detach", "if True", "gradient of poses"),
     FusedMutant(
-        "detaches the output poses alone", "dynamic,detach=true", "if detach:", "if False:", "gradient of poses"
+        "first chunk left out",
+        "dynamic",
+        replaced({"jax.lax.fori_loop": lambda first, *rest: jax.lax.fori_loop(first + 1, *rest)}),
+        "couplings",
+    ),
+    FusedMutant(
+        "leaks from the second iteration on",
+        "dynamic,leaky=true",
+        _replaced({"_uniform_sum": lambda leaky, *rest: right._uniform_sum(False, *rest)}),
+        "couplings",
+    ),
+    FusedMutant("returns the leak", "dynamic,leaky=true", replaced({"jax.nn.softmax": _leak_first}), "couplings"),
+    FusedMutant("bias after squash", ALL, edited(" + bias)", ") + bias"), "couplings"),
+    FusedMutant(
+        "no prior in the first iteration", ALL, edited("prior is None else coupled", "True else coupled"), "couplings"
+    ),
+    FusedMutant("no prior in later iterations", ALL, _replaced({"_couplings": _without_prior}), "couplings"),
+    FusedMutant("detaches nothing", "dynamic,detach=true", given(detach=False), "gradient of poses"),
+    FusedMutant("detaches undemanded", "dynamic", given(detach=True), "gradient of poses"),
+    FusedMutant(
+        "detaches the output poses alone",
+        "dynamic,detach=true",
+        _replaced({"_coupled_sum": lambda leaky, detach: right._coupled_sum(leaky, detach=False)}),
+        "gradient of poses",
     ),
     FusedMutant(
         "detaches the first iteration",
         "dynamic",
-        "\n    for _ in range(num_iterations - 1):",
-        "\n    routed = jax.lax.stop_gradient(routed)\n    for _ in range(num_iterations - 1):",
+        edited(
+            "\n    for _ in range(num_iterations - 1):",
+            "\n    routed = jax.lax.stop_gradient(routed)\n    for _ in range(num_iterations - 1):",
+        ),
         "gradient of poses",
     ),
     FusedMutant(
         "gradient of an exponential for that of the softmax",
         "dynamic",
-        'of_couplings - reduce(couplings * of_couplings, "o i b -> 1 i b", "sum")',
-        "of_couplings",
+        edited('of_couplings - reduce(couplings * of_couplings, "o i b -> 1 i b", "sum")', "of_couplings"),
         "gradient of poses",
     ),
-    FusedMutant("no gradient of poses by couplings", "dynamic", "of_poses += ", "_ = ", "gradient of poses"),
-    FusedMutant("no gradient of the weight by couplings", "dynamic", "of_weight += ", "_ = ", "gradient of weight"),
+    FusedMutant("no gradient of poses by couplings", "dynamic", edited("of_poses += ", "_ = "), "gradient of poses"),
     FusedMutant(
-        "no gradient of the prior", ALL, "reduce(of_logits,", "reduce(0 * of_logits,", "gradient of prior_logits"
-    ),
-    FusedMutant("gradient of the first iteration alone", "dynamic", "old + new", "new", "gradient of poses"),
-    FusedMutant(
-        "gradients of a chunk go to the first", "dynamic", "old + new, start", "old + new, 0", "gradient of poses"
+        "no gradient of the weight by couplings", "dynamic", edited("of_weight += ", "_ = "), "gradient of weight"
     ),
     FusedMutant(
-        "no gradient of the agreement", "dynamic", "gradients[1] + of_agreed", "gradients[1]", "gradient of poses"
+        "no gradient of the prior",
+        ALL,
+        _replaced({"_coupled_sum_backward": _without_gradient_of_prior}),
+        "gradient of prior_logits",
+    ),
+    FusedMutant("gradient of the first iteration alone", "dynamic", edited("old + new", "new"), "gradient of poses"),
+    FusedMutant(
+        "gradients of a chunk go to the first",
+        "dynamic",
+        edited("old + new, start", "old + new, 0"),
+        "gradient of poses",
     ),
     FusedMutant(
-        "the same of the last chunk alone", "dynamic", "gradients[1] + of_agreed", "of_agreed", "gradient of poses"
+        "no gradient of the agreement",
+        "dynamic",
+        _replaced({"_coupled_sum_backward": _without_gradient_of_agreement}),
+        "gradient of poses",
+    ),
+    FusedMutant(
+        "the same of the last chunk alone",
+        "dynamic",
+        edited("gradients[1] + of_agreed", "of_agreed"),
+        "gradient of poses",
     ),
 ]

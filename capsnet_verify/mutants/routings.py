@@ -1,11 +1,26 @@
-"""Wrong routings, each a right one with one place of its source edited; parity must catch every one of them."""
+"""Wrong routings, each a right one with one mistake; parity must catch every one of them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from capsnet_jax.capsules import Routed
+from capsnet_jax.ops import squash, standardize
 from capsnet_jax.routing import ROUTINGS
-from capsnet_verify.mutants.edited import edited
+from capsnet_verify.mutants.mistakes import (
+    Function,
+    Mistake,
+    copied,
+    edited,
+    given,
+    replaced,
+    returning,
+    without_activations,
+)
 
 
 class Mutant(NamedTuple):
@@ -14,183 +29,207 @@ class Mutant(NamedTuple):
     Attributes:
         mistake: in words.
         spec: routing and options with which the mistake shows.
-        right: what the source says.
-        wrong: what the mutant has instead, wherever it does.
+        wrong: makes it, of the right routing.
         caught_by: what is the first to differ, in the order couplings, poses, activations, gradients.
         positions: whether an input capsule has parents at several positions.
     """
 
     mistake: str
     spec: str
-    right: str
-    wrong: str
+    wrong: Mistake
     caught_by: str
     positions: bool = False
 
     @property
     def function(self) -> Callable[..., Routed]:
         """With the signature of the right one."""
-        return edited(ROUTINGS[self.spec.split(",")[0]], self.right, self.wrong)
+        return self.wrong(ROUTINGS[self.spec.split(",")[0]])
 
     def __str__(self) -> str:
         return f"{self.spec.split(',')[0]} {self.mistake}".replace(" ", "_")
 
 
+def _leaking(change: Callable[[jax.Array], jax.Array]) -> Mistake:
+    """What is made of the logits, that of the leak first, by dynamic routing."""
+    return replaced({"_softmax": lambda logits, leaky: change(jnp.pad(logits, ((0, 0), (int(leaky), 0))))})
+
+
+def _prior_inside_softmax(function: Function) -> Function:
+    def wrong(votes: jax.Array, activations: jax.Array, *, prior: jax.Array) -> Routed:
+        softmax = {"jax.nn.softmax": lambda attention, axis: jax.nn.softmax(attention + prior, axis=axis)}
+        routed: Routed = copied(function, softmax)(votes, activations)
+        return routed
+
+    wrong.__dict__.update(function.__dict__)
+    return wrong
+
+
+def _logits_accumulated(function: Function) -> Function:
+    def wrong(votes: jax.Array, activations: jax.Array, *, num_iterations: int = 3) -> Routed:
+        seen: list[jax.Array] = []
+
+        def softmax(logits: jax.Array, axis: int) -> jax.Array:
+            seen.append(logits)
+            return jax.nn.softmax(sum(seen[1:], start=seen[0]), axis=axis)
+
+        accumulating = copied(function, {"jax.nn.softmax": softmax})
+        routed: Routed = accumulating(votes, activations, num_iterations=num_iterations)
+        return routed
+
+    return wrong
+
+
+def _exponential(seed: int) -> mock.Mock:
+    rng = np.random.default_rng(seed)
+    return mock.Mock(dirichlet=lambda ones, number: rng.exponential(size=(number, len(ones))))
+
+
+def _shares(couplings: jax.Array, activations: jax.Array) -> jax.Array:
+    return (activations[:, None] * couplings).sum(axis=0)
+
+
 EM = "em,inverse_temperature=4,annealing=0.5,min_variance=0.4"
 LEAKY = "dynamic,leaky=true"
 LEARNED = "dynamic,prior_logits=0,capsule_bias=0.1"
-OVER_OUTPUTS, OVER_INPUTS = "axis=1)", "axis=0)"
-LEAKY_SOFTMAX = "return jax.nn.softmax(logits, axis=1)[:, int(leaky) :]"
-COSINES = 'couplings = jax.nn.softmax(jnp.einsum("ioh,oh->io", direction(votes), direction(centers)), axis=1)'
+OVER_INPUTS = replaced({"jax.nn.softmax": lambda logits, axis: jax.nn.softmax(logits, axis=1 - axis)})
 
 MUTANTS = [
-    Mutant("softmax over inputs", "dynamic", OVER_OUTPUTS, OVER_INPUTS, "couplings"),
+    Mutant("softmax over inputs", "dynamic", OVER_INPUTS, "couplings"),
     Mutant(
-        "leaks and renormalises",
-        LEAKY,
-        LEAKY_SOFTMAX,
-        "return jax.nn.softmax(logits[:, int(leaky) :], axis=1)",
-        "couplings",
+        "leaks and renormalises", LEAKY, _leaking(lambda logits: jax.nn.softmax(logits[:, 1:], axis=1)), "couplings"
     ),
-    Mutant("returns the leak", LEAKY, "[:, int(leaky) :]", "[:, : -int(leaky)]", "couplings"),
-    Mutant("leaks from the second iteration on", LEAKY, "(num_outputs + leaky)", "num_outputs", "couplings"),
-    Mutant("detaches nothing", "dynamic,detach=true", "if detach else", "if False else", "gradient of votes"),
-    Mutant("detaches undemanded", "dynamic", "if detach else", "if True else", "gradient of votes"),
+    Mutant("returns the leak", LEAKY, _leaking(lambda logits: jax.nn.softmax(logits, axis=1)[:, :-1]), "couplings"),
+    Mutant("leaks from the second iteration on", LEAKY, edited("(num_outputs + leaky)", "num_outputs"), "couplings"),
+    Mutant("detaches nothing", "dynamic,detach=true", given(detach=False), "gradient of votes"),
+    Mutant("detaches undemanded", "dynamic", given(detach=True), "gradient of votes"),
     Mutant(
         "detaches the last couplings, too",
         f"{LEARNED},detach=true",
-        "_softmax(logits, leaky)\n        poses",
-        "constant(_softmax(logits, leaky))\n        poses",
+        _leaking(lambda logits: jax.lax.stop_gradient(jax.nn.softmax(logits, axis=1))),
         "gradient of prior_logits",
     ),
-    Mutant("bias after squash", LEARNED, " + bias)", ") + bias", "couplings"),
+    Mutant("bias after squash", LEARNED, edited(" + bias)", ") + bias"), "couplings"),
     Mutant(
         "prior in the first iteration only",
         LEARNED,
-        "logits += prior_logits\n        couplings = _softmax(logits, leaky)",
-        "couplings = _softmax(logits + prior_logits, leaky)",
+        edited(
+            "logits += prior_logits\n        couplings = _softmax(logits, leaky)",
+            "couplings = _softmax(logits + prior_logits, leaky)",
+        ),
         "couplings",
     ),
+    Mutant("softmax over inputs", EM, given(softmax=lambda logits: jax.nn.softmax(logits, axis=-2)), "couplings"),
+    Mutant("softmax at each position", EM, given(softmax=jax.nn.softmax), "couplings", positions=True),
+    Mutant("E step ignores output activations", EM, replaced({"jax.nn.log_sigmoid": jnp.zeros_like}), "couplings"),
+    Mutant("M step ignores input activations", EM, without_activations, "couplings"),
     Mutant(
-        "softmax over inputs",
+        "means not normalised",
         EM,
-        "= jax.nn.softmax,",
-        "= lambda logits: jax.nn.softmax(logits, axis=-2),",
+        edited("reduce(normalized * votes,", "reduce(shares[..., None] * votes,"),
         "couplings",
     ),
-    Mutant("softmax at each position", EM, " softmax(", " jax.nn.softmax(", "couplings", positions=True),
     Mutant(
-        "E step ignores output activations",
+        "variance about zero",
         EM,
-        'rearrange(jax.nn.log_sigmoid(logits), "... o -> ... 1 o") + log_density',
-        "log_density",
+        edited("reduce(normalized * squares,", "reduce(normalized * jnp.square(votes),"),
         "couplings",
     ),
+    Mutant("deviation for variance", EM, edited("2 * variances", "2 * jnp.sqrt(variances)"), "couplings"),
     Mutant(
-        "M step ignores input activations",
+        "density not normalised",
         EM,
-        'couplings * rearrange(activations, "... i -> ... i 1")',
-        "couplings",
+        edited("reduce(log_deviations + 0.5", "reduce(0 * log_deviations + 0.5"),
         "couplings",
     ),
-    Mutant("means not normalised", EM, "reduce(normalized * votes,", "reduce(shares[..., None] * votes,", "couplings"),
-    Mutant(
-        "variance about zero", EM, "reduce(normalized * squares,", "reduce(normalized * jnp.square(votes),", "couplings"
-    ),
-    Mutant("deviation for variance", EM, "2 * variances", "2 * jnp.sqrt(variances)", "couplings"),
-    Mutant("density not normalised", EM, "reduce(log_deviations + 0.5", "reduce(0 * log_deviations + 0.5", "couplings"),
-    Mutant("cost of one vote", EM, "costs * mass * even_share", "costs", "couplings"),
-    Mutant("no annealing", EM, "(1 - annealing**iteration)", "1", "couplings"),
+    Mutant("cost of one vote", EM, edited("costs * mass * even_share", "costs"), "couplings"),
+    Mutant("no annealing", EM, given(annealing=0.0), "couplings"),
     Mutant(
         "no gradient through couplings",
         EM,
-        "shares = couplings",
-        "shares = jax.lax.stop_gradient(couplings)",
+        given(softmax=lambda logits: jax.lax.stop_gradient(jax.nn.softmax(logits))),
         "gradient of votes",
     ),
-    Mutant("softmax over inputs", "variational", OVER_OUTPUTS, OVER_INPUTS, "couplings"),
-    Mutant("no mixing proportions in the softmax", "variational", "softmax(log_share + ", "softmax(", "couplings"),
-    Mutant("ignores input activations", "variational", "couplings * activations[:, None]", "couplings", "couplings"),
+    Mutant("softmax over inputs", "variational", OVER_INPUTS, "couplings"),
     Mutant(
-        "logarithm for digamma",
+        "no mixing proportions in the softmax", "variational", edited("softmax(log_share + ", "softmax("), "couplings"
+    ),
+    Mutant("ignores input activations", "variational", without_activations, "couplings"),
+    Mutant("logarithm for digamma", "variational", replaced({"digamma": jnp.log}), "couplings"),
+    Mutant(
+        "one degree of freedom",
         "variational",
-        "digamma(alpha) - digamma(alpha.sum())",
-        "jnp.log(alpha) - jnp.log(alpha.sum())",
+        edited("nu - jnp.arange(size)", "nu - 0 * jnp.arange(size)"),
         "couplings",
     ),
-    Mutant("one degree of freedom", "variational", "nu - jnp.arange(size)", "nu - 0 * jnp.arange(size)", "couplings"),
-    Mutant("means not shrunk", "variational", "mass / kappa * mean_votes", "mean_votes", "couplings"),
-    Mutant("distances without nu", "variational", 'rearrange(nu, "o 1 -> o") * distances', "distances", "couplings"),
-    Mutant("variance about zero", "variational", "votes - mean_votes", "votes", "couplings"),
+    Mutant("means not shrunk", "variational", edited("mass / kappa * mean_votes", "mean_votes"), "couplings"),
+    Mutant(
+        "distances without nu",
+        "variational",
+        edited('rearrange(nu, "o 1 -> o") * distances', "distances"),
+        "couplings",
+    ),
+    Mutant("variance about zero", "variational", edited("votes - mean_votes", "votes"), "couplings"),
     Mutant(
         "activations not normalised",
         "variational",
-        "standardize(-jnp.exp(log_share) * entropy, epsilon=norm_epsilon)",
-        "-jnp.exp(log_share) * entropy",
+        replaced({"standardize": lambda values, epsilon: values}),
         "activations",
     ),
-    Mutant("entropy of a full share", "variational", "jnp.exp(log_share) * entropy", "entropy", "activations"),
-    Mutant("softmax over inputs", "self_attention", OVER_OUTPUTS, "axis=0)", "couplings"),
-    Mutant("no division by the root of h", "self_attention", " / votes.shape[-1] ** 0.5", "", "couplings"),
-    Mutant(
-        "prior inside the softmax",
-        "self_attention",
-        "(attention, axis=1) + prior",
-        "(attention + prior, axis=1)",
-        "couplings",
-    ),
-    Mutant("the other squash", "self_attention", "exponential_squash\n", "squash as exponential_squash\n", "poses"),
-    Mutant("softmax over inputs", "inverted_attention", "size**0.5), axis=1)", "size**0.5), axis=0)", "couplings"),
-    Mutant("no division by the root of h", "inverted_attention", " / size**0.5", "", "couplings"),
-    Mutant(
-        "no layer norm",
-        "inverted_attention",
-        "standardize(poses, epsilon=epsilon)",
-        "poses",
-        "couplings",
-    ),
+    Mutant("entropy of a full share", "variational", edited("jnp.exp(log_share) * entropy", "entropy"), "activations"),
+    Mutant("softmax over inputs", "self_attention", OVER_INPUTS, "couplings"),
+    Mutant("no division by the root of h", "self_attention", edited(" / votes.shape[-1] ** 0.5", ""), "couplings"),
+    Mutant("prior inside the softmax", "self_attention", _prior_inside_softmax, "couplings"),
+    Mutant("the other squash", "self_attention", replaced({"exponential_squash": squash}), "poses"),
+    Mutant("softmax over inputs", "inverted_attention", OVER_INPUTS, "couplings"),
+    Mutant("no division by the root of h", "inverted_attention", edited(" / size**0.5", ""), "couplings"),
+    Mutant("no layer norm", "inverted_attention", replaced({"standardize": lambda poses, epsilon: poses}), "couplings"),
     Mutant(
         "layer norm over capsules",
         "inverted_attention",
-        "standardize(poses, epsilon=epsilon)",
-        "standardize(poses.T, epsilon=epsilon).T",
+        replaced({"standardize": lambda poses, epsilon: standardize(poses.T, epsilon=epsilon).T}),
         "couplings",
     ),
-    Mutant("no gain", "inverted_attention", " * gain", "", "couplings"),
-    Mutant("no readout bias", "inverted_attention", " + readout_bias\n", "\n", "activations"),
-    Mutant("softmax over inputs", "self_routing", OVER_OUTPUTS, OVER_INPUTS, "couplings"),
-    Mutant("no bias", "self_routing", " + route_bias, axis", ", axis", "couplings"),
-    Mutant("ignores activations", "self_routing", "activations[:, None] * couplings", "couplings", "poses"),
-    Mutant("poses not normalised", "self_routing", " / (mass[:, None] + epsilon)", "", "poses"),
-    Mutant("activations not normalised", "self_routing", "mass / (activations.sum() + epsilon)", "mass", "activations"),
-    Mutant("softmax over inputs", "kmeans", OVER_OUTPUTS, OVER_INPUTS, "couplings"),
+    Mutant("no gain", "inverted_attention", given(gain=1.0), "couplings"),
+    Mutant("no readout bias", "inverted_attention", given(readout_bias=0.0), "activations"),
+    Mutant("softmax over inputs", "self_routing", OVER_INPUTS, "couplings"),
+    Mutant("no bias", "self_routing", given(route_bias=0.0), "couplings"),
+    Mutant("ignores activations", "self_routing", without_activations, "poses"),
     Mutant(
-        "logits accumulated",
-        "kmeans",
-        COSINES,
-        "cosines = (cosines if _ else 0) + "
-        + COSINES[len("couplings = jax.nn.softmax(") : -len(", axis=1)")]
-        + "\n        couplings = jax.nn.softmax(cosines, axis=1)",
-        "couplings",
-    ),
-    Mutant("agreement for cosine", "kmeans", "direction(votes), direction(centers)", "votes, centers", "couplings"),
-    Mutant(
-        "squashed in each iteration",
-        "kmeans",
-        'jnp.einsum("io,ioh->oh", couplings, votes)',
-        'squash(jnp.einsum("io,ioh->oh", couplings, votes))',
+        "poses not normalised",
+        "self_routing",
+        returning(
+            lambda routed, votes, activations: routed._replace(
+                poses=routed.poses * _shares(routed.couplings, activations)[:, None]
+            )
+        ),
         "poses",
     ),
     Mutant(
-        "shares of the inputs", "uniform", "num_outputs = votes.shape[1]", "num_outputs = votes.shape[0]", "couplings"
+        "activations not normalised",
+        "self_routing",
+        returning(
+            lambda routed, votes, activations: routed._replace(activations=routed.activations * activations.sum())
+        ),
+        "activations",
     ),
-    Mutant("sum for mean", "uniform", '"sum") / num_outputs', '"sum")', "poses"),
+    Mutant("softmax over inputs", "kmeans", OVER_INPUTS, "couplings"),
+    Mutant("logits accumulated", "kmeans", _logits_accumulated, "couplings"),
+    Mutant("agreement for cosine", "kmeans", replaced({"direction": lambda poses: poses}), "couplings"),
+    Mutant("squashed in each iteration", "kmeans", replaced({"squash": lambda poses: squash(squash(poses))}), "poses"),
     Mutant(
-        "not normalised",
-        "random",
-        "dirichlet(np.ones(num_outputs), num_inputs)",
-        "exponential(size=(num_inputs, num_outputs))",
+        "shares of the inputs",
+        "uniform",
+        returning(
+            lambda routed, votes, activations: routed._replace(couplings=jnp.full_like(votes[..., 0], 1 / len(votes)))
+        ),
         "couplings",
     ),
-    Mutant("seed ignored", "random,seed=3", "default_rng(seed)", "default_rng(0)", "couplings"),
+    Mutant(
+        "sum for mean",
+        "uniform",
+        returning(lambda routed, votes, activations: routed._replace(poses=squash(votes.sum(axis=0)))),
+        "poses",
+    ),
+    Mutant("not normalised", "random", replaced({"np.random.default_rng": _exponential}), "couplings"),
+    Mutant("seed ignored", "random,seed=3", given(seed=0), "couplings"),
 ]
