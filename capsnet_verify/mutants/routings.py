@@ -7,6 +7,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import reduce
 
 from capsnet_jax.capsules import Routed
 from capsnet_jax.ops import squash, standardize
@@ -21,6 +22,7 @@ from capsnet_verify.mutants.mistakes import (
     returning,
     without_activations,
 )
+from capsnet_verify.routings import SIZE
 
 
 class Mutant(NamedTuple):
@@ -158,7 +160,7 @@ MUTANTS = [
     Mutant(
         "one degree of freedom",
         "variational",
-        edited("nu - jnp.arange(size)", "nu - 0 * jnp.arange(size)"),
+        replaced({"jnp.arange": jnp.zeros}),
         "couplings",
     ),
     Mutant("means not shrunk", "variational", edited("mass / kappa * mean_votes", "mean_votes"), "couplings"),
@@ -175,13 +177,23 @@ MUTANTS = [
         replaced({"standardize": lambda values, epsilon: values}),
         "activations",
     ),
-    Mutant("entropy of a full share", "variational", edited("jnp.exp(log_share) * entropy", "entropy"), "activations"),
+    Mutant("entropy of a full share", "variational", replaced({"jnp.exp": jnp.ones_like}), "activations"),
     Mutant("softmax over inputs", "self_attention", OVER_INPUTS, "couplings"),
-    Mutant("no division by the root of h", "self_attention", edited(" / votes.shape[-1] ** 0.5", ""), "couplings"),
+    Mutant(
+        "no division by the root of h",
+        "self_attention",
+        replaced({"reduce": lambda votes, *how: votes.shape[-1] ** 0.5 * reduce(votes, *how)}),
+        "couplings",
+    ),
     Mutant("prior inside the softmax", "self_attention", _prior_inside_softmax, "couplings"),
     Mutant("the other squash", "self_attention", replaced({"exponential_squash": squash}), "poses"),
     Mutant("softmax over inputs", "inverted_attention", OVER_INPUTS, "couplings"),
-    Mutant("no division by the root of h", "inverted_attention", edited(" / size**0.5", ""), "couplings"),
+    Mutant(
+        "no division by the root of h",
+        "inverted_attention",
+        replaced({"jax.nn.softmax": lambda logits, axis: jax.nn.softmax(SIZE**0.5 * logits, axis=axis)}),
+        "couplings",
+    ),
     Mutant("no layer norm", "inverted_attention", replaced({"standardize": lambda poses, epsilon: poses}), "couplings"),
     Mutant(
         "layer norm over capsules",
