@@ -144,6 +144,25 @@ def test_every_implementation_that_training_and_evaluation_have_is_proved(name):
     }
 
 
+def test_on_a_gpu_its_own_implementations_are_first():
+    """And those of a CPU are proved there, too."""
+    plan = plan_of(of_preset("digits").run, Settings("float32", device="gpu"))
+    assert [(batch.size, batch.platform, [*batch.implementations.values()]) for batch in plan.batches] == [
+        (3, None, ["xla", "xla", "votes"]),
+        (16, None, ["xla", "xla", "fused"]),
+        (3, "cpu", ["patches", "patches", "votes"]),
+        (26, "cpu", ["patches", "fourier", "fused"]),
+    ]
+    assert plan.for_training.size == 16
+    assert not plan.unproved
+
+
+def test_what_takes_a_cpu_minutes_is_left_out_and_named():
+    plan = plan_of(of_preset("readable").run, Settings("float32"))
+    assert [(batch.size, batch.platform) for batch in plan.batches] == [(3, None), (16, None)]
+    assert plan.unproved == [("stem 0", "xla"), ("primary capsules", "xla")]
+
+
 def test_a_mistake_in_one_implementation_is_told_as_one(monkeypatch, capsys):
     wrong = next(mutant for mutant in MUTANTS if mutant.mistake == "softmax over input capsules, without votes")
     with wrong.wrong(None):
