@@ -1,6 +1,7 @@
 """The few functions every capsule network is made of; exact, with finite gradients, from zero to 1e15."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,19 +140,19 @@ def multi_hot(labels: Labels, num_classes: int, dtype: DTypeLike) -> Float[Array
     return hot if labels.ndim == 1 else reduce(hot, "b k o -> b o", "max")
 
 
-def check_labels(labels: Shaped[Array | np.ndarray, "..."], num_examples: int, num_classes: int) -> None:
+def check_labels(labels: Shaped[Array | np.ndarray, "..."], num_examples: Any, num_classes: int) -> None:
     """Refuses labels that are not class indices of these examples.
 
     Args:
         labels: expected to be integers `[b]` or `[b k]`, in [0, num_classes). Their range is checked outside
             `jax.jit` only, where they have values.
-        num_examples: b.
+        num_examples: b; a symbol in a program that is exported for all batch sizes.
         num_classes: number of classes.
 
     Raises:
         UsageError: says what was got and what was expected.
     """
-    if labels.ndim not in (1, 2) or len(labels) != num_examples or not jnp.issubdtype(labels.dtype, jnp.integer):
+    if labels.ndim not in (1, 2) or labels.shape[0] != num_examples or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise UsageError(
             f"Labels are {labels.dtype} of shape {labels.shape}; expected integers of shape ({num_examples},), or "
             f"({num_examples}, k) for k labels of each image."

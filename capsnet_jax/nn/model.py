@@ -166,7 +166,7 @@ class CapsNet(nnx.Module):
         """
         if self.decoder is None:
             raise UsageError("The model has no decoder; decoder_hidden is None.")
-        check_labels(labels, len(poses), self.config.num_classes)
+        check_labels(labels, poses.shape[0], self.config.num_classes)
         return self.decoder(mask_by_label(poses, jnp.asarray(labels)))
 
     def implementations(self, batch_size: int) -> dict[str, Choice]:

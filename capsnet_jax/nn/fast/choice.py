@@ -7,7 +7,7 @@ values faster or in less memory, and each is tested against the plain one.
 import math
 from collections.abc import Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,9 @@ ROUTING_IMPLEMENTATIONS = ("auto", "votes", "fused")
 FEWEST_EXAMPLES = 16  # with fewer, votes are faster on CPU; with more, they are slower; see docs/performance.md
 
 
+Size = Any  # an int; or a symbol, as the batch size of a program that is exported for all of them
+
+
 class Choice(NamedTuple):
     """An implementation of a layer, and why it was chosen.
 
@@ -47,7 +50,7 @@ class Choice(NamedTuple):
 
 
 def choose_convolution(
-    images: Sequence[int], kernel: Sequence[int], stride: int, dtype: DTypeLike, *, platform: str | None = None
+    images: Sequence[Size], kernel: Sequence[int], stride: int, dtype: DTypeLike, *, platform: str | None = None
 ) -> Choice:
     """The implementation of a convolution without padding.
 
@@ -83,7 +86,7 @@ def choose_convolution(
     return Choice("fourier", f"it costs {share:.2f} of a matrix product of patches", best)
 
 
-def choose_routing(routing: Routing, option: str, num_examples: int) -> Choice:
+def choose_routing(routing: Routing, option: str, num_examples: Size) -> Choice:
     """The implementation of a capsule layer's routing.
 
     Args:
