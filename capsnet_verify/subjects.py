@@ -16,6 +16,8 @@ from capsnet_jax.runs.folder import Run, read_run
 
 # All sizes differ, so that no transposed axis fits by chance; a primary scale of 1 gives capsules of visible length.
 SMALL = ModelConfig(
+    image_shape=(22, 24, 2),
+    num_classes=5,
     stem_channels=7,
     stem_kernel=3,
     primary_groups=3,
@@ -25,7 +27,7 @@ SMALL = ModelConfig(
     class_dim=6,
     decoder_hidden=(11, 13),
 )
-SMALL_IMAGES, SMALL_CLASSES = (22, 24, 2), 5
+SMALL_IMAGES, SMALL_CLASSES = SMALL.image_shape, SMALL.num_classes
 
 # Options with which all that is in an algorithm matters: by default little variance makes the Gaussians of EM collapse
 # onto few votes, and weights that are there on demand only are not there.

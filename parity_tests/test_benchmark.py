@@ -16,7 +16,6 @@ from capsnet_jax.cli.main import main
 from capsnet_jax.config import Config, TrainingConfig
 from capsnet_torch import CapsNet, benchmark
 from capsnet_torch.augmentation import random_shift
-from capsnet_torch.model import ONLY_IN_JAX
 from capsnet_verify.subjects import SMALL, SMALL_CLASSES, SMALL_IMAGES
 
 TINY = ["--preset", "digits", "--image-shape", "8", "9", "2", "--batch-size", "3", "--num-classes", "4"]
@@ -56,7 +55,7 @@ def test_the_compiled_twin(tmp_path):
 
 def test_both_sides_measure_the_same():
     config = Config(model=SMALL, training=TrainingConfig(batch_size=3, reconstruction_weight=3.0))
-    arguments = {"config": config.with_sizes(SMALL_IMAGES, SMALL_CLASSES).to_json(), "shift": 0.1}
+    arguments = {"config": config.to_json(), "shift": 0.1}
     arguments |= {"train_images": 12, "test_images": 20, "evaluation_batch": 4, "gemm_sizes": {"cpu": 16, "gpu": 16}}
     ours, theirs = jax_work.Work(**arguments), benchmark.Work(**arguments, compile_mode="eager")
     for name in MEASUREMENTS:
@@ -92,14 +91,13 @@ def test_without_a_compiler_its_row_is_left_out(tmp_path, monkeypatch, capsys):
 
 
 def test_operations_are_those_that_torch_counts():
-    options = {name: value for name, value in vars(SMALL).items() if name not in ONLY_IN_JAX}
-    model = CapsNet(SMALL_IMAGES, SMALL_CLASSES, **options | {"routing": "uniform"})
+    model = CapsNet.from_config(vars(SMALL) | {"routing": "uniform"})
     images = torch.rand(1, SMALL_IMAGES[2], *SMALL_IMAGES[:2])
     with FlopCounterMode(display=False) as counted:
         model.decode(model.encode(images).poses, torch.tensor([1]))
     capsules = 3 * 8 * 9  # groups and positions; uniform routing sums their votes
     routing = 2 * capsules * SMALL_CLASSES * SMALL.class_dim
-    total = sum(forward_flops(SMALL, SMALL_IMAGES, SMALL_CLASSES))
+    total = sum(forward_flops(SMALL))
     assert counted.get_total_flops() - total in (0, routing)
 
 

@@ -10,7 +10,7 @@ import capsnet_jax
 import capsnet_torch
 from capsnet_jax.interchange.weights import from_torch, load_weights, save_weights, to_torch
 from capsnet_torch.model import ONLY_IN_JAX
-from capsnet_verify.subjects import SMALL, SMALL_CLASSES, SMALL_IMAGES
+from capsnet_verify.subjects import SMALL
 from parity_tests.pairs import make_pair
 
 SIZES = {name: value for name, value in vars(SMALL).items() if name not in ONLY_IN_JAX}
@@ -42,11 +42,8 @@ def test_the_reference_models_state_dicts_load_unchanged():
 def test_torch_to_jax_and_back_is_bit_exact(hidden_capsules):
     options = SIZES | {"hidden_capsules": hidden_capsules}
     torch.manual_seed(0)
-    state = {
-        name: tensor.numpy()
-        for name, tensor in capsnet_torch.CapsNet(SMALL_IMAGES, SMALL_CLASSES, **options).state_dict().items()
-    }
-    model = capsnet_jax.CapsNet(SMALL_IMAGES, SMALL_CLASSES, **options, rngs=nnx.Rngs(0))
+    state = {name: tensor.numpy() for name, tensor in capsnet_torch.CapsNet(**options).state_dict().items()}
+    model = capsnet_jax.CapsNet(**options, rngs=nnx.Rngs(0))
     assert not np.array_equal(to_torch(model)["decoder.0.weight"], state["decoder.0.weight"])
     from_torch(model, state)
     back = to_torch(model)
