@@ -119,7 +119,13 @@ class ModelConfig:
             UsageError: there is no such field, or a value is wrong.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        fields |= dict(zip(known, sizes, strict=False))
+        given = dict(zip(("image_shape", "num_classes"), sizes, strict=False))
+        if len(sizes) > len(given) or given.keys() & fields.keys():
+            raise UsageError(
+                f"The model got {sizes} by position and {', '.join(fields) or 'nothing'} by name; expected image_shape and "
+                "num_classes, each once, and all other fields by name."
+            )
+        fields |= given
         for name in fields:
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]

@@ -66,6 +66,17 @@ def test_a_wrong_field_is_an_error(options, message):
             CapsNet.from_preset("digits", **options, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "fields"),
+    [(((9, 11, 1), 4, 3), {}), (((9, 11, 1),), {"image_shape": (12, 13, 1)}), (((9, 11, 1), 4), {"num_classes": 4})],
+)
+def test_sizes_given_twice_or_too_many_are_an_error(sizes, fields):
+    with pytest.raises(
+        UsageError, match="expected image_shape and num_classes, each once, and all other"
+    ):
+        CapsNet(*sizes, **fields, rngs=nnx.Rngs(0))
+
+
 def test_an_unknown_preset_is_an_error():
     with pytest.raises(UsageError, match="Unknown preset 'digit'; expected readable, digits"):
         CapsNet.from_preset("digit", rngs=nnx.Rngs(0))
