@@ -122,8 +122,8 @@ class ModelConfig:
         given = dict(zip(("image_shape", "num_classes"), sizes, strict=False))
         if len(sizes) > len(given) or given.keys() & fields.keys():
             raise UsageError(
-                f"The model got {sizes} by position and {', '.join(fields) or 'nothing'} by name; expected image_shape and "
-                "num_classes, each once, and all other fields by name."
+                f"The model got {sizes} by position and {', '.join(fields) or 'nothing'} by name; expected image_shape "
+                "and num_classes, each once, and all other fields by name."
             )
         fields |= given
         for name in fields:

@@ -71,9 +71,7 @@ def test_a_wrong_field_is_an_error(options, message):
     [(((9, 11, 1), 4, 3), {}), (((9, 11, 1),), {"image_shape": (12, 13, 1)}), (((9, 11, 1), 4), {"num_classes": 4})],
 )
 def test_sizes_given_twice_or_too_many_are_an_error(sizes, fields):
-    with pytest.raises(
-        UsageError, match="expected image_shape and num_classes, each once, and all other"
-    ):
+    with pytest.raises(UsageError, match="expected image_shape and num_classes, each once, and all other"):
         CapsNet(*sizes, **fields, rngs=nnx.Rngs(0))
 
 
