@@ -11,7 +11,8 @@ from capsnet_jax.interchange.weights import save_weights
 from capsnet_jax.runs.folder import WEIGHTS, Run
 from capsnet_torch.routing import ROUTINGS
 from parity_tests.compare import assert_close
-from tests.cli.test_export import BATCH_SIZES, CASES, IMAGE_SHAPE, TINY, new_images, new_model, responses
+from tests.cli.exports import BATCH_SIZES, CASES, TINY, new_images, new_model, responses
+from tests.conftest import IMAGE_SHAPE
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

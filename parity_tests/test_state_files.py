@@ -10,9 +10,9 @@ import torch
 import capsnet_torch
 from capsnet_jax import UsageError
 from capsnet_jax.interchange.state_files import read_state, write_state
-from tests.cli.test_convert import SMALL_RUN, convert, error_of
+from tests.cli.conversions import SMALL_RUN, convert, error_of
+from tests.interchange.architectures import ARCHITECTURES, CONVOLUTIONAL, assert_same, new_run, random_state
 from tests.interchange.damages import DAMAGED_STATES, Bomb
-from tests.interchange.test_state_files import ARCHITECTURES, CONVOLUTIONAL, assert_same, new_run, random_state
 
 STATE = random_state(SMALL_RUN)
 

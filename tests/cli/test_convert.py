@@ -5,21 +5,17 @@ import json
 import os
 import pickle
 import sys
-from pathlib import Path
 
 import pytest
 import safetensors.numpy
 
 from capsnet_jax.cli.main import main
-from capsnet_jax.config import Config, ModelConfig
+from capsnet_jax.config import Config
 from capsnet_jax.interchange.state_files import read_state
 from capsnet_jax.presets import PRESETS
-from capsnet_jax.runs.folder import Run
-from tests.conftest import IMAGE_SHAPE, SMALL
+from tests.cli.conversions import SMALL_RUN, convert, error_of
+from tests.interchange.architectures import ARCHITECTURES, CONVOLUTIONAL, assert_same, new_run, random_state
 from tests.interchange.damages import DAMAGED_STATES, Bomb
-from tests.interchange.test_state_files import ARCHITECTURES, CONVOLUTIONAL, assert_same, new_run, random_state
-
-SMALL_RUN = Run(Path("run"), Config(ModelConfig(IMAGE_SHAPE, 10, **SMALL, primary_stride=2)), tuple("0123456789"))
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +30,6 @@ def run_dir(state, tmp_path):
     run.write_config()
     safetensors.numpy.save_file(state, run.folder / "model.safetensors")
     return run.folder
-
-
-def convert(*arguments: object) -> int:
-    return main(["convert", *map(str, arguments)])
-
-
-def error_of(capsys) -> str:
-    """The one line that a refusal prints, and nothing else."""
-    out, error = capsys.readouterr()
-    assert out == ""
-    assert error.startswith("capsnet: error: ")
-    assert error.endswith(".\n")
-    assert error.count("\n") == 1
-    return error.removeprefix("capsnet: error: ").rstrip("\n")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -12,7 +12,7 @@ from capsnet_jax.config import ModelConfig
 from capsnet_jax.interchange.architecture import infer_architecture
 from capsnet_jax.presets import PRESETS
 from capsnet_jax.runs.folder import Run
-from tests.interchange.test_state_files import (
+from tests.interchange.architectures import (
     ARCHITECTURES,
     FROM_CONFIG,
     PLAIN,
