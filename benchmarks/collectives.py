@@ -1,11 +1,12 @@
-"""Tells what devices send each other in a training step: the collectives of the program that XLA compiled.
+"""Counts the collectives of a training step, that is, what devices send each other in the program that XLA compiled.
 
     python benchmarks/collectives.py --devices 8 --preset readable --batch-size 512
 
-The devices are simulated on the CPU, so that no time is measured; what is sent does not depend on that.
+The devices are simulated on the CPU. Times would mean nothing, but the collectives are the same.
 """
 
 import argparse
+import dataclasses
 import math
 import os
 import re
@@ -16,7 +17,7 @@ ARRAY = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
 
 
 def count(program: str) -> dict[str, tuple[int, int]]:
-    """Number of collectives of each kind in a program, and the bytes of their results on a device."""
+    """Return the number of collectives of each kind in an HLO program, and the bytes of their results on one device."""
     numbers: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for results, kind in COLLECTIVE.findall(program):
@@ -35,26 +36,13 @@ def main() -> None:
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.devices}"
     os.environ["JAX_PLATFORMS"] = "cpu"
 
-    import dataclasses
-
-    import numpy as np
-    from flax import nnx
-
-    from capsnet_jax import CapsNet
-    from capsnet_jax.data import make_dataset
+    from capsnet_benchmark.jax_work import random_trainer
     from capsnet_jax.presets import PRESETS
-    from capsnet_jax.train.loop import Trainer
 
-    config = PRESETS[options.preset]
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (options.batch_size, 28, 28, 1), dtype=np.uint8)
-    labels = np.arange(options.batch_size) % 10
-    trainer = Trainer(
-        lambda seed: CapsNet.from_config(config.with_sizes((28, 28, 1), 10).model, rngs=nnx.Rngs(seed)),
-        make_dataset(images, labels, images[:10], labels[:10], num_classes=10),
-        dataclasses.replace(config.training, batch_size=options.batch_size),
-        augment=config.data.augment,
-    )
+    config = PRESETS[options.preset].with_sizes((28, 28, 1), 10)
+    training = dataclasses.replace(config.training, batch_size=options.batch_size)
+    config = dataclasses.replace(config, training=training)
+    trainer = random_trainer(config, options.batch_size, 10, augment=config.data.augment)
     print(f"{options.preset}: {trainer.num_params:,} weights, {4 * trainer.num_params:,} bytes in float32")
     for kind, (number, size) in count(trainer.compiled().as_text() or "").items():
         print(f"{kind}: {number} in a step, {size:,} bytes")

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Every measurement and check that needs a GPU, in less than ten minutes and without a network:
+# Runs every measurement and check that needs a GPU, in less than ten minutes and without a network:
 #
 #     benchmarks/gpu.sh [FOLDER [PART ...]]
 #
-# FOLDER is where JSON, CSV, figure and log go (benchmarks/results). A PART is epoch, float32, bfloat16, parts, votes,
-# parity or scaling; all of them are done if none is named. PYTHON names the interpreter (python); PATIENCE=2 doubles the
-# time limits, of parts that need it; SMALL=1 does the same on CPU in tiny sizes, to see that all of it works.
+# JSON, CSV, the figure and the log go to FOLDER (benchmarks/results). The PARTs are epoch, float32, bfloat16, parts,
+# votes, parity and scaling; by default all of them run. PYTHON is the interpreter (python). PATIENCE=2 doubles the time
+# limits. SMALL=1 runs tiny sizes on CPU, to test this script.
 #
-# If a part fails, the others are done all the same, and the exit status is 1.
+# If a part fails, the others still run, and the exit status is 1.
 set -uo pipefail
 folder=$(realpath -m "${1:-$(dirname "$0")/results}")
 chosen=" ${*:2} "
@@ -22,7 +22,7 @@ if [[ ${SMALL:-} ]]; then
     parts=(inference dispatch epoch)
     epoch=(--small --batch-size 8 --epochs 2) parity=(--routing uniform --steps 1) scaling=(--small --rounds 2)
 else
-    export XLA_PYTHON_CLIENT_PREALLOCATE=false # PyTorch has its share of the same card
+    export XLA_PYTHON_CLIENT_PREALLOCATE=false # leaves memory for PyTorch
     device=gpu rows=(jax torch-eager torch-compile) patience=${PATIENCE:-1}
     model=(--batch-size 256 --rounds 9)
     parts=(inference stem primary votes routing decoder optimizer augmentation dispatch epoch)
@@ -33,7 +33,7 @@ exec > >(tee -a "$folder/$device.log") 2>&1
 capsnet=(-m capsnet_jax)
 summary=() failed=0
 
-# Does a part, if it is wanted, in so many seconds at most: part NAME SECONDS ARGUMENTS-OF-PYTHON...
+# Runs a part, if it was chosen, with a time limit: part NAME SECONDS ARGUMENTS-OF-PYTHON...
 part() {
     local name=$1 limit=$((patience * $2)) start=$SECONDS status told
     [[ $chosen == "  " || $chosen == *" $name "* ]] || return 0
@@ -43,18 +43,18 @@ part() {
     ((status == 0)) || failed=1
     case $status in
         0) told=ok ;;
-        124 | 137) told="not done in $limit s" ;;
+        124 | 137) told="not finished in $limit s" ;;
         *) told="failed with status $status" ;;
     esac
     summary+=("$(printf '%-10s %4d s  %s' "$name" $((SECONDS - start)) "$told")")
 }
 
-# The same of `capsnet benchmark`: bench NAME SECONDS OPTIONS...
+# Runs `capsnet benchmark` as a part: bench NAME SECONDS OPTIONS...
 bench() {
     part "$1" "$2" "${capsnet[@]}" benchmark "${model[@]}" --json "$folder/$device-$1.json" "${@:3}"
 }
 
-# 9 minutes and 20 seconds at most, and 35 seconds more if every part has to be killed.
+# The limits sum to 9 minutes and 20 seconds, plus 35 seconds if every part must be killed.
 part epoch 45 benchmarks/whole_epoch.py "${epoch[@]}" --json "$folder/$device-epoch.json"
 bench float32 105 --precision float32 --rows "${rows[@]}" --measure step gemm
 bench bfloat16 105 --precision bfloat16 --rows "${rows[@]}" --measure step gemm

@@ -1,12 +1,13 @@
-"""Time and memory of a capsule layer against batch, number of input capsules and iterations, beside PyTorch.
+"""Measures time and memory of a capsule layer by batch size, routing iterations and number of input capsules.
 
     python benchmarks/scaling_curves.py --output benchmarks/results/scaling-cpu --figure docs/scaling-curves.png
 
-Measured are forward and backward, with gradients of poses and weight, of capsules of 8 numbers that route to 10 of 16:
-in JAX without votes ("jax-fused") and of votes ("jax-votes"), and by the twin ("torch-eager"). For each axis there is a
-process for each row, and they take turns. Memory is what a call takes beyond inputs, weight and their gradients: on CPU
-how far the memory of the process rises, on a GPU what the framework says; for JAX also by XLA's own account.
-Points that would need more memory or time than there is are left out, and their cells are empty.
+The layer routes capsules of size 8 to 10 capsules of size 16, forward and backward, with gradients of poses and
+weight: in JAX without votes ("jax-fused") and with votes ("jax-votes"), and in PyTorch ("torch-eager"). For each axis,
+each row has its own process, and the rows take turns. Memory is what a call needs in addition to inputs, weight and
+gradients: on CPU the growth of the process, on a GPU what the framework reports, and for JAX also what XLA plans for
+temporary arrays.
+Points that may need more memory or time than there is are left out, and their cells are empty.
 """
 
 import argparse
@@ -18,28 +19,28 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from capsnet_benchmark.processes import Worker, WorkerError, same_device
+from capsnet_benchmark.measurements import SIZES
+from capsnet_benchmark.processes import Worker, WorkerError, start_workers
 from capsnet_benchmark.results import origin
+from capsnet_jax.config import Config, ModelConfig, TrainingConfig
 from capsnet_jax.errors import UsageError
 from capsnet_jax.files import replace_file
 
-ROWS = ("jax-fused", "jax-votes", "torch-eager")
-COLORS = dict(zip(ROWS, ("tab:blue", "tab:orange", "tab:red"), strict=True))
+COLORS = {"jax-fused": "tab:blue", "jax-votes": "tab:orange", "torch-eager": "tab:red"}
+ROWS = tuple(COLORS)
 LABELS = {"batch": "images in a batch", "inputs": "input capsules", "iterations": "routing iterations"}
-OUTPUT_NUMBERS = 10 * 16  # of capsules times pose size
-UNCOUNTED = 2 + 4  # calls of a point before the samples: to measure memory, and to warm up
+OUTPUT_NUMBERS = 10 * 16  # output capsules times pose size
+UNCOUNTED = 2 + 4  # calls of a point before its samples: to measure memory, and to warm up
 
-# Of each axis the values, and what the others are meanwhile; what takes longest comes last.
+# The values of each axis, and the values of the other axes meanwhile. The slowest comes last.
 AXES: dict[str, tuple[tuple[int, ...], dict[str, int]]] = {
     "batch": ((1, 4, 16, 64, 256), {"inputs": 1152, "iterations": 3}),
     "iterations": ((1, 2, 3, 5, 10), {"batch": 64, "inputs": 1152}),
@@ -52,7 +53,7 @@ SMALL: dict[str, tuple[tuple[int, ...], dict[str, int]]] = {
 
 @dataclass
 class Point:
-    """What was measured of a row at a value of an axis; nothing, if it was left out for a reason."""
+    """The measurements of a row at one value of an axis; none of them if `left_out` is the reason for that."""
 
     row: str
     axis: str
@@ -69,14 +70,19 @@ class Point:
     def votes_bytes(self) -> int:
         return 4 * self.batch * self.inputs * OUTPUT_NUMBERS
 
+    @property
+    def quartiles(self) -> list[float]:
+        """The first, the median and the third."""
+        return statistics.quantiles(self.seconds, n=4, method="inclusive")
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="files to write, without .csv, .json and .png")
+    parser.add_argument("--output", type=Path, required=True, help="files to write, without suffix")
     parser.add_argument("--figure", type=Path, help="where the figure goes instead")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each point (default: 5)")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no point is begun that may end after them")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that all of this works")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no point that may end later than this")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script")
     options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error(f"--rounds is {options.rounds}, and must be at least 2")
@@ -98,83 +104,109 @@ def main(arguments: Sequence[str] | None = None) -> None:
     curves(points, f"A capsule layer, forward and backward, on {results['device']}").savefig(path)
 
 
+def layer_config(batch: int, inputs: int, iterations: int, row: str = ROWS[0]) -> dict[str, Any]:
+    """Return the config of a model, as JSON, whose only capsule layer has this number of input capsules."""
+    model = ModelConfig(
+        image_shape=(1, inputs, 1),
+        stem_channels=1,
+        stem_kernel=1,
+        primary_groups=1,
+        primary_kernel=1,
+        primary_stride=1,
+        primary_scale=1.0,
+        decoder_hidden=None,
+        num_iterations=iterations,
+        routing_implementation="fused" if row == "jax-fused" else "votes",
+    )
+    return Config(model=model, training=TrainingConfig(batch_size=batch)).to_json()
+
+
 def measure(
     axis: str, values: Sequence[int], fixed: dict[str, int], *, rounds: int, deadline: float
 ) -> tuple[list[Point], str]:
-    """All rows at all values of an axis, and the device.
+    """Measure all rows at all values of an axis.
 
     Args:
         axis: "batch", "inputs" or "iterations".
-        values: in rising order, as the peak of a GPU's memory is that since a process began.
+        values: in rising order, as JAX cannot reset the peak memory of a GPU.
         fixed: the values of the other axes.
         rounds: number of samples.
-        deadline: of `time.monotonic`.
+        deadline: end of the measurements, as `time.monotonic` gives it.
+
+    Returns:
+        The points, and the name of the device.
 
     Raises:
-        UsageError: a process cannot start, or they are not on the same device.
+        UsageError: a process cannot start, or the rows are not on the same device.
     """
     points: list[Point] = []
-    with ExitStack() as stack:
-        workers = {row: Worker(row, "scaling_work", {"row": row, "fixed": fixed}) for row in ROWS}
-        for worker in workers.values():
-            stack.callback(worker.stop)
-        _, device = same_device({row: worker.introduction() for row, worker in workers.items()})
-        before: dict[str, Point] = {}
+    arguments: dict[str, Any] = {"config": layer_config(1, 1, 1), **SIZES}
+    works: dict[str, Any] = {row: ("capsnet_benchmark.jax_work", arguments) for row in ROWS[:2]}
+    works[ROWS[2]] = ("capsnet_torch.benchmark", {**arguments, "compile_mode": "eager"})
+    with start_workers(works) as workers:
+        before: list[Point] = []
         took = 0.0
         for value in values:
             print(f"{axis}={value}", file=sys.stderr)
             begun = time.monotonic()
             sizes: dict[str, Any] = fixed | {axis: value}
-            here = {row: Point(row, axis, value, **sizes) for row in ROWS}
-            free = workers[ROWS[0]].tell("free_memory") if not before or before[ROWS[0]].seconds else math.inf
-            # What is compiled is as large at every value; each call takes longer.
-            last = {row: statistics.median(point.seconds) for row, point in before.items() if point.seconds}
-            for row, point in here.items():
-                growth = value / before[row].value if before else 1
-                seconds = took + (growth - 1) * (rounds + UNCOUNTED) * sum(last.values())
-                point.left_out = reason_to_leave_out(before.get(row), growth, free, seconds, deadline - begun)
-            take_samples([(workers[row], point) for row, point in here.items() if not point.left_out], rounds)
+            here = [Point(row, axis, value, **sizes) for row in ROWS]
+            free = math.inf if before and not before[0].seconds else workers[0].ask("free_memory")
+            growth = value / before[0].value if before else 1
+            # Compilation takes as long as at the value before, and each call `growth` times as long.
+            calls = (rounds + UNCOUNTED) * sum(point.quartiles[1] for point in before if point.seconds)
+            seconds, seconds_left = took + (growth - 1) * calls, deadline - begun
+            previous: Sequence[Point | None] = before or [None] * len(ROWS)
+            for point, last in zip(here, previous, strict=True):
+                point.left_out = reason_to_leave_out(last, growth, free, seconds, seconds_left)
+            take_samples([(worker, point) for worker, point in zip(workers, here, strict=True)], rounds)
             before, took = here, time.monotonic() - begun
-            points += here.values()
-    return points, device
+            points += here
+        return points, workers[0].device
 
 
 def take_samples(rows: Sequence[tuple[Worker, Point]], rounds: int) -> None:
-    """Prepares all rows at once, then has them take turns; one that fails is left out."""
+    """Prepare all rows at once, then let them take turns; leave out the ones that fail."""
 
-    def ask(worker: Worker, point: Point, question: Callable[[Worker, str], Any]) -> Any:
+    def ask(worker: Worker, point: Point, method: str, *arguments: Any) -> Any:
         if point.left_out is None:
             try:
-                return question(worker, f"{point.axis}={point.value}")
+                return worker.ask(method, *arguments)
             except WorkerError as error:
                 point.left_out, point.seconds = str(error), []
                 print(error, file=sys.stderr)
         return None
 
+    def prepare(row: tuple[Worker, Point]) -> None:
+        _, point = row
+        ask(*row, "load", layer_config(point.batch, point.inputs, point.iterations, point.row))
+        ask(*row, "prepare", "routing")
+
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda row: ask(row[0], row[1], Worker.prepare), rows))
+        list(pool.map(prepare, rows))
     for worker, point in rows:
-        vars(point).update(ask(worker, point, lambda worker, _: worker.tell("memory")) or {})
+        point.extra_bytes = ask(worker, point, "extra_memory")
+        if point.row.startswith("jax"):
+            point.xla_temp_bytes = ask(worker, point, "temp_bytes")
     for _ in range(rounds):
         for worker, point in rows:
-            seconds = ask(worker, point, Worker.sample)
-            if seconds is not None:
+            if (seconds := ask(worker, point, "sample")) is not None:
                 point.seconds.append(seconds)
 
 
 def reason_to_leave_out(
     before: Point | None, growth: float, free: float, seconds: float, seconds_left: float
 ) -> str | None:
-    """Why a point should not be tried; None if it should.
+    """Return why a point should not be measured; None if it should.
 
     Args:
-        before: the point before, of the same row and axis.
-        growth: how many times larger the value is now, and so perhaps the memory that is needed.
-        free: bytes of memory.
-        seconds: that all rows may take.
-        seconds_left: of all time.
+        before: the previous point of the same row and axis.
+        growth: this value over the previous one; memory and time are expected to grow as much.
+        free: bytes of free memory.
+        seconds: expected time of all rows.
+        seconds_left: time until the deadline.
     """
-    if before is not None and before.left_out:
+    if before and before.left_out:
         return before.left_out
     if seconds > seconds_left:
         return f"it may take {seconds:.0f} s, and {max(seconds_left, 0):.0f} s are left"
@@ -183,7 +215,7 @@ def reason_to_leave_out(
 
 
 def as_csv(points: Sequence[Point]) -> str:
-    """A line for each point."""
+    """Format points as CSV, a line each."""
     file = io.StringIO()
     sizes = ("row", "axis", "value", "batch", "inputs", "iterations")
     seconds = ("seconds_median", "seconds_quartile_1", "seconds_quartile_3")
@@ -191,38 +223,35 @@ def as_csv(points: Sequence[Point]) -> str:
     sheet = csv.writer(file, lineterminator="\n")
     sheet.writerow([*sizes, *seconds, *memory])
     for point in points:
-        low, median, high = quartiles(point.seconds) if point.seconds else ("", "", "")
-        sheet.writerow(
-            [getattr(point, name) for name in sizes] + [median, low, high] + [getattr(point, name) for name in memory]
-        )
+        low, median, high = point.quartiles if point.seconds else ("", "", "")
+        cells = [[getattr(point, name) for name in names] for names in (sizes, memory)]
+        sheet.writerow([*cells[0], median, low, high, *cells[1]])
     return file.getvalue()
 
 
-def quartiles(seconds: Sequence[float]) -> list[float]:
-    """The first, the median and the third."""
-    return statistics.quantiles(seconds, n=4, method="inclusive")
-
-
 def curves(points: Sequence[Point], title: str) -> Figure:
-    """Time above memory, for each axis."""
+    """Draw time above memory, a column for each axis."""
     figure = Figure(figsize=(11, 6.4), dpi=120, layout="constrained")
     axes = list(dict.fromkeys(point.axis for point in points))
     panels = figure.subplots(2, len(axes), sharex="col", sharey="row", squeeze=False)
-    for column, axis in enumerate(axes):
+    for (time_panel, memory_panel), axis in zip(panels.T, axes, strict=True):
         of_axis = [point for point in points if point.axis == axis]
-        time_panel, memory_panel = panels[:, column]
         others = ", ".join(f"{getattr(of_axis[0], name):,} {LABELS[name]}" for name in LABELS if name != axis)
         time_panel.set_title(others, fontsize=9)
         memory_panel.set_xlabel(LABELS[axis])
-        for row in ROWS:
-            _draw(time_panel, memory_panel, [point for point in of_axis if point.row == row and point.seconds])
-        votes = sorted({(point.value, point.votes_bytes / 1e6) for point in of_axis})
-        memory_panel.plot(*zip(*votes, strict=True), color="0.4", linestyle="--", label="the votes, once")
-        values = sorted({point.value for point in of_axis})
+        for row, color in COLORS.items():
+            if measured := [point for point in of_axis if point.row == row and point.seconds]:
+                values = [point.value for point in measured]
+                low, medians, high = zip(*([1e3 * each for each in point.quartiles] for point in measured), strict=True)
+                time_panel.plot(values, medians, color=color, marker="o", markersize=4)
+                time_panel.fill_between(values, low, high, color=color, alpha=0.2, linewidth=0)
+                memory = [(point.extra_bytes or math.nan) / 1e6 for point in measured]
+                memory_panel.plot(values, memory, color=color, marker="o", markersize=4, label=row)
+        votes = {point.value: point.votes_bytes / 1e6 for point in of_axis}
+        memory_panel.plot(*zip(*votes.items(), strict=True), color="0.4", linestyle="--", label="the votes, once")
         for panel in (time_panel, memory_panel):
-            panel.set_xscale("log")
-            panel.set_yscale("log")
-            panel.set_xticks(values, [f"{value:,}" for value in values])
+            panel.set(xscale="log", yscale="log")
+            panel.set_xticks(list(votes), [f"{value:,}" for value in votes])
             panel.minorticks_off()
             panel.grid(color="0.9")
     panels[0, 0].set_ylabel("milliseconds")
@@ -230,18 +259,6 @@ def curves(points: Sequence[Point], title: str) -> Figure:
     figure.suptitle(title, fontsize=11)
     figure.legend(*panels[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
-
-
-def _draw(time_panel: Axes, memory_panel: Axes, points: Sequence[Point]) -> None:
-    if not points:
-        return
-    values, color = [point.value for point in points], COLORS[points[0].row]
-    milliseconds = [[1e3 * seconds for seconds in quartiles(point.seconds)] for point in points]
-    low, medians, high = zip(*milliseconds, strict=True)
-    time_panel.plot(values, medians, color=color, marker="o", markersize=4)
-    time_panel.fill_between(values, low, high, color=color, alpha=0.2, linewidth=0)
-    memory = [(point.extra_bytes or math.nan) / 1e6 for point in points]
-    memory_panel.plot(values, memory, color=color, marker="o", markersize=4, label=points[0].row)
 
 
 if __name__ == "__main__":

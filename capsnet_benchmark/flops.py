@@ -1,63 +1,52 @@
-"""How much the model has to compute, by the direct algorithm."""
+"""Floating-point operations of a model, computed by the direct algorithms."""
 
 import math
-from itertools import pairwise
+from collections.abc import Sequence
+
+from flax import nnx
 
 from capsnet_jax.config import ModelConfig
-from capsnet_jax.ops import positions_after
+from capsnet_jax.nn.conv_capsules import ConvCapsules
+from capsnet_jax.nn.model import CapsNet
+from capsnet_jax.nn.precision import PRODUCTS
 
 
 def training_flops(config: ModelConfig) -> int:
-    """Floating-point operations of a training step for each image.
+    """Count the floating-point operations of one training step per image.
 
-    Of each layer forward, and twice that backward: for the gradients by its weights and by what it sees. The latter is
-    not needed of the lowest convolution, which sees the image. An algorithm with fewer multiplications than the direct
-    one, such as a convolution by Fourier transforms, can be faster than these operations could be done at all.
+    The backward pass of a layer costs twice its forward pass: once for the gradient with respect to the weights, once
+    for the gradient with respect to the inputs. The lowest convolution has no gradient with respect to the images.
 
     Raises:
-        UsageError: the images are smaller than what the convolutions need.
+        UsageError: the images are too small for the convolutions.
     """
     forward = forward_flops(config)
     return 3 * sum(forward) - forward[0]
 
 
 def forward_flops(config: ModelConfig) -> list[int]:
-    """Floating-point operations of each layer for an image, from the lowest convolution: twice its multiplications.
+    """Count the floating-point operations of each layer for one image: two per multiplication, lowest layer first.
 
-    A convolution has positions x kernel area x channels in x channels out of them; a vote as many as its pose
-    transformation has; a dense layer as many as weights. Routing, biases and all functions of one number are left out;
-    they are less than a hundredth of the reference model's 0.40 GFLOP.
+    Only products with weights count: convolutions, votes and the dense layers of the decoder. Routing, biases and
+    elementwise functions are left out; in the reference model (0.40 GFLOP) they are less than 1 % of the total.
+    Algorithms with fewer multiplications, such as convolution by Fourier transform, can be faster than this suggests.
 
     Raises:
-        UsageError: the images are smaller than what the convolutions need.
+        UsageError: the images are too small for the convolutions.
     """
-    height, width, channels = config.image_shape
-    primary_channels = config.primary_groups * (config.primary_dim + (config.primary_activation == "sigmoid"))
-    convolutions = [
-        *config.stem_convolutions,
-        (primary_channels, config.primary_kernel, config.primary_stride),
-    ]
-    _ = config.primary_grid  # refuses images that are too small
-    grid = height, width
+    model = nnx.eval_shape(lambda: CapsNet.from_config(config, rngs=nnx.Rngs(0)))
+    shape: Sequence[int] = (1, *config.image_shape)
     multiplications = []
-    for number, (out, kernel, stride) in enumerate(convolutions, 1):
-        grid = positions_after(grid, (kernel, kernel), stride)
-        seen = 1 if config.primary_depthwise and number == len(convolutions) else channels
-        multiplications.append(math.prod(grid) * kernel**2 * seen * out)
-        channels = out
-
-    groups, dim = config.primary_groups, config.primary_dim
-    rows = math.isqrt(dim) if config.matrix_poses else 1  # of a pose, which is transformed row by row
-    for out, out_dim, kernel, stride in config.conv_capsules:
-        grid = positions_after(grid, (kernel, kernel), stride)
-        multiplications.append(math.prod(grid) * kernel**2 * groups * out * dim * out_dim // rows)
-        groups, dim = out, out_dim
-    capsules = math.prod(grid) * groups
-    for out, out_dim in (*config.hidden_capsules, (config.num_classes, config.class_dim)):
-        multiplications.append(capsules * out * dim * out_dim // rows)
-        capsules, dim = out, out_dim
-
-    if config.decoder_hidden is not None:
-        widths = (config.num_classes * config.class_dim, *config.decoder_hidden, math.prod(config.image_shape))
-        multiplications += [below * above for below, above in pairwise(widths)]
+    for convolution in (*model.stem.convolutions, model.primary_capsules.convolution):
+        shape = convolution.out_shape(shape)
+        multiplications.append(math.prod(shape[1:3]) * convolution.kernel.size)
+    for layer in model.capsule_layers:
+        uses = 1  # of each weight
+        if isinstance(layer, ConvCapsules):
+            taps_per_weight = math.prod(layer.kernel_size) // layer.weight.shape[0]
+            uses = math.prod(layer.out_grid) * layer.rows * taps_per_weight
+        multiplications.append(uses * layer.weight.size)
+    if model.decoder is not None:
+        weights = nnx.to_flat_state(nnx.state(model.decoder, nnx.Param))
+        multiplications += [weight.size for path, weight in weights if path[-1] in PRODUCTS]
     return [2 * number for number in multiplications]

@@ -1,231 +1,263 @@
-"""What is measured of the JAX model; the twin's is `capsnet_torch.benchmark`."""
+"""What the benchmark times of the JAX model; `capsnet_torch.benchmark` is the same for PyTorch."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from einops import rearrange
 from flax import nnx
 
-from capsnet_benchmark.jax_epoch import Calls, dispatch, parts_of_epoch, whole_epoch
-from capsnet_benchmark.jax_gradient import forward_and_backward, random_like
 from capsnet_jax.capsules import Capsules
 from capsnet_jax.config import Config
 from capsnet_jax.data import make_dataset
 from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.errors import UsageError
-from capsnet_jax.nn.layers import CapsuleLayer
 from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.nn.precision import for_products
 from capsnet_jax.ops import mask_by_label, to_unit_range
 from capsnet_jax.train.loop import Trainer
-from capsnet_jax.train.memory import compile_lean, peak_memory
+from capsnet_jax.train.memory import available_memory, compile_lean, peak_memory
 from capsnet_jax.train.optimizer import create_optimizer
-from capsnet_jax.train.step import TrainState, create_state, make_train_step
+from capsnet_jax.train.sharding import on_all
+from capsnet_jax.train.step import create_state, make_train_step
+
+Calls = list[tuple[Callable[[], Any], int | float]]
+"""Functions to time, each with its weight in the sum of their times."""
 
 
+@dataclasses.dataclass
 class Work:
-    """The measurements; the method of a name gives what is called, and how often that is to be counted.
+    """The functions to time, for random images and labels.
 
     Args:
-        config: that of a run, as JSON.
+        config: a `Config` as JSON: model, batch size, precision, losses.
         shift: largest shift of training images, as a fraction of their size.
-        train_images: number of images in an epoch.
-        test_images: number of images that are evaluated after it.
-        evaluation_batch: number of them that are evaluated at once.
-        gemm_sizes: rows and columns of the matrices whose product is the limit, by platform.
+        train_images: number of training images in an epoch.
+        test_images: number of test images that are evaluated after it.
+        evaluation_batch: batch size of that evaluation.
+        gemm_sizes: number of rows and columns of the matrices of "gemm", by platform.
 
     Attributes:
         platform: "cpu" or "gpu".
-        device: its name, where it is a GPU.
+        device: name of the device.
+
+    Raises:
+        UsageError: there are several devices.
     """
 
-    def __init__(
-        self,
-        *,
-        config: Mapping[str, Any],
-        shift: float,
-        train_images: int,
-        test_images: int,
-        evaluation_batch: int,
-        gemm_sizes: Mapping[str, int],
-    ):
+    config: Mapping[str, Any]
+    shift: float
+    train_images: int
+    test_images: int
+    evaluation_batch: int
+    gemm_sizes: Mapping[str, int]
+
+    def __post_init__(self) -> None:
         device, *others = jax.devices()
         if others:
             raise UsageError(f"There are {1 + len(others)} devices; expected one, as with CUDA_VISIBLE_DEVICES=0.")
         self.platform, self.device = device.platform, device.device_kind
+        self.load(self.config)
+
+    def load(self, config: Mapping[str, Any]) -> None:
+        """Use another config."""
         self._config = Config.from_json(config)
         self._training = self._config.training
-        self._image_shape, self._num_classes = self._config.model.image_shape, self._config.model.num_classes
-        self._shift = shift
-        self._train_images, self._test_images, self._evaluation_batch = train_images, test_images, evaluation_batch
-        self._steps = train_images // self._training.batch_size
-        self._gemm_size = gemm_sizes[self.platform]
-        self._optimizer = create_optimizer(self._training, self._steps)
-        rng = np.random.default_rng(0)
-        count = self._training.batch_size
-        self._pixels = jax.device_put(rng.integers(0, 256, (count, *self._image_shape), dtype=np.uint8))
-        self._labels = jax.device_put(rng.integers(0, self._num_classes, count, dtype=np.int32))
-        self._images = to_unit_range(self._pixels)
+        self._optimizer = create_optimizer(self._training, self.train_images // self._training.batch_size)
+        self._pixels, self._labels = jax.device_put(random_images(self._config, self._training.batch_size))
+        self._images, self._dtype = to_unit_range(self._pixels), jnp.dtype(self._training.precision)
 
     def prepare(self, name: str) -> Calls:
-        """What a measurement calls, each with how often it is to be counted."""
-        return getattr(self, name)()
+        """Return what to time for a measurement, a key of `MEASUREMENTS`."""
+        method = getattr(self, name, None)
+        return method() if method else self._part(name)
 
     def warmed_up(self) -> None:
-        """The peak of the memory counts from the beginning: JAX cannot forget it."""
+        """Do nothing: JAX cannot reset its peak memory, which therefore counts from the start of the process."""
 
     def block(self, result: Any) -> None:
-        """Waits for what a call gave."""
+        """Wait until the result of a call is there."""
         jax.block_until_ready(result)
 
+    def size(self, result: Any) -> int:
+        """Return the number of bytes of the result of a call."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(result))
+
     def peak_device_memory(self) -> int | None:
-        """The most bytes in use on the GPU so far; None without one."""
-        return peak_memory() if self.platform == "gpu" else None
+        """Return the largest number of bytes in use so far; None if unknown."""
+        return peak_memory()
+
+    def memory_in_use(self) -> int:
+        """Return the number of bytes in use on the GPU."""
+        return (jax.devices()[0].memory_stats() or {})["bytes_in_use"]
+
+    def free_memory(self) -> float:
+        """Return the number of bytes that the GPU or the machine has left."""
+        return available_memory()
+
+    def temp_bytes(self) -> int:
+        """Return the bytes of temporary arrays that XLA planned for the last part that was prepared."""
+        analysis: Any = self._compiled_part.memory_analysis()
+        return analysis.temp_size_in_bytes
 
     def step(self) -> Calls:
-        train_step, state = self._new_training()
-        train_step, program = jax.jit(train_step, donate_argnums=0), None
-
-        def call() -> Any:
-            nonlocal state, program
-            if program is None:  # in the first call, which is timed by itself
-                program = compile_lean(train_step, state, self._images, self._labels)
-            state, metrics = program(state, self._images, self._labels)
-            return metrics
-
-        return [(call, 1)]
+        graphdef, state = create_state(self._new_model(), self._optimizer)
+        names = ("precision", "loss", "reconstruction_weight", "reconstruction_error")
+        options = {name: getattr(self._training, name) for name in names}
+        train_step = jax.jit(make_train_step(graphdef, self._optimizer, **options), donate_argnums=0)
+        arguments = state, self._images, self._labels
+        # Compiled in the first call, which is timed by itself, and in the way in which training does it.
+        program = cache(lambda: compile_lean(train_step, *arguments))
+        return [(iterate(program, *arguments), 1)]
 
     def inference(self) -> Calls:
         graphdef, params, *rest = nnx.split(self._new_model(), nnx.Param, ...)
 
         @jax.jit
         def encode(params: nnx.State, images: jax.Array) -> Capsules:
-            return nnx.merge(graphdef, self._in_precision(params), *rest, copy=True).encode(images)
+            return nnx.merge(graphdef, for_products(params, self._dtype), *rest, copy=True).encode(images)
 
         return [(lambda: encode(params, self._images), 1)]
 
-    def routing(self) -> Calls:
-        layer, capsules = self._last_layer()
-        return self._gradient(
-            layer, lambda layer, poses, activations: layer(Capsules(poses, activations)), capsules[:1], capsules[1:]
-        )
-
-    def stem(self) -> Calls:
-        stem = self._new_model().stem
-        stem.train()
-        return self._gradient(stem, lambda stem, images: stem(images), (), (self._images,))
-
-    def primary(self) -> Calls:
-        encoder = self._in_precision_model()
-        features = random_like(jax.eval_shape(encoder.stem, self._images))
-        return self._gradient(self._new_model().primary_capsules, lambda layer, features: layer(features), (features,))
-
-    def votes(self) -> Calls:
-        layer, capsules = self._last_layer()
-
-        def votes(layer: Any, poses: jax.Array) -> jax.Array:
-            return layer.votes(poses if isinstance(layer, CapsuleLayer) else layer.under_kernel(poses))
-
-        return self._gradient(layer, votes, capsules[:1])
-
-    def decoder(self) -> Calls:
-        model = self._new_model()
-        poses = random_like(jax.eval_shape(model.encode, self._images)).poses
-        return self._gradient(
-            model.decoder,
-            lambda decoder, poses, labels: decoder(mask_by_label(poses, labels)),
-            (poses,),
-            (self._labels,),
-        )
-
     def optimizer(self) -> Calls:
         params = nnx.state(self._new_model(), nnx.Param)
-        state = (params, self._optimizer.init(params))
-        gradient = random_like(params)
 
         def update(state: Any, gradient: nnx.State) -> Any:
             params, opt_state = state
             updates, opt_state = self._optimizer.update(gradient, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
+            return (optax.apply_updates(params, updates), opt_state), None
 
-        update = jax.jit(update, donate_argnums=0)
-
-        def call() -> Any:
-            nonlocal state
-            state = update(state, gradient)
-            return state
-
-        return [(call, 1)]
+        program = jax.jit(update, donate_argnums=0)
+        return [(iterate(lambda: program, (params, self._optimizer.init(params)), random_like(params)), 1)]
 
     def augmentation(self) -> Calls:
-        augmentation = Augmentation(shift=self._shift)
+        augmentation = Augmentation(shift=self.shift)
         augmented = jax.jit(lambda key, pixels: augmentation(key, to_unit_range(pixels)))
         key = jax.random.key(0)
         return [(lambda: augmented(key, self._pixels), 1)]
 
     def dispatch(self) -> Calls:
-        return dispatch(self._new_trainer())
+        """A step, as its share of a chunk of steps, which is dispatched as a whole."""
+        trainer = self._new_trainer()
+        order = np.arange(trainer.chunk * trainer.config.batch_size, dtype=np.int32)
+        indices = rearrange(order, "(steps b) -> 1 steps b", b=trainer.config.batch_size)
+        data = (trainer.dataset.train_images, trainer.dataset.train_labels, indices)
+        data, key = jax.device_put((data, jax.random.split(jax.random.key(0), 1)), on_all(trainer.mesh))
+        return [(iterate(trainer.compiled, trainer.snapshot.state, *data, key), 1 / trainer.chunk)]
 
     def epoch(self) -> Calls:
+        """On CPU, a chunk of steps and the evaluation of a batch, times their numbers in an epoch."""
+        trainer = self._new_trainer()
+        chunks = trainer.run()
         if self.platform == "cpu":
-            return parts_of_epoch(self._new_trainer(), self._test_images / self._evaluation_batch)
-        return whole_epoch(self._new_trainer())
+            return [
+                (lambda: next(chunks), trainer.steps_per_epoch / trainer.chunk),
+                (trainer.evaluate_test, self.test_images / self.evaluation_batch),
+            ]
+        return [(lambda: next(progress for progress in chunks if progress.ends_epoch), 1)]
 
     def gemm(self) -> Calls:
-        dtype = jnp.dtype(self._training.precision)
-        left, right = jax.random.uniform(jax.random.key(0), (2, self._gemm_size, self._gemm_size)).astype(dtype)
+        size = self.gemm_sizes[self.platform]
+        left, right = jax.random.uniform(jax.random.key(0), (2, size, size)).astype(self._dtype)
         product = jax.jit(jnp.matmul)
         return [(lambda: product(left, right), 1)]
+
+    def _part(self, name: str) -> Calls:
+        """A part of the model: its outputs and, for a random gradient of them, those of its weights and its input."""
+        model = self._new_model()
+        model.train()
+        last = model.capsule_layers[-1]
+        see = getattr(last, "under_kernel", lambda poses: poses)  # of convolutional capsules
+        features, capsules, class_poses = random_like(jax.eval_shape(self._intermediates, self._images))
+        # The layer, what is computed of it, and the input that has a gradient.
+        layer, function, inputs = {
+            "stem": (model.stem, lambda layer, _, images, labels: layer(images), ()),
+            "primary": (model.primary_capsules, lambda layer, features, *_: layer(features), features),
+            "votes": (last, lambda layer, poses, *_: layer.votes(see(poses)), capsules.poses),
+            "routing": (last, lambda layer, capsules, *_: layer(capsules), capsules),
+            "decoder": (
+                model.decoder,
+                lambda layer, poses, images, labels: layer(mask_by_label(poses, labels)),
+                class_poses,
+            ),
+        }[name]
+        graphdef, params, *rest = nnx.split(layer, nnx.Param, ...)
+
+        def forward(params: nnx.State, inputs: Any, *data: jax.Array) -> Any:
+            layer = nnx.merge(graphdef, for_products(params, self._dtype), *rest, copy=True)
+            return function(layer, inputs, *data)
+
+        def forward_and_backward(params: nnx.State, inputs: Any, cotangents: Any, *data: jax.Array) -> Any:
+            outputs, pullback = jax.vjp(lambda params, inputs: forward(params, inputs, *data), params, inputs)
+            return outputs, pullback(cotangents)  # without the outputs, XLA would remove what only they need
+
+        data = self._images, self._labels  # arguments, as XLA would compute in advance what depends on constants alone
+        arguments = params, inputs, random_like(jax.eval_shape(forward, params, inputs, *data)), *data
+        program = self._compiled_part = jax.jit(forward_and_backward).lower(*arguments).compile()
+        return [(lambda: program(*arguments), 1)]
+
+    def _intermediates(self, images: jax.Array) -> tuple[jax.Array, Capsules, jax.Array]:
+        """The features, the input capsules of the last layer, and the class poses, in the precision of the config."""
+        model = self._new_model()
+        nnx.update(model, for_products(nnx.state(model, nnx.Param), self._dtype))
+        features = model.stem(images)
+        capsules = model.primary_capsules(features)
+        *hidden, last = model.capsule_layers
+        for layer in hidden:
+            capsules = layer(capsules)
+        return features, capsules, last(capsules).poses
 
     def _new_model(self) -> CapsNet:
         return CapsNet.from_config(self._config.model, rngs=nnx.Rngs(0))
 
     def _new_trainer(self) -> Trainer:
-        """On random images; on CPU, with as few test images as are evaluated at once."""
-        rng = np.random.default_rng(0)
-        arrays: list[np.ndarray] = []
-        for count in (self._train_images, self._evaluation_batch if self.platform == "cpu" else self._test_images):
-            arrays.append(rng.integers(0, 256, (count, *self._image_shape), dtype=np.uint8))
-            arrays.append(rng.integers(0, self._num_classes, count))
-        dataset = make_dataset(*arrays, num_classes=self._num_classes)
-        endless = dataclasses.replace(self._training, epochs=10**6)
-        return Trainer(lambda seed: self._new_model(), dataset, endless, augment=(f"shift={self._shift}",))
+        test_images = self.evaluation_batch if self.platform == "cpu" else self.test_images
+        endless = dataclasses.replace(self._config, training=dataclasses.replace(self._training, epochs=10**6))
+        return random_trainer(endless, self.train_images, test_images, augment=(f"shift={self.shift}",))
 
-    def _new_training(self) -> tuple[Callable[..., Any], TrainState]:
-        training = self._training
-        graphdef, state = create_state(self._new_model(), self._optimizer)
-        train_step = make_train_step(
-            graphdef,
-            self._optimizer,
-            precision=training.precision,
-            loss=training.loss,
-            reconstruction_weight=training.reconstruction_weight,
-            reconstruction_error=training.reconstruction_error,
-        )
-        return train_step, state
 
-    def _in_precision(self, params: nnx.State) -> nnx.State:
-        return for_products(params, jnp.bfloat16) if self._training.precision == "bfloat16" else params
+def random_images(config: Config, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw images [count height width channels] in uint8, and labels [count]."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, *config.model.image_shape), dtype=np.uint8)
+    return images, rng.integers(0, config.model.num_classes, count, dtype=np.int32)
 
-    def _in_precision_model(self) -> CapsNet:
-        graphdef, params, *rest = nnx.split(self._new_model(), nnx.Param, ...)
-        return nnx.merge(graphdef, self._in_precision(params), *rest)
 
-    def _last_layer(self) -> tuple[Any, Capsules]:
-        """The layer, and random capsules of the shapes that it is given."""
+def random_like(tree: Any) -> Any:
+    """Draw arrays of the shapes and dtypes of the leaves, uniform in [0, 1)."""
+    key = jax.random.key(0)
+    return jax.tree.map(lambda leaf: jax.random.uniform(key, leaf.shape, jnp.float32).astype(leaf.dtype), tree)
 
-        def below(images: jax.Array) -> Capsules:
-            encoder = self._in_precision_model()
-            capsules = encoder.primary_capsules(encoder.stem(images))
-            for layer in list(encoder.capsule_layers)[:-1]:
-                capsules = layer(capsules)
-            return capsules
 
-        return self._new_model().capsule_layers[-1], random_like(jax.eval_shape(below, self._images))
+def random_trainer(config: Config, train_images: int, test_images: int, *, augment: Sequence[str]) -> Trainer:
+    """Make a trainer for random images and labels."""
+    dataset = make_dataset(
+        *random_images(config, train_images),
+        *random_images(config, test_images),
+        num_classes=config.model.num_classes,
+    )
+    return Trainer(
+        lambda seed: CapsNet.from_config(config.model, rngs=nnx.Rngs(seed)), dataset, config.training, augment=augment
+    )
 
-    def _gradient(self, layer: Any, function: Callable[..., Any], inputs: Any, fixed: Any = ()) -> Calls:
-        return [(forward_and_backward(layer, function, inputs, fixed, in_precision=self._in_precision), 1)]
+
+def iterate(program: Callable[[], Callable[..., Any]], state: Any, *arguments: Any) -> Callable[[], Any]:
+    """Make a function without arguments that calls a program and replaces the state, which is donated, by the new one.
+
+    Args:
+        program: returns a compiled `(state, *arguments) -> (state, result)`.
+        state: the first state.
+        arguments: the same in every call.
+    """
+
+    def call() -> Any:
+        nonlocal state
+        state, result = program()(state, *arguments)
+        return state, result
+
+    return call

@@ -1,10 +1,12 @@
-"""What is measured, and how rows take turns."""
+"""What is measured, and the loop in which the rows take turns."""
 
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from capsnet_benchmark.processes import Worker, WorkerError
+from capsnet_jax.train.evaluation import EVALUATION_BATCH
 
 MEASUREMENTS = {
     "step": "a training step: forward, losses, backward, Adam",
@@ -12,29 +14,35 @@ MEASUREMENTS = {
     "routing": "the last capsule layer alone, forward and backward",
     "stem": "the convolutions below the primary capsules, forward and backward",
     "primary": "the primary capsules, forward and backward",
-    "votes": "the prediction vectors of the last capsule layer alone, forward and backward",
+    "votes": "the votes of the last capsule layer alone, forward and backward",
     "decoder": "the decoder, forward and backward",
-    "optimizer": "the update of Adam",
+    "optimizer": "the update by Adam",
     "augmentation": "random shifts of a batch",
     "dispatch": "a training step with random shifts, until the host is free for the next",
     "epoch": "training on 60,000 images with random shifts, and evaluation on 10,000",
     "gemm": "a large product of square matrices, whose speed is the limit",
 }
-"""By name, in the order in which they are done: memory is read after the first."""
+"""Descriptions by name, in the order of measurement: peak memory is read after the first."""
 
-TRAIN_IMAGES, TEST_IMAGES = 60000, 10000  # of MNIST
-GEMM_SIZES = {"cpu": 2048, "gpu": 8192}  # rows and columns; large enough that larger ones are no faster
+SIZES: dict[str, Any] = {
+    "shift": 0.1,  # largest shift of training images, as a fraction of their size: as in the reference model
+    "train_images": 60000,  # as in MNIST
+    "test_images": 10000,
+    "evaluation_batch": EVALUATION_BATCH,
+    "gemm_sizes": {"cpu": 2048, "gpu": 8192},  # rows and columns; larger products are no faster
+}
+"""Arguments of both classes `Work`, but for the config."""
 
 
 @dataclass
 class Samples:
-    """What was measured, for each row.
+    """The measurements so far, by row.
 
     Attributes:
-        seconds: those of each sample of each measurement.
-        first_seconds: those of the first call of each measurement, with compilation.
-        peak_memory: bytes, after training steps alone; None if that is not known.
-        left_out: why the row was given up.
+        seconds: all samples of each measurement.
+        first_seconds: seconds of the first call of each measurement, which compiles.
+        peak_memory: bytes, read after the training steps and before anything else; None if unknown.
+        left_out: the error of a row that failed.
     """
 
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
@@ -46,16 +54,16 @@ class Samples:
 def measure(
     workers: Sequence[Worker], names: Sequence[str], *, rounds: int, may_fail: Sequence[str] = ()
 ) -> Iterator[Samples]:
-    """Takes the samples of all measurements, in each of them one row after the other, round by round.
+    """Take samples of each measurement, interleaved: one sample of each row in every round.
 
     Args:
         workers: one for each row, in the order in which they take turns.
-        names: of the measurements.
+        names: keys of `MEASUREMENTS`.
         rounds: number of samples of each row.
-        may_fail: rows that are left out from where they fail.
+        may_fail: rows that are left out after an error.
 
     Returns:
-        What there is after each measurement; always the same object.
+        The samples so far after each measurement, always as the same object.
 
     Raises:
         WorkerError: any other row failed.
@@ -66,19 +74,16 @@ def measure(
         print(f"{name} ({number} of {len(names)}): {MEASUREMENTS[name]}", file=sys.stderr)
         for worker in list(workers):
             try:
-                samples.first_seconds[worker.row][name] = worker.prepare(name)
+                samples.first_seconds[worker.row][name] = worker.ask("prepare", name)
             except WorkerError as error:
                 if worker.row not in may_fail:
                     raise
                 samples.left_out[worker.row] = str(error)
                 print(f"{worker.row} is left out from here on. {error}", file=sys.stderr)
                 workers.remove(worker)
-        taken: dict[str, list[float]] = {worker.row: [] for worker in workers}
-        for _ in range(rounds):
-            for worker in workers:
-                taken[worker.row].append(worker.sample(name))
-        for worker in workers:
-            samples.seconds[worker.row][name] = taken[worker.row]
+        rows = [[worker.ask("sample") for worker in workers] for _ in range(rounds)]
+        for worker, *seconds in zip(workers, *rows, strict=True):
+            samples.seconds[worker.row][name] = seconds
             if name == "step":
-                samples.peak_memory[worker.row] = worker.peak_memory()
+                samples.peak_memory[worker.row] = worker.ask("peak_memory")
         yield samples

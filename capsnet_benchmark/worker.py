@@ -1,9 +1,11 @@
-"""The process of one row: it does what it is told by lines of JSON, and reads the clock.
+"""The process that measures one row of the benchmark: it answers requests in JSON and reads the clock.
 
-It is run by its path and imports no framework by itself, so that both are timed by the same code, and neither is loaded
-beside the other. What is timed comes from the class `Work` of the module that the first line names.
+This file is run by its path and imports neither JAX nor PyTorch, so that the same code times both and neither is loaded
+beside the other. The class `Work` of the module named in the first request provides the functions to time.
 """
 
+import ctypes
+import gc
 import importlib
 import json
 import math
@@ -12,110 +14,131 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WARM_UP = 3  # calls that are not counted, after the first, which compiles
-SHORTEST = 0.05  # seconds of a sample, against the resolution of clocks; of short calls it takes several
+WARM_UP = 3  # untimed calls after the first, which compiles
+SHORTEST = 0.05  # seconds of a sample; short calls are repeated to get there, as clocks are coarse
+LIBC = ctypes.CDLL(None) if sys.platform != "win32" else None
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h> in the GNU C library
 
 
-class Stopwatch:
-    """Seconds of a call.
+class Timer:
+    """Measures time and memory of the calls that a `Work` prepares.
 
     Args:
-        call: starts the work and returns what shows that it is done.
-        block: waits for that.
-        host_only: the clock stops when the call comes back, before the work is done.
+        work: an instance of `capsnet_benchmark.jax_work.Work` or `capsnet_torch.benchmark.Work`.
     """
 
-    def __init__(self, call: Callable[[], Any], block: Callable[[Any], None], *, host_only: bool = False):
-        self._call, self._block, self._host_only = call, block, host_only
-        self._repeats = 1
+    def __init__(self, work: Any):
+        self._work = work
+        self._calls: list[tuple[Callable[[], Any], float, int]] = []  # call, weight in the sum, repeats
+        self._host_only = False
 
-    def seconds(self) -> float:
-        """How long the call takes; the mean over several, if it is short."""
-        result = None
-        start = time.perf_counter()
-        for _ in range(self._repeats):
-            result = self._call()
-        if not self._host_only:
-            self._block(result)
-        stop = time.perf_counter()
-        if self._host_only:
-            self._block(result)
-        return (stop - start) / self._repeats
-
-    def warm_up(self) -> float:
-        """Makes the calls that are not counted; returns the seconds of the first."""
-        first = self.seconds()
-        seconds = [self.seconds() for _ in range(WARM_UP)]
-        if not self._host_only:  # many calls at once would fill the queue, and then the host waits, too
-            self._repeats = max(1, math.ceil(SHORTEST / max(min(seconds), 1e-9)))
+    def prepare(self, name: str) -> float:
+        """Prepare a measurement and warm up; return the seconds of the first call, which compiles."""
+        self._calls = []  # frees the previous measurement
+        self._host_only = name == "dispatch"
+        first = 0.0
+        for call, weight in self._work.prepare(name):
+            first += self._seconds(call)
+            shortest = min(self._seconds(call) for _ in range(WARM_UP))
+            # Repeated dispatches would fill the queue of the device, and then the host waits, too.
+            repeats = 1 if self._host_only else math.ceil(SHORTEST / max(shortest, 1e-9))
+            self._calls.append((call, weight, max(repeats, 1)))
+        self._work.warmed_up()
         return first
 
+    def sample(self) -> float:
+        """Measure the seconds of the prepared calls, once each."""
+        return sum(weight * self._seconds(call, repeats) for call, weight, repeats in self._calls)
 
-def serve(work: Any, commands: Iterable[dict[str, str]], reply: Callable[[dict[str, Any]], None]) -> None:
-    """Answers each command, until there are no more.
+    def peak_memory(self) -> int | None:
+        """Return the largest number of bytes in use so far, on the GPU or of this process; None if unknown."""
+        return self._work.peak_device_memory() or peak_memory_of_process()
 
-    Commands are {"prepare": name of a measurement}, answered by the seconds of the first call; {"sample": the same
-    name}, by the seconds of one more; {"peak_memory": ""}, by bytes; and {"tell": name of a method}, by what it
-    returns.
-    """
-    stopwatches: list[tuple[Stopwatch, float]] = []
-    for command in commands:
-        ((verb, name),) = command.items()
-        if verb == "prepare":
-            stopwatches = []  # what was measured before is let go of
-            calls = work.prepare(name)
-            stopwatches = [(Stopwatch(call, work.block, host_only=name == "dispatch"), times) for call, times in calls]
-            first = sum(stopwatch.warm_up() for stopwatch, _ in stopwatches)
-            work.warmed_up()
-            reply({"seconds": first})
-        elif verb == "sample":
-            reply({"seconds": sum(times * stopwatch.seconds() for stopwatch, times in stopwatches)})
-        elif verb == "tell":
-            reply({"told": getattr(work, name)()})
-        else:
-            reply({"bytes": work.peak_device_memory() or peak_memory_of_process()})
+    def extra_memory(self) -> int | None:
+        """Measure the bytes that the prepared call needs in addition to its inputs and results; None if unknown."""
+        work, (call, _, _) = self._work, self._calls[0]
+        on_cpu = work.platform == "cpu"
+        if on_cpu:
+            if not hasattr(LIBC, "mallopt"):
+                return None
+            keep_freed_memory(2**16)  # freed memory that the process keeps would hide what the call allocates
+            work.block(call())
+            gc.collect()
+            time.sleep(0.1)  # XLA's threads free temporary arrays after the result is there
+            LIBC.malloc_trim(0)  # type: ignore[union-attr]
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        work.warmed_up()
+        before = (process_memory("VmRSS") or 0) if on_cpu else work.memory_in_use()
+        result = call()
+        work.block(result)
+        extra = (self.peak_memory() or 0) - before - work.size(result)
+        if on_cpu:
+            keep_freed_memory(2**25)  # the largest threshold that malloc reaches by itself; calls are faster with it
+        return max(extra, 0)
+
+    def _seconds(self, call: Callable[[], Any], repeats: int = 1) -> float:
+        """Measure the mean seconds of consecutive calls, until the last result is there."""
+        result = None
+        start = time.perf_counter()
+        for _ in range(repeats):
+            result = call()
+        returned = time.perf_counter()
+        self._work.block(result)
+        return ((returned if self._host_only else time.perf_counter()) - start) / repeats
+
+
+def process_memory(name: str) -> int | None:
+    """Return bytes of memory of this process on Linux: "VmRSS" now, "VmHWM" at most so far; None elsewhere."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"{name}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return 1024 * int(found[1]) if found else None
 
 
 def peak_memory_of_process() -> int | None:
-    """The most bytes that this process had in memory so far; None if that is not known.
+    """Return the largest number of bytes of memory that this process has used so far; None if unknown.
 
-    The same as in `capsnet_jax.train.memory`, which cannot be imported here without JAX.
+    Same as `capsnet_jax.train.memory.peak_memory_of_process`, which cannot be imported without JAX.
     """
-    status = Path("/proc/self/status")
-    # What `getrusage` tells on Linux is at least what the process had that started this one.
-    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return 1024 * int(found[1])
-    if sys.platform == "win32":
-        return None
-    import resource  # not there on Windows
+    # `getrusage` on Linux counts the parent process as well, so that it comes second.
+    if (peak := process_memory("VmHWM")) is not None or sys.platform == "win32":
+        return peak
+    import resource  # does not exist on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def keep_freed_memory(size: int) -> None:
+    """Let malloc of the GNU C library keep freed blocks of up to this many bytes."""
+    assert LIBC is not None
+    LIBC.mallopt(M_MMAP_THRESHOLD, size)
+    LIBC.mallopt(M_TRIM_THRESHOLD, 2 * size)
+
+
 def main() -> None:
-    """Serves the process that started this one, through standard input and output."""
-    # Whatever a framework prints must not come between the replies.
+    """Answer the requests of the parent process, `capsnet_benchmark.processes.Worker`, until it closes the pipe."""
+    # Frameworks print to standard output, which must not mix with the replies.
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    def reply(answer: dict[str, Any]) -> None:
-        print(json.dumps(answer), file=replies)
-
     try:
         job = json.loads(sys.stdin.readline())
         sys.path[:] = job["path"]
         work = importlib.import_module(job["module"]).Work(**job["arguments"])
-        reply({"platform": work.platform, "device": work.device})
-        serve(work, map(json.loads, sys.stdin), reply)
+        timer = Timer(work)
+        result: Any = (work.platform, work.device)
+        print(json.dumps({"result": result}), file=replies)
+        for method, *arguments in map(json.loads, sys.stdin):
+            result = getattr(timer if hasattr(timer, method) else work, method)(*arguments)
+            print(json.dumps({"result": result}), file=replies)
     except Exception as error:  # anything that a framework may raise
         traceback.print_exc()
         kind = type(error).__name__
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reply({"error": ": ".join([kind, *lines[:1]] if kind != "UsageError" else lines)})
+        message = ": ".join([kind, *lines[:1]] if kind != "UsageError" else lines)
+        print(json.dumps({"error": message}), file=replies)
 
 
 if __name__ == "__main__":

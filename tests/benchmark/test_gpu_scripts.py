@@ -1,4 +1,4 @@
-"""The shell scripts for a GPU: what they do, in how much time, and what they go on with. All without torch."""
+"""The shell scripts for a GPU: their commands, time limits and exit statuses, without PyTorch."""
 
 import json
 import os
@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from tests.cli.test_cli import SMALL
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -24,7 +22,7 @@ def run(script: str, *arguments: object, **variables: object) -> subprocess.Comp
 
 @pytest.fixture
 def fake_python(tmp_path):
-    """Stands for the interpreter; it does what a line of shell says, and writes its arguments down."""
+    """In place of the interpreter: logs its arguments and runs a line of shell."""
 
     def write(line: str) -> Path:
         path = tmp_path / "python"
@@ -38,7 +36,7 @@ def fake_python(tmp_path):
 PARTS = ["epoch", "float32", "bfloat16", "parts", "votes", "parity", "scaling"]
 
 
-def test_all_parts_for_the_gpu_are_done_though_one_fails(fake_python, tmp_path):
+def test_all_parts_run_even_if_one_fails(fake_python, tmp_path):
     python = fake_python('[[ "$*" != *verify* ]] || exit 3')
     result = run("gpu.sh", tmp_path / "out", PYTHON=python)
     assert result.returncode == 1
@@ -55,7 +53,7 @@ def test_all_parts_for_the_gpu_are_done_though_one_fails(fake_python, tmp_path):
     assert "verify --device gpu --preset readable --all-routings" in calls[5]
 
 
-def test_only_parts_that_are_named_are_done_in_less_than_ten_minutes(fake_python, tmp_path):
+def test_only_named_parts_run_and_all_limits_sum_to_less_than_ten_minutes(fake_python, tmp_path):
     result = run("gpu.sh", tmp_path, "votes", "epoch", PYTHON=fake_python("true"))
     assert result.returncode == 0
     assert [line.split()[0] for line in result.stdout.splitlines()[-2:]] == ["epoch", "votes"]
@@ -70,7 +68,7 @@ def test_only_parts_that_are_named_are_done_in_less_than_ten_minutes(fake_python
     ("line", "limit", "status"),
     [("exit 0", 60, 0), ("exit 2", 60, 2), ("exec sleep 60", 1, 75), ("trap 'exit 143' TERM; sleep 2", 1, 75)],
 )
-def test_a_long_run_tells_whether_there_is_more_to_do(line, limit, status, fake_python, tmp_path):
+def test_a_stopped_run_exits_with_status_75(line, limit, status, fake_python, tmp_path):
     (tmp_path / "run.seconds").write_text("700\n50\n")
     for seed in (4, 5):
         (tmp_path / "run" / f"seed-{seed}").mkdir(parents=True)
@@ -80,15 +78,17 @@ def test_a_long_run_tells_whether_there_is_more_to_do(line, limit, status, fake_
     assert before == [700, 50]
     assert seconds < 50
     total = 750 + seconds
-    assert result.stdout.splitlines()[-1] == f"{total} s so far, {total // 2} s for each seed"
+    assert result.stdout.splitlines()[-1] == f"{total} s so far, {total // 2} s per seed"
     (call,) = (tmp_path / "calls").read_text().splitlines()
     assert call.endswith(f"train.py --preset official --dataset mnist --run-dir {tmp_path / 'run'} --resume --seeds 2")
 
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-def test_a_long_run_goes_on_where_it_was_stopped(tmp_path):
-    options = [*SMALL, "--epochs", "200", "--batch-size", "32", "--seeds", "2"]
+def test_a_stopped_run_resumes_to_the_last_epoch(tmp_path):
+    sizes = {"stem-channels": 6, "primary-groups": 2, "primary-dim": 4, "class-dim": 5}
+    options = [f"--{name}={size}" for name, size in sizes.items()]
+    options += ["--epochs", "200", "--batch-size", "32", "--seeds", "2"]
     variables = {"PYTHON": sys.executable, "PRESET": "digits", "DATASET": "digits", "JAX_PLATFORMS": "cpu"}
     stopped = 0
     result = run("official.sh", tmp_path / "run", *options, LIMIT=30, **variables)
