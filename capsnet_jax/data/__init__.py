@@ -1,4 +1,4 @@
-"""Data sets, as arrays."""
+"""Data sets: built-in ones, idx files, tensorflow-datasets, and your own folders or arrays."""
 
 import os
 from dataclasses import replace
@@ -12,45 +12,55 @@ from capsnet_jax.data.idx import IDX_DATASETS, NUM_CLASSES, holds_idx, read_idx_
 from capsnet_jax.data.synthetic import SYNTHETIC_DATASETS
 from capsnet_jax.errors import UsageError
 
-__all__ = [
-    "BUILT_IN_DATASETS",
-    "Dataset",
-    "central_crop",
-    "configured_dataset",
-    "load_dataset",
-    "make_dataset",
-]
+__all__ = ["BUILT_IN_DATASETS", "Dataset", "central_crop", "configured_dataset", "load_dataset", "make_dataset"]
 
 BUILT_IN_DATASETS = ("digits", *IDX_DATASETS, *SYNTHETIC_DATASETS)
 
 
 def configured_dataset(data: DataConfig) -> Dataset:
-    """The data set of a configuration, with its limit and its validation split; not yet cropped.
+    """Load the data set of a configuration, with its limit and its validation split, but not cropped.
 
     Raises:
-        UsageError: it cannot be read, or is too small for limit or split.
+        UsageError: The data set cannot be read, or is too small for limit or validation split.
     """
     dataset = load_dataset(data.dataset, data.data_dir, image_size=data.image_size)
     return dataset.limited(data.train_limit).with_validation(data.validation)
 
 
 def load_dataset(name: str, data_dir: Path | None = None, *, image_size: tuple[int, int] | None = None) -> Dataset:
-    """A data set by its name or path.
+    """Load a data set by name or path.
 
     Args:
-        name: digits; multi_mnist or affine_mnist, made from MNIST; the path of a folder of images in a folder for each
-            class, or of an .npz file; or what tensorflow-datasets calls the set. A path that exists goes before any
-            name but those in `BUILT_IN_DATASETS`.
-        data_dir: folder of idx files, or of prepared tensorflow-datasets.
-        image_size: height and width in pixels that the images of a folder are resized to; None leaves them alone.
+        name: One of
+
+            - `digits`: 1,797 handwritten digits of 8 x 8 from scikit-learn; every fifth of each class is for testing;
+            - `mnist`, `fashion_mnist`, `kmnist`: from idx files in `data_dir`;
+            - `multi_mnist`, `affine_mnist`: overlapping or affine-transformed digits, made from MNIST;
+            - the path of a folder with a folder of images for each class, or of an .npz file;
+            - the name of any image data set in tensorflow-datasets.
+
+            An existing path takes precedence over a name of tensorflow-datasets, but not over the other names.
+        data_dir: Folder of idx files, or of prepared tensorflow-datasets.
+        image_size: Height and width to resize the images of a folder to; None keeps their size.
+
+    Returns:
+        Training and test images with their labels and class names.
 
     Raises:
-        UsageError: the name is unknown, its package is not installed, a file is missing or wrong, or other images than
-            those of a folder are to be resized.
+        UsageError: The name is unknown, its package is not installed, a file is missing or wrong, or `image_size` is
+            given for anything but a folder of images.
+
+    Examples:
+        >>> from capsnet_jax import load_dataset
+        >>> digits = load_dataset("digits")
+        >>> digits.train_images.shape, digits.test_images.shape
+        ((1442, 8, 8, 1), (355, 8, 8, 1))
+        >>> digits.test_labels[:5]
+        array([0, 1, 2, 3, 4], dtype=int32)
     """
     if data_dir is not None and not data_dir.is_dir():
         raise UsageError(f"The data folder {data_dir} {'is a file' if data_dir.exists() else 'does not exist'}.")
-    path = _path_of(name)
+    path = _existing_path(name)
     if path is not None and path.is_dir():
         from capsnet_jax.data.folder import load_image_folder  # Pillow is needed for this only
 
@@ -77,19 +87,19 @@ def load_dataset(name: str, data_dir: Path | None = None, *, image_size: tuple[i
 
 
 def with_absolute_paths(data: DataConfig) -> DataConfig:
-    """The same configuration, for whoever reads it from another folder.
+    """Make the paths of a configuration absolute, so that it can be read from another working directory.
 
     Raises:
-        UsageError: the data set is a path that does not exist.
+        UsageError: The data set is a path that does not exist.
     """
-    path = _path_of(data.dataset)
+    path = _existing_path(data.dataset)
     name = data.dataset if path is None else str(path.absolute())
     return replace(data, dataset=name, data_dir=None if data.data_dir is None else data.data_dir.absolute())
 
 
-def _path_of(name: str) -> Path | None:
-    """The path that a name stands for, if it does."""
-    expanded = os.path.expanduser(name)  # unlike Path.expanduser, without an error for an unknown user
+def _existing_path(name: str) -> Path | None:
+    """Find the path that a name stands for; None if it is the name of a data set."""
+    expanded = os.path.expanduser(name)  # unlike Path.expanduser, no error for an unknown user
     if name in BUILT_IN_DATASETS:
         return None
     if os.path.exists(expanded):  # false for an empty name
@@ -100,14 +110,13 @@ def _path_of(name: str) -> Path | None:
 
 
 def load_digits() -> Dataset:
-    """1,797 real handwritten digits of 8 x 8, part of scikit-learn; every fifth of each class is for testing."""
-    from sklearn.datasets import load_digits  # a second to import, and needed for this set only
+    """Load 1,797 handwritten digits of 8 x 8 pixels from scikit-learn; every fifth of each class is for testing."""
+    from sklearn.datasets import load_digits  # takes a second to import
 
     digits = load_digits()
     images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
     is_test = np.zeros(len(images), bool)
     for digit in range(10):
         is_test[np.flatnonzero(digits.target == digit)[4::5]] = True
-    return make_dataset(
-        images[~is_test], digits.target[~is_test], images[is_test], digits.target[is_test], num_classes=10
-    )
+    labels = digits.target
+    return make_dataset(images[~is_test], labels[~is_test], images[is_test], labels[is_test], num_classes=10)

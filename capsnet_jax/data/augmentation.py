@@ -1,12 +1,9 @@
-"""Random changes of training images, asked for by name, drawn and applied on the device.
-
-The functions at the end change a batch, each image by an amount of its own; they are pure, without randomness.
-"""
+"""Random augmentation of training images, written as options such as `shift=0.1`, and applied on the device."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,149 +13,115 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from capsnet_jax.errors import UsageError
 
+Images = Float[Array, "b height width channels"]
 
-class _Name(NamedTuple):
-    """An augmentation as it is asked for: by a name, with a value."""
-
-    usage: str
-    number: type[float] | type[int] | None
-    allowed: str
-    fits: Callable[[Any], bool]
-    meaning: str
-
-
-_NAMES = {
-    "rotation": _Name(
-        "rotation=DEGREES",
-        float,
-        "from 0 to 180",
-        lambda degrees: 0 <= degrees <= 180,
-        "turned about the centre by up to so many degrees, either way",
-    ),
-    "shift": _Name(
-        "shift=FRACTION",
-        float,
-        "at least 0 and less than 1",
-        lambda fraction: 0 <= fraction < 1,
-        "moved by up to this fraction of the size, in whole pixels",
-    ),
-    "shift_pixels": _Name(
-        "shift_pixels=PIXELS",
-        int,
-        "a whole number of at least 0",
-        lambda pixels: pixels >= 0,
-        "in place of shift: up to so many pixels, each offset equally likely",
-    ),
-    "crop": _Name(
-        "crop=SIDE",
-        int,
-        "a whole number of at least 1",
-        lambda side: side is None or side >= 1,
-        "a square of so many pixels a side is cut out, anywhere",
-    ),
-    "flip": _Name("flip", None, "without a value", lambda _: True, "left and right are swapped with probability 1/2"),
-    "brightness": _Name(
-        "brightness=AMOUNT",
-        float,
-        "from 0 to 1",
-        lambda amount: 0 <= amount <= 1,
-        "one number of up to this much is added to or taken from all pixels",
-    ),
-    "contrast": _Name(
-        "contrast=AMOUNT",
-        float,
-        "from 0 to 1",
-        lambda amount: 0 <= amount <= 1,
-        "the deviation from the image's mean is multiplied by 1 - AMOUNT to 1 + AMOUNT",
-    ),
+_USAGE = {
+    "rotation": "rotation=DEGREES (from 0 to 180): rotate about the centre by up to DEGREES, in either direction",
+    "shift": "shift=FRACTION (at least 0 and less than 1): shift by up to FRACTION of the size, in whole pixels",
+    "shift_pixels": "shift_pixels=PIXELS (a whole number of at least 0): shift by up to PIXELS, in place of shift",
+    "crop": "crop=SIDE (a whole number of at least 1): cut out a square of SIDE pixels at a random position",
+    "flip": "flip (without a value): swap left and right with probability 1/2",
+    "brightness": "brightness=AMOUNT (from 0 to 1): add a number between -AMOUNT and AMOUNT to all pixels",
+    "contrast": "contrast=AMOUNT (from 0 to 1): scale deviations from the mean by 1 - AMOUNT to 1 + AMOUNT",
 }
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes, drawn apart for each image, and applied in the order of these fields, however they were named.
+    """Random augmentations, drawn independently for each image and applied in the order of these fields.
 
-    Each has randomness of its own: what it draws does not depend on which others there are.
+    Each augmentation has its own random key, so what it draws does not depend on which others are used.
+
+    Raises:
+        UsageError: A value is out of its range, or both kinds of shift are given.
     """
 
     rotation: float = 0.0
-    """Turned about the centre by an angle uniform in +-so many degrees; bilinear, and what turns in is zero."""
+    """Rotate about the centre by an angle uniform in +-`rotation` degrees, bilinearly; the background is zero."""
     shift: float = 0.0
-    """Offsets along both axes are uniform in +-this fraction of the size, then rounded; what moves in is zero."""
+    """Shift each axis by an offset uniform in +-`shift` times the size, rounded to pixels, and fill with zeros."""
     shift_pixels: int = 0
-    """If not 0, in place of that: every whole offset up to this is as likely as any other."""
+    """If not 0, used in place of `shift`: every whole offset up to this one is equally likely."""
     crop: int | None = None
-    """Side of the square that is cut out, every position being as likely as any other; None for whole images."""
+    """Side of a square cut out at a uniformly random position; None keeps the whole image."""
     flip: bool = False
-    """Left and right are swapped with probability 1/2."""
+    """Swap left and right with probability 1/2."""
     brightness: float = 0.0
-    """A number uniform in +-this is added to all pixels, and the result clipped to [0, 1]."""
+    """Add a number uniform in +-`brightness` to all pixels, and clip to [0, 1]."""
     contrast: float = 0.0
-    """The deviation from each channel's mean is multiplied by a number uniform in 1 +- this, and the result clipped."""
+    """Multiply deviations from each channel's mean by a number uniform in 1 +- `contrast`, and clip to [0, 1]."""
 
     def __post_init__(self) -> None:
-        for name, known in _NAMES.items():
-            value = getattr(self, name)
-            if not known.fits(value):
-                raise _unfit(f"{name}={value}", known)
+        in_range = {
+            "rotation": 0 <= self.rotation <= 180,
+            "shift": 0 <= self.shift < 1,
+            "shift_pixels": self.shift_pixels >= 0,
+            "crop": self.crop is None or self.crop >= 1,
+            "brightness": 0 <= self.brightness <= 1,
+            "contrast": 0 <= self.contrast <= 1,
+        }
+        for name, fits in in_range.items():
+            if not fits:
+                raise UsageError(f"Got the augmentation '{name}={getattr(self, name)}'; expected {_USAGE[name]}.")
         if self.shift and self.shift_pixels:
             raise UsageError(
                 f"Got the augmentations shift={self.shift} and shift_pixels={self.shift_pixels}; expected one of them."
             )
 
     @classmethod
-    def parse(cls, names: Iterable[str]) -> "Augmentation":
-        """Augmentations by their names, such as `("shift=0.1", "flip")`; `describe_augmentations` tells all of them.
+    def parse(cls, options: Iterable[str]) -> "Augmentation":
+        """Read augmentations from options such as `("shift=0.1", "flip")`, listed by `describe_augmentations`.
 
         Raises:
-            UsageError: a name is unknown or given twice, a value is missing, superfluous or out of its range, or both
+            UsageError: A name is unknown or repeated, a value is missing, superfluous or out of its range, or both
                 kinds of shift are given.
         """
         settings: dict[str, Any] = {}
-        for text in names:
-            name, _, value = text.partition("=")
-            if name not in _NAMES:
-                every = ", ".join(f"{known.usage} ({known.meaning})" for known in _NAMES.values())
-                raise UsageError(f"Unknown augmentation {text!r}; expected any of {every}.")
+        for option in options:
+            name, _, value = option.partition("=")
+            if name not in _USAGE or option.startswith("flip="):
+                known = ", ".join(usage.split(" ")[0] for usage in _USAGE.values())
+                raise UsageError(f"Unknown augmentation {option!r}; expected any of {known}.")
             if name in settings:
-                raise UsageError(f"Got the augmentation {name} twice, again as {text!r}; expected every name once.")
-            settings[name] = _read(text, value, _NAMES[name])
+                raise UsageError(f"Got the augmentation {name} twice, again as {option!r}; expected every name once.")
+            number = {"shift_pixels": int, "crop": int}.get(name, float)
+            try:
+                settings[name] = True if option == "flip" else number(value)
+            except ValueError:
+                raise UsageError(f"Got the augmentation {option!r}; expected {_USAGE[name]}.") from None
         return cls(**settings)
 
-    def __call__(
-        self, key: PRNGKeyArray, images: Float[Array, "b height width channels"]
-    ) -> Float[Array, "b new_height new_width channels"]:
-        """The images, changed.
+    def __call__(self, key: PRNGKeyArray, images: Images) -> Float[Array, "b new_height new_width channels"]:
+        """Augment a batch of images.
 
         Args:
-            key: randomness of this batch.
-            images: in [0, 1]; zero is the background.
+            key: Random key of this batch.
+            images: Pixels in [0, 1]; zero is the background.
 
         Returns:
-            Images in [0, 1], of the side of `crop` if there is one.
+            Images in [0, 1], of the same size, or squares of the side `crop`.
 
         Raises:
-            UsageError: the images are smaller than the crop, or no larger than `shift_pixels`.
+            UsageError: The images are smaller than the crop, or no larger than `shift_pixels`.
         """
-        count = len(images)
 
         def own_key(constant: int) -> PRNGKeyArray:
             return jax.random.fold_in(key, constant)
 
         def uniform(constant: int, low: float, high: float) -> Float[Array, " b"]:
-            return jax.random.uniform(own_key(constant), (count,), images.dtype, low, high)
+            return jax.random.uniform(own_key(constant), (len(images),), images.dtype, low, high)
 
-        # The constants stay as they are whatever is added, so that a run can be repeated.
+        # These constants must never change, so that earlier runs can be repeated.
         if self.rotation:
             limit = math.radians(self.rotation)
             images = rotate(images, uniform(1, -limit, limit))
         if self.shift or self.shift_pixels:
-            # By the key itself: runs from when there was no other augmentation can be repeated, too.
+            # Shifts use the key itself, as they did when there was no other augmentation.
             images = random_shift(key, images, fraction=self.shift, pixels=self.shift_pixels)
         if self.crop is not None:
             images = random_crop(own_key(2), images, side=self.crop)
         if self.flip:
-            images = flip(images, jax.random.bernoulli(own_key(3), shape=(count,)))
+            images = flip(images, jax.random.bernoulli(own_key(3), shape=(len(images),)))
         if self.brightness:
             images = adjust_brightness(images, uniform(4, -self.brightness, self.brightness))
         if self.contrast:
@@ -167,156 +130,94 @@ class Augmentation:
 
 
 def describe_augmentations() -> str:
-    """A line for each name: its value, what that may be, and what it does to an image."""
-    return "\n".join(f"{known.usage} ({known.allowed}): {known.meaning}" for known in _NAMES.values())
+    """Describe each option in a line: its value, the allowed range, and what it does to an image."""
+    return "\n".join(_USAGE.values())
 
 
-def random_shift(
-    key: PRNGKeyArray, images: Float[Array, "b height width channels"], *, fraction: float, pixels: int = 0
-) -> Float[Array, "b height width channels"]:
-    """Shifts each image by whole pixels, drawn apart for each image and axis; what moves in is zero.
+def rotate(images: Images, radians: Float[Array, " b"]) -> Images:
+    """Rotate each image about its centre by its own angle, with bilinear interpolation.
 
     Args:
-        key: randomness of this batch.
-        images: of any range; zero is the background.
-        fraction: largest shift as a fraction of the image's size: offsets are uniform in +-fraction, then rounded.
-        pixels: if not 0, in place of that: every whole offset up to this is as likely as any other.
-
-    Raises:
-        UsageError: so many pixels could move an image out of sight.
-    """
-    count, height, width, _ = images.shape
-    if pixels >= min(height, width):
-        raise UsageError(
-            f"shift_pixels is {pixels} for images of {height} x {width}; expected less than {min(height, width)}."
-        )
-    largest = (pixels, pixels) if pixels else (round(fraction * height), round(fraction * width))
-    if largest == (0, 0):
-        return images
-    if pixels:
-        offsets = jax.random.randint(key, (count, 2), -pixels, pixels + 1)
-    else:
-        limits = jnp.array([fraction * height, fraction * width])
-        offsets = jnp.round(jax.random.uniform(key, (count, 2), minval=-limits, maxval=limits)).astype(jnp.int32)
-    return shift(images, offsets, largest=largest)
-
-
-def random_crop(
-    key: PRNGKeyArray, images: Float[Array, "b height width channels"], *, side: int
-) -> Float[Array, "b {side} {side} channels"]:
-    """Cuts a square out of each image, every position being as likely as any other.
-
-    Args:
-        key: randomness of this batch.
-        images: of any range.
-        side: of the square, in pixels.
-
-    Raises:
-        UsageError: the images are smaller.
-    """
-    count, height, width, _ = images.shape
-    if side > min(height, width):
-        raise UsageError(f"crop is {side} for images of {height} x {width}; expected at most {min(height, width)}.")
-    corners = jax.random.randint(key, (count, 2), 0, jnp.array([height, width]) - side + 1)
-    return crop(images, corners, side=side)
-
-
-def _read(text: str, value: str, known: _Name) -> float | int | bool:
-    if known.number is None:
-        if text != known.usage:
-            raise _unfit(text, known)
-        return True
-    try:
-        return known.number(value)
-    except ValueError:
-        raise _unfit(text, known) from None
-
-
-def _unfit(text: str, known: _Name) -> UsageError:
-    return UsageError(f"Got the augmentation {text!r}; expected {known.usage}, {known.allowed}.")
-
-
-def rotate(
-    images: Float[Array, "b height width channels"], radians: Float[Array, " b"]
-) -> Float[Array, "b height width channels"]:
-    """Turns each image about its centre, anticlockwise as one sees it, with bilinear interpolation.
-
-    Args:
-        images: zero is the background: it surrounds the image, and is interpolated with at the border.
-        radians: pi / 2 is `np.rot90` of a square image.
+        images: Images on a background of zeros, which also surrounds them.
+        radians: Angles, counter-clockwise as displayed; pi / 2 is `np.rot90` of a square image.
     """
     _, height, width, _ = images.shape
     middle_row, middle_column = (height - 1) / 2, (width - 1) / 2
     down = rearrange(jnp.arange(height, dtype=images.dtype) - middle_row, "height -> height 1")
     right = jnp.arange(width, dtype=images.dtype) - middle_column
 
-    def turn(
-        image: Float[Array, "height width channels"], angle: Float[Array, ""]
-    ) -> Float[Array, "height width channels"]:
+    def rotate_one(image: Float[Array, "height width channels"], angle: Float[Array, ""]) -> Array:
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         sources = [cos * down + sin * right + middle_row, cos * right - sin * down + middle_column]
         return jax.vmap(lambda channel: map_coordinates(channel, sources, order=1, mode="constant"), -1, -1)(image)
 
-    return jax.vmap(turn)(images, radians)
+    return jax.vmap(rotate_one)(images, radians)
 
 
-def shift(
-    images: Float[Array, "b height width channels"], offsets: Int[Array, "b 2"], *, largest: tuple[int, int]
-) -> Float[Array, "b height width channels"]:
-    """Moves each image by whole pixels; what moves in is zero.
+def random_shift(key: PRNGKeyArray, images: Images, *, fraction: float, pixels: int = 0) -> Images:
+    """Shift each image by a random number of whole pixels along both axes, and fill with zeros.
 
     Args:
-        images: zero is the background.
-        offsets: pixels down and to the right.
-        largest: the offsets are at most this large, either way.
+        key: Random key of this batch.
+        images: Pixels of any range; zero is the background.
+        fraction: Offsets are uniform in +-`fraction` times the size, then rounded.
+        pixels: If not 0, used in place of `fraction`: every whole offset up to this one is equally likely.
+
+    Raises:
+        UsageError: A shift by `pixels` could move an image out of sight.
     """
-    _, height, width, _ = images.shape
-    vertical, horizontal = largest
-    padded = jnp.pad(images, ((0, 0), (vertical, vertical), (horizontal, horizontal), (0, 0)))
-    return _windows(padded, jnp.array(largest) - offsets, height, width)
+    count, height, width, _ = images.shape
+    if pixels >= min(height, width):
+        raise UsageError(
+            f"shift_pixels is {pixels} for images of {height} x {width}; expected less than {min(height, width)}."
+        )
+    down, right = (pixels, pixels) if pixels else (round(fraction * height), round(fraction * width))
+    if (down, right) == (0, 0):
+        return images
+    if pixels:
+        offsets = jax.random.randint(key, (count, 2), -pixels, pixels + 1)
+    else:
+        limits = jnp.array([fraction * height, fraction * width])
+        offsets = jnp.round(jax.random.uniform(key, (count, 2), minval=-limits, maxval=limits)).astype(jnp.int32)
+    padded = jnp.pad(images, ((0, 0), (down, down), (right, right), (0, 0)))
+    return _cut_out(padded, jnp.array((down, right)) - offsets, height, width)
 
 
-def crop(
-    images: Float[Array, "b height width channels"], corners: Int[Array, "b 2"], *, side: int
-) -> Float[Array, "b {side} {side} channels"]:
-    """Cuts a square out of each image.
+def random_crop(key: PRNGKeyArray, images: Images, *, side: int) -> Float[Array, "b {side} {side} channels"]:
+    """Cut a square of `side` pixels out of each image, at a uniformly random position.
 
-    Args:
-        images: at least as large as the square.
-        corners: row and column of the square's first pixel.
-        side: of the square, in pixels.
+    Raises:
+        UsageError: The images are smaller than the square.
     """
-    return _windows(images, corners, side, side)
+    count, height, width, _ = images.shape
+    if side > min(height, width):
+        raise UsageError(f"crop is {side} for images of {height} x {width}; expected at most {min(height, width)}.")
+    corners = jax.random.randint(key, (count, 2), 0, jnp.array([height, width]) - side + 1)
+    return _cut_out(images, corners, side, side)
 
 
-def flip(
-    images: Float[Array, "b height width channels"], flipped: Bool[Array, " b"]
-) -> Float[Array, "b height width channels"]:
-    """Swaps left and right of the images for which this is asked."""
+def flip(images: Images, flipped: Bool[Array, " b"]) -> Images:
+    """Swap left and right of the images for which `flipped` is true."""
     return jnp.where(rearrange(flipped, "b -> b 1 1 1"), images[:, :, ::-1], images)
 
 
-def adjust_brightness(
-    images: Float[Array, "b height width channels"], amounts: Float[Array, " b"]
-) -> Float[Array, "b height width channels"]:
-    """Adds a number to all pixels of each image, and clips to [0, 1]."""
+def adjust_brightness(images: Images, amounts: Float[Array, " b"]) -> Images:
+    """Add a number to all pixels of each image, and clip to [0, 1]."""
     return jnp.clip(images + rearrange(amounts, "b -> b 1 1 1"), 0, 1)
 
 
-def adjust_contrast(
-    images: Float[Array, "b height width channels"], factors: Float[Array, " b"]
-) -> Float[Array, "b height width channels"]:
-    """Multiplies the deviation of each channel from its mean over the image, and clips to [0, 1].
+def adjust_contrast(images: Images, factors: Float[Array, " b"]) -> Images:
+    """Multiply the deviation of each channel from its mean over the image by a factor, and clip to [0, 1].
 
-    References:
-        The same as `tf.image.adjust_contrast`, which does not clip floats.
+    This is `tf.image.adjust_contrast`, which does not clip floats.
     """
     means = reduce(images, "b height width channels -> b 1 1 channels", "mean")
     return jnp.clip(means + rearrange(factors, "b -> b 1 1 1") * (images - means), 0, 1)
 
 
-def _windows(
+def _cut_out(
     images: Float[Array, "b _ _ channels"], corners: Int[Array, "b 2"], height: int, width: int
 ) -> Float[Array, "b {height} {width} channels"]:
+    """Cut a rectangle out of each image, given the row and column of its first pixel."""
     size = (height, width, images.shape[-1])
     return jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, (*corner, 0), size))(images, corners)

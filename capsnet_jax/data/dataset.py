@@ -1,4 +1,4 @@
-"""A data set as arrays: its parts, its splits and what every source is checked for."""
+"""Data sets in memory: their arrays, splits and checks."""
 
 import zlib
 from collections.abc import Sequence
@@ -14,11 +14,29 @@ SPLIT_ARRAYS = ("training images", "training labels", "test images", "test label
 
 
 class Dataset(NamedTuple):
-    """A labelled set of images, in uint8 or as float32 in [0, 1].
+    """Labelled images for training, test and, optionally, validation; `make_dataset` makes one of your own arrays.
 
-    All images are of one shape; only where crops are drawn from training images may these be larger than the rest.
-    Labels are `[images]`, or `[images k]` where each image shows k different classes. Without a validation split, its
-    images and labels are None.
+    Images are uint8, or float32 in [0, 1]. Labels are class indices: one for each image, or k different ones. All
+    images have the same shape, except that training images may be larger if crops are drawn from them.
+
+    Attributes:
+        train_images: Training images.
+        train_labels: Their labels, `[train]` or `[train k]`.
+        test_images: Test images.
+        test_labels: Their labels.
+        class_names: Name of each class.
+        validation_images: Images held out of the training images; None without a validation split.
+        validation_labels: Their labels, or None.
+
+    Examples:
+        >>> import numpy as np
+        >>> from capsnet_jax.data import make_dataset
+        >>> images, labels = np.zeros((6, 8, 8, 1), np.uint8), np.array([0, 1, 2, 0, 1, 2])
+        >>> dataset = make_dataset(images, labels, images[:3], labels[:3], num_classes=3)
+        >>> dataset.image_shape, dataset.num_classes
+        ((8, 8, 1), 3)
+        >>> dataset.with_validation(0.5).validation_labels
+        array([0, 1, 2], dtype=int32)
     """
 
     train_images: Shaped[np.ndarray, "train train_height train_width channels"]
@@ -31,16 +49,17 @@ class Dataset(NamedTuple):
 
     @property
     def num_classes(self) -> int:
+        """Number of classes."""
         return len(self.class_names)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and number of channels of the images that a model sees, those of the test split."""
+        """Height, width and channels of the images that a model sees, which are those of the test images."""
         height, width, channels = self.test_images.shape[1:]
         return height, width, channels
 
     def checksum(self) -> int:
-        """A number that is another if any image or label of any split is, or their order."""
+        """Compute a CRC-32 of all images and labels, in their order."""
         checksum = 0
         for array in self[:4] + self[5:]:
             if array is not None:
@@ -48,23 +67,23 @@ class Dataset(NamedTuple):
         return checksum
 
     def limited(self, train_limit: int | None) -> "Dataset":
-        """The same with only the first so many training images; None for all.
+        """Keep only the first `train_limit` training images; None keeps all.
 
         Raises:
-            UsageError: there are fewer.
+            UsageError: There are fewer training images.
         """
         if train_limit is not None and train_limit > len(self.train_images):
             raise UsageError(f"train_limit is {train_limit}, with only {len(self.train_images)} training images.")
         return self._replace(train_images=self.train_images[:train_limit], train_labels=self.train_labels[:train_limit])
 
     def with_validation(self, fraction: float) -> "Dataset":
-        """The same with this share of the training images held out as validation split; 0 for none.
+        """Hold out a fraction of the training images as validation split; 0 for none.
 
-        Which ones is random, but always the same; each class gives the same share of its images, to within one, where
-        an image shows one class. Both splits keep the order of the images.
+        The choice is random but always the same, and keeps the order of the images. With one label per image it is
+        stratified: each class gives the same fraction of its images, to within one.
 
         Raises:
-            UsageError: the share is not in [0, 1), or either split would be empty.
+            UsageError: The fraction is not in [0, 1), or either split would be empty.
         """
         if not 0 <= fraction < 1:
             raise UsageError(f"validation is {fraction}, and must be at least 0 and less than 1.")
@@ -77,7 +96,7 @@ class Dataset(NamedTuple):
                 f"validation is {fraction}, which makes {num_held_out} of {total} training images the validation "
                 "images; expected some of them, and not all."
             )
-        # The legacy generator is the one whose numbers NumPy promises to keep.
+        # NumPy promises never to change the numbers of this legacy generator.
         order = np.random.RandomState(VALIDATION_SEED).permutation(total)
         if self.train_labels.ndim == 1:
             order = order[np.argsort(self.train_labels[order], kind="stable")]
@@ -92,12 +111,12 @@ class Dataset(NamedTuple):
         )
 
     def cropped(self, side: int | None) -> "Dataset":
-        """The same with test and validation images cut to their centres of side x side pixels; None for no cut.
+        """Crop test and validation images to their central `side` x `side` pixels; None crops nothing.
 
-        Training images stay whole, for random crops to be drawn from them.
+        Training images stay whole, so that random crops can be drawn from them.
 
         Raises:
-            UsageError: the images are smaller.
+            UsageError: The images are smaller.
         """
         if side is None:
             return self
@@ -118,20 +137,20 @@ def make_dataset(
     class_names: Sequence[str] | None = None,
     described: Sequence[str] = SPLIT_ARRAYS,
 ) -> Dataset:
-    """A checked data set of your own arrays.
+    """Make a data set of your own arrays, and check them.
 
     Args:
-        train_images: images `[images height width channels]` in uint8, or as floats in [0, 1].
-        train_labels: class indices `[images]`; or `[images k]`, k different ones for each image.
-        test_images: of the same shape and dtype.
-        test_labels: class indices, as many for each image.
-        num_classes: labels are in [0, num_classes); at least 2.
-        class_names: what the classes are called; by default "0", "1" ...
-        described: what errors call the four arrays.
+        train_images: Images `[images height width channels]`, in uint8 or as floats in [0, 1].
+        train_labels: Class indices `[images]`, or `[images k]` for k different classes in each image.
+        test_images: Images of the same shape and dtype.
+        test_labels: Class indices, as many for each image as in `train_labels`.
+        num_classes: Number of classes, at least 2.
+        class_names: Names of the classes; by default "0", "1" ...
+        described: Names of the four arrays in error messages.
 
     Raises:
-        UsageError: shapes, dtypes or counts do not fit, labels are out of range, an image is given a class twice, or
-            images are not in [0, 1].
+        UsageError: Shapes, dtypes or counts do not match, labels are out of range or repeated in an image, or images
+            are not in [0, 1].
     """
     if num_classes < 2:
         raise UsageError(f"The number of classes is {num_classes}, and must be at least 2.")
@@ -150,7 +169,7 @@ def make_dataset(
         is_float = np.issubdtype(images.dtype, np.floating)
         if images.dtype != train_images.dtype or not (is_float or images.dtype == np.uint8):
             raise UsageError(f"The {images_name} are {images.dtype}; expected uint8, or floats in [0, 1], all alike.")
-        if is_float and not (images.min() >= 0 and images.max() <= 1):  # false for NaN, too
+        if is_float and not (images.min() >= 0 and images.max() <= 1):  # also refuses NaN
             raise UsageError(f"The {images_name} are from {images.min()} to {images.max()}; expected floats in [0, 1].")
     if train_images.dtype != np.uint8:
         train_images, test_images = (images.astype(np.float32, copy=False) for images in (train_images, test_images))
@@ -166,21 +185,20 @@ def _check_labels(labels: np.ndarray, name: str, *, num_images: int, class_names
         raise UsageError(f"The {name} are {labels.dtype}; expected integers.")
     if labels.min() < 0 or labels.max() >= len(class_names):
         raise UsageError(f"The {name} are {labels.min()} to {labels.max()}; expected 0 to {len(class_names) - 1}.")
-    if labels.ndim == 2:
-        ordered = np.sort(labels, axis=1)
-        images, places = np.nonzero(ordered[:, 1:] == ordered[:, :-1])
-        if len(images):
-            twice = class_names[ordered[images[0], places[0]]]
-            raise UsageError(f"The {name} give image {images[0]} the class {twice!r} twice; expected different ones.")
+    ordered = np.sort(labels.reshape(num_images, -1), axis=1)
+    images, places = np.nonzero(ordered[:, 1:] == ordered[:, :-1])
+    if len(images):
+        twice = class_names[ordered[images[0], places[0]]]
+        raise UsageError(f"The {name} give image {images[0]} the class {twice!r} twice; expected different ones.")
 
 
 def central_crop(
     images: Shaped[np.ndarray, "images height width channels"], side: int
 ) -> Shaped[np.ndarray, "images side side channels"]:
-    """The central side x side pixels; where the margins cannot be equal, the upper and left ones are smaller.
+    """Crop images to their central `side` x `side` pixels; if margins differ by one, the upper or left is smaller.
 
     Raises:
-        UsageError: the images are smaller, or side is not positive.
+        UsageError: The images are smaller, or `side` is not positive.
     """
     height, width = images.shape[1:3]
     if not 1 <= side <= min(height, width):

@@ -1,4 +1,4 @@
-"""Your own images: a folder with a folder of image files for each class."""
+"""Data sets from a folder of image files, with a folder for each class."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,29 +15,31 @@ from capsnet_jax.data.idx import holds_idx
 from capsnet_jax.errors import UsageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # "I" has room for 32, of which Pillow's readers use 16
+SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # Pillow reads 16-bit files into the 32 bits of "I", too
 GREY_MODES = ("1", "L", "LA", *SIXTEEN_BITS)
 ALPHA_MODES = ("LA", "PA", "RGBA", "RGBa")
-EVERY = 5  # one image of so many is for testing, as in digits
+EVERY = 5  # without a test folder, every fifth image is for testing
+
+Files = dict[str, list[Path]]  # image files of each class
 
 
 def load_image_folder(folder: Path, image_size: tuple[int, int] | None = None) -> Dataset:
-    """The images in `folder/train/CLASS/` and `folder/test/CLASS/`; or, without these two, in `folder/CLASS/`.
+    """Load images from `folder/train/CLASS/` and `folder/test/CLASS/`, or from `folder/CLASS/`.
 
-    In the latter case every fifth image of each class, in the order of the file names, is for testing. Classes are the
-    names of their folders, sorted. Both splits go through the classes in turn, so that their first images are of all.
+    In the latter case every fifth image of each class, sorted by file name, is for testing. Class names are the sorted
+    folder names. Both splits take the classes in turn, so that their first images show all classes.
 
-    Images stay of one channel if all are grey, and otherwise become RGB; a palette counts as colours. 16 bits become 8,
-    and what is transparent is laid over black, the background that shifted images have, too. An animation is its first
-    frame; orientation in EXIF is not looked at. Hidden files and those that are not named like images are left out.
+    Images have one channel if all are grey, and are RGB otherwise; palettes count as colours. 16 bits are scaled to 8,
+    transparent pixels are laid over black, and only the first frame of an animation is read. EXIF orientation is
+    ignored. Hidden files and files without the suffix of an image are skipped.
 
     Args:
-        folder: the folder.
-        image_size: height and width in pixels that all images are resized to, antialiased; if None they must be alike.
+        folder: The folder.
+        image_size: Height and width to resize all images to, with antialiasing; None if they have one size already.
 
     Raises:
-        UsageError: the folders are not as above, have fewer than two classes or a class without images, or an image
-            cannot be read or is of another size.
+        UsageError: The folders are not as above, there are fewer than two classes or a class without images, or an
+            image cannot be read or has another size.
     """
     if image_size is not None and min(image_size) < 1:
         raise UsageError(f"image_size is {image_size}, and must be at least 1.")
@@ -47,20 +49,22 @@ def load_image_folder(folder: Path, image_size: tuple[int, int] | None = None) -
             lacking = folder / ("test" if unpaired[0] in train else "train")
             raise UsageError(f"{lacking} lacks the class {unpaired[0]!r}; expected the same classes in train and test.")
     else:
-        train, test = _every_fifth_for_testing(folder, _files_of_classes(folder))
-    splits = _in_turn(train), _in_turn(test)
+        classes = _files_of_classes(folder, at_least=EVERY)
+        train = {name: [f for number, f in enumerate(files, 1) if number % EVERY] for name, files in classes.items()}
+        test = {name: files[EVERY - 1 :: EVERY] for name, files in classes.items()}
+    splits = [_in_turn(train), _in_turn(test)]
     with ThreadPoolExecutor() as threads:
         shape = _common_shape([path for paths, _ in splits for path in paths], image_size, threads)
         arrays: list[np.ndarray] = []
         for paths, labels in splits:
             images = np.empty((len(paths), *shape), np.uint8)
-            list(threads.map(decode, paths, images))  # for its errors
+            list(threads.map(decode, paths, images))  # a list, to raise the errors of the threads
             arrays += [images, labels]
     return make_dataset(*arrays, num_classes=len(train), class_names=tuple(train))
 
 
-def _files_of_classes(folder: Path) -> dict[str, list[Path]]:
-    """The image files of each class, all sorted."""
+def _files_of_classes(folder: Path, at_least: int = 1) -> Files:
+    """Find the image files of each class, all sorted."""
     subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(subfolders) < 2:
         found = f"only the folder {subfolders[0].name}" if subfolders else "no folder"
@@ -68,80 +72,67 @@ def _files_of_classes(folder: Path) -> dict[str, list[Path]]:
         raise UsageError(
             f"{folder} has {found} in it; expected a folder of images for each of two or more classes{hint}."
         )
-    classes = {path.name: sorted(filter(_is_image, path.iterdir())) for path in subfolders}
-    for name, files in classes.items():
-        if not files:
+    classes = {}
+    for subfolder in subfolders:
+        files = sorted(path for path in subfolder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+        classes[subfolder.name] = [path for path in files if not path.name.startswith(".")]
+        if len(classes[subfolder.name]) < at_least:
             raise UsageError(
-                f"{folder / name} has no image ({' '.join(SUFFIXES)}) in it; expected class folders with images in "
-                f"{folder}, or in both {folder / 'train'} and {folder / 'test'}."
+                f"{subfolder} has {len(classes[subfolder.name])} images ({' '.join(SUFFIXES)}) in it; expected "
+                f"{at_least} or more in each class folder in {folder}, or in both {folder / 'train'} and "
+                f"{folder / 'test'}; without these two, every fifth image of a class is for testing."
             )
     return classes
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-def _every_fifth_for_testing(
-    folder: Path, classes: dict[str, list[Path]]
-) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    train, test = {}, {}
-    for name, files in classes.items():
-        if len(files) < EVERY:
-            raise UsageError(
-                f"{folder / name} has only {len(files)} images; expected {EVERY} or more, of which every fifth is for "
-                f"testing, or all classes in both {folder / 'train'} and {folder / 'test'}."
-            )
-        train[name] = [file for number, file in enumerate(files, start=1) if number % EVERY]
-        test[name] = files[EVERY - 1 :: EVERY]
-    return train, test
-
-
-def _in_turn(classes: dict[str, list[Path]]) -> tuple[list[Path], np.ndarray]:
-    """The first file of each class, then the second of each and so on; and their labels."""
+def _in_turn(classes: Files) -> tuple[list[Path], np.ndarray]:
+    """List the first file of each class, then the second of each and so on, and their labels."""
     rounds = zip_longest(*classes.values())
     files = [(path, label) for turn in rounds for label, path in enumerate(turn) if path is not None]
     return [path for path, _ in files], np.array([label for _, label in files])
 
 
-def _common_shape(
-    paths: list[Path], image_size: tuple[int, int] | None, threads: ThreadPoolExecutor
-) -> tuple[int, int, int]:
-    """Height, width and channels for all images, by the headers of their files."""
+def _common_shape(paths: list[Path], size: tuple[int, int] | None, threads: ThreadPoolExecutor) -> tuple[int, int, int]:
+    """Find height, width and channels for all images from the headers of their files."""
     headers = list(threads.map(read_header, paths))
     height, width, _ = headers[0]
     for path, header in zip(paths, headers, strict=True):
-        if image_size is None and header[:2] != (height, width):
+        if size is None and header[:2] != (height, width):
             raise UsageError(
                 f"{path} is {header[0]} x {header[1]} pixels, height x width, but {paths[0]} is {height} x {width}; "
                 "expected images of one size, or --image-size H W, which resizes all."
             )
-    return *(image_size or (height, width)), 1 if all(mode in GREY_MODES for _, _, mode in headers) else 3
+    return *(size or (height, width)), 1 if all(mode in GREY_MODES for _, _, mode in headers) else 3
 
 
 def read_header(path: Path) -> tuple[int, int, str]:
-    """Height, width and Pillow's mode of an image file.
+    """Read height, width and Pillow's mode of an image file.
 
     Raises:
-        UsageError: it cannot be read, or has floating-point pixels.
+        UsageError: The file cannot be read, or has floating-point pixels.
     """
-    with _errors_name(path), Image.open(path) as image:
+    with _errors_as_usage(path), Image.open(path) as image:
         if image.mode == "F":
             raise UsageError(f"{path} has floating-point pixels; expected whole numbers of 8 or 16 bits.")
         return image.height, image.width, image.mode
 
 
 def decode(path: Path, target: UInt8[np.ndarray, "height width channels"]) -> None:
-    """Reads an image file into an array of as many channels, 1 or 3, resized if that has another height or width.
+    """Read an image file into an array with 1 or 3 channels, and resize it if the array has another size.
 
-    16 bits are scaled to 8, and what is transparent is black.
+    16 bits are scaled to 8, and transparent pixels become black.
 
     Raises:
-        UsageError: the file cannot be read.
+        UsageError: The file cannot be read.
     """
     height, width, channels = target.shape
-    with _errors_name(path), Image.open(path) as file:
-        image = _eight_bits(file, path) if file.mode in SIXTEEN_BITS else file
+    with _errors_as_usage(path), Image.open(path) as file:
+        image: Image.Image = file
+        if file.mode in SIXTEEN_BITS:
+            values = np.asarray(file)
+            if values.min() < 0 or values.max() > 65535:
+                raise UsageError(f"{path} has pixels from {values.min()} to {values.max()}; expected at most 16 bits.")
+            image = Image.fromarray(np.round(values / 257).astype(np.uint8))  # Pillow would not scale them
         if image.mode in ALPHA_MODES or "transparency" in image.info:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
         image = image.convert("L" if channels == 1 else "RGB")
@@ -150,19 +141,11 @@ def decode(path: Path, target: UInt8[np.ndarray, "height width channels"]) -> No
         target[:] = np.atleast_3d(np.asarray(image))
 
 
-def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
-    """Scaled, which Pillow does not do."""
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 65535:
-        raise UsageError(f"{path} has pixels from {values.min()} to {values.max()}; expected at most 16 bits.")
-    return Image.fromarray(np.round(values / 257).astype(np.uint8))
-
-
 @contextmanager
-def _errors_name(path: Path) -> Iterator[None]:
+def _errors_as_usage(path: Path) -> Iterator[None]:
     try:
         yield
     except UsageError:
         raise
-    except Exception as error:  # Pillow's readers meet damage with errors of many kinds
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
         raise UsageError(f"{path} cannot be read as an image ({error}); replace or remove it.") from error

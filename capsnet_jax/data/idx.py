@@ -1,4 +1,4 @@
-"""The idx files that MNIST and its successors are published in."""
+"""The idx format, in which MNIST, Fashion-MNIST and KMNIST are published."""
 
 import gzip
 import math
@@ -16,44 +16,42 @@ FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3
 
 
 def holds_idx(folder: Path) -> bool:
-    """Whether the folder has any of the four files, so that what is missing can be told."""
+    """Whether the folder has any of the four idx files; if some are missing, `read_idx_folder` names them."""
     return any(_path(folder, name).exists() for name in FILES)
 
 
 def read_idx_folder(folder: Path) -> list[UInt8[np.ndarray, "..."]]:
-    """Training images `[images height width 1]` and labels, test images and labels.
+    """Read training images `[images height width 1]` and labels, test images and labels.
 
     Raises:
-        UsageError: a file is missing, truncated or not what its name says; the message names it.
+        UsageError: A file is missing, truncated or of another kind; the message names it.
     """
-    arrays = {}
-    for name in FILES:
-        path = _path(folder, name)
-        if not path.exists():
-            raise UsageError(
-                f"{folder} lacks {name}.gz; expected the four files {', '.join(f'{f}.gz' for f in FILES)}."
-            )
-        arrays[name] = read_idx(path, ndim=3 if "idx3" in name else 1)
-    for images, labels in (FILES[:2], FILES[2:]):
-        path = _path(folder, labels)
-        if len(arrays[images]) != len(arrays[labels]):
-            raise UsageError(f"{path} has {len(arrays[labels])} labels for {len(arrays[images])} images.")
-        if arrays[labels].max(initial=0) >= NUM_CLASSES:
-            raise UsageError(f"{path} has the label {arrays[labels].max()}; expected 0 to {NUM_CLASSES - 1}.")
-    return [array[..., None] if array.ndim == 3 else array for array in arrays.values()]
+    paths = [_path(folder, name) for name in FILES]
+    if missing := [path for path in paths if not path.exists()]:
+        expected = ", ".join(f"{name}.gz" for name in FILES)
+        raise UsageError(f"{folder} lacks {missing[0].name}.gz; expected the four files {expected}.")
+    arrays = []
+    for images_path, labels_path in (paths[:2], paths[2:]):
+        images, labels = read_idx(images_path, ndim=3), read_idx(labels_path, ndim=1)
+        if len(labels) != len(images):
+            raise UsageError(f"{labels_path} has {len(labels)} labels for {len(images)} images.")
+        if labels.max(initial=0) >= NUM_CLASSES:
+            raise UsageError(f"{labels_path} has the label {labels.max()}; expected 0 to {NUM_CLASSES - 1}.")
+        arrays += [images[..., None], labels]
+    return arrays
 
 
 def read_idx(path: Path, *, ndim: int) -> UInt8[np.ndarray, "..."]:
-    """One file of unsigned bytes, compressed if its name ends in .gz.
+    """Read an idx file of unsigned bytes, which is compressed if its name ends in .gz.
 
-    Layout: 0, 0, 8 (unsigned byte), number of axes; each size as 4 bytes, big-endian; the values.
+    Layout: the bytes 0, 0, 8 (unsigned byte), number of axes; each size as 4 bytes, big-endian; the values.
 
     Args:
-        path: the file.
-        ndim: expected number of axes: 3 for images, 1 for labels.
+        path: The file.
+        ndim: Expected number of axes: 3 for images, 1 for labels.
 
     Raises:
-        UsageError: the file is corrupt, truncated, longer than its header says, or of another kind.
+        UsageError: The file is damaged, truncated, longer than its header says, or of another kind.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

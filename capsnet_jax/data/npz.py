@@ -1,4 +1,4 @@
-"""Your own images: four arrays in an .npz file."""
+"""Data sets from an .npz file of four arrays."""
 
 import zipfile
 from pathlib import Path
@@ -12,19 +12,20 @@ ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def load_npz(path: Path) -> Dataset:
-    """The images `x_train` and `x_test` of a file that `numpy.savez` wrote, and their labels `y_train` and `y_test`.
+    """Load images `x_train`, `x_test` and labels `y_train`, `y_test` from a file written by `numpy.savez`.
 
-    Images are `[images height width]` or `[images height width channels]`, in uint8 or as floats in [0, 1]; labels are
-    integers or strings `[images]`, or `[images k]` where each image shows k classes. The classes are the labels that
-    occur in either split, sorted.
+    Images are `[images height width]` or `[images height width channels]`, in uint8 or as floats in [0, 1]. Labels are
+    integers or strings `[images]`, or `[images k]` for k classes in each image. The classes are the sorted labels of
+    both splits.
 
     Raises:
-        UsageError: the file is damaged, has pickled objects in it or lacks an array, or an array is not as above; the
+        UsageError: The file is damaged, contains pickled objects or lacks an array, or an array is not as above; the
             message names file and array.
     """
     if path.suffix != ".npz":
         raise UsageError(f"{path} is neither a folder of images nor an .npz file.")
     x_train, y_train, x_test, y_test = _read_arrays(path)
+    x_train, x_test = (images[..., None] if images.ndim == 3 else images for images in (x_train, x_test))
     y_train, y_test = (labels[:, 0] if labels.shape[1:] == (1,) else labels for labels in (y_train, y_test))
     for name, labels in (("y_train", y_train), ("y_test", y_test)):
         if labels.dtype.kind not in "iuU" or (labels.dtype.kind == "U") != (y_train.dtype.kind == "U"):
@@ -38,11 +39,9 @@ def load_npz(path: Path) -> Dataset:
         raise UsageError(
             f"The labels y_train and y_test in {path} are all {classes.tolist()}; expected two classes or more."
         )
+    y_train, y_test = (np.asarray(np.searchsorted(classes, labels)) for labels in (y_train, y_test))
     return make_dataset(
-        _with_channels(x_train),
-        np.asarray(np.searchsorted(classes, y_train)),
-        _with_channels(x_test),
-        np.asarray(np.searchsorted(classes, y_test)),
+        *(x_train, y_train, x_test, y_test),
         num_classes=len(classes),
         class_names=[str(label) for label in classes],
         described=[f"{'images' if name[0] == 'x' else 'labels'} {name} in {path}" for name in ARRAYS],
@@ -65,10 +64,6 @@ def _read_arrays(path: Path) -> list[np.ndarray]:
                     arrays.append(file[name])
     except UsageError:
         raise
-    except Exception as error:  # readers of zip, deflate and npy meet damage with errors of many kinds
+    except Exception as error:  # zip, deflate and npy readers raise many kinds of errors for damaged files
         raise UsageError(f"{path} cannot be read, at {name} ({error}); write it again with numpy.savez.") from error
     return arrays
-
-
-def _with_channels(images: np.ndarray) -> np.ndarray:
-    return images[..., None] if images.ndim == 3 else images

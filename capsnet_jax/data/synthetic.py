@@ -1,4 +1,4 @@
-"""Data sets made from MNIST, the same everywhere: two digits over each other, and digits under affine maps."""
+"""Data sets made from MNIST, the same on every machine: overlapping pairs of digits, and affine-transformed digits."""
 
 from collections.abc import Callable
 
@@ -9,8 +9,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 from capsnet_jax.data.dataset import Dataset, make_dataset
 from capsnet_jax.errors import UsageError
 
+Digits = UInt8[np.ndarray, "images height width 1"]
+
 DIGIT_SHAPE = (28, 28, 1)
-# The legacy generator is the one whose numbers NumPy promises to keep.
+# NumPy promises never to change the numbers of its legacy generator, which is used below.
 TRAIN_SEED, TEST_SEED = 0, 1
 
 # Sabour et al., research/capsules/input_data/mnist/mnist_shift.py: pad, shift.
@@ -21,22 +23,22 @@ ROTATION, SHEAR, SCALE = 20.0, 0.2, (0.8, 1.2)  # degrees, pixels per pixel, fac
 
 
 def multi_mnist(mnist: Dataset) -> Dataset:
-    """Images of 36 x 36 that each show two digits of different classes; labels are `[images 2]`.
+    """Make images of 36 x 36 that show two overlapping digits of different classes, with labels `[images 2]`.
 
-    For each image of a split there is one in which a second digit, drawn from all those of other classes in the same
-    split, is added to it, with 255 as the largest value. Both are padded by 4 pixels first, and shifted apart by whole
-    offsets, each uniform in -6 to 6 on both axes; what leaves the image is lost. The first label is that of the image
-    itself. An answer is right if both classes are the two most active.
+    Each image of a split is paired with a random image of another class in the same split. Both are padded by 4
+    pixels, shifted by whole offsets uniform in -6 to 6 along both axes, and added, with 255 as the largest value;
+    pixels shifted out of the image are lost. The first label is that of the image itself. A prediction is right if
+    the two most active classes are both labels.
 
-    With a validation split, a digit of a validation image may be in a training image, too, beside another one.
+    A digit may be in a validation image and, paired differently, in a training image.
 
     References:
-        Sabour, Frosst, Hinton (2017), section 6, by the authors' code, https://github.com/Sarasra/models,
-        research/capsules, which shifts by up to 6 pixels where the paper says 4. Theirs has many pairs for each digit;
-        this has one.
+        Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules" (2017), section 6, as in the authors' code,
+        https://github.com/Sarasra/models, research/capsules, which shifts by up to 6 pixels where the paper says 4.
+        They make many pairs for each digit; this makes one.
 
     Raises:
-        UsageError: the images are not of 28 x 28, or a split has one class only.
+        UsageError: The images are not 28 x 28, or a split has only one class.
     """
     _check_digits("multi_mnist", mnist)
     return make_dataset(
@@ -48,12 +50,12 @@ def multi_mnist(mnist: Dataset) -> Dataset:
 
 
 def overlapping_pairs(
-    images: UInt8[np.ndarray, "images height width 1"], labels: Int[np.ndarray, " images"], rng: np.random.RandomState
+    images: Digits, labels: Int[np.ndarray, " images"], rng: np.random.RandomState
 ) -> tuple[UInt8[np.ndarray, "images padded_height padded_width 1"], Int[np.ndarray, "images 2"]]:
-    """Each image with another one of a different class over it, and both labels.
+    """Overlay each image with another one of a different class, and return the images and both labels.
 
     Raises:
-        UsageError: all images are of one class.
+        UsageError: All images are of one class.
     """
     by_class = np.argsort(labels, kind="stable")
     counts = np.bincount(labels)
@@ -67,7 +69,7 @@ def overlapping_pairs(
 
 
 def _padded_and_shifted(
-    images: UInt8[np.ndarray, "images height width 1"], rng: np.random.RandomState
+    images: Digits, rng: np.random.RandomState
 ) -> UInt8[np.ndarray, "images padded_height padded_width 1"]:
     down, right = rng.randint(-OVERLAP_SHIFT, OVERLAP_SHIFT + 1, (2, len(images)))
     margin = OVERLAP_PAD + OVERLAP_SHIFT
@@ -78,21 +80,21 @@ def _padded_and_shifted(
 
 
 def affine_mnist(mnist: Dataset) -> Dataset:
-    """Images of 40 x 40: MNIST to train on, and MNIST under random affine maps to be tested on.
+    """Make images of 40 x 40: padded MNIST for training, and MNIST under random affine maps for testing.
 
-    Training images are padded by 6 pixels on each side; the papers train on them shifted by up to 6 pixels. Test images
-    are rotated by up to 20 degrees either way, sheared by up to 0.2 either way and scaled by 0.8 to 1.2, vertically and
-    horizontally apart, all uniform, and moved to any place, by whole pixels, where the digit is inside.
+    Training images are padded by 6 pixels on each side; the papers train on them shifted by up to 6 pixels. Test
+    images are rotated by up to 20 degrees, sheared by up to 0.2, scaled by 0.8 to 1.2 along each axis, all uniformly,
+    and moved by whole pixels to a uniformly random place where the whole digit is inside.
 
-    This is made in the manner of affNIST and is not affNIST: its files have other digits, drawn by other random numbers
-    and interpolation, so that accuracies are close to those on it but not comparable in detail.
+    This follows affNIST but is not affNIST: other digits, random numbers and interpolation were used for its files.
+    Accuracies are close to those on affNIST, but not comparable in detail.
 
     References:
-        Tieleman, affNIST, https://www.cs.toronto.edu/~tijmen/affNIST: the ranges.
-        Sabour, Frosst, Hinton (2017), section 5.2: training on padded and shifted MNIST only.
+        Tieleman, affNIST, https://www.cs.toronto.edu/~tijmen/affNIST, for the ranges.
+        Sabour, Frosst, Hinton (2017), section 5.2, for training on padded and shifted MNIST only.
 
     Raises:
-        UsageError: the images are not of 28 x 28, or a digit does not fit into 40 x 40 after its map.
+        UsageError: The images are not 28 x 28, or a digit does not fit into 40 x 40 after its map.
     """
     _check_digits("affine_mnist", mnist)
     pad = (AFFINE_PAD, AFFINE_PAD)
@@ -106,20 +108,20 @@ def affine_mnist(mnist: Dataset) -> Dataset:
     )
 
 
-def affine_images(
-    images: UInt8[np.ndarray, "images height width 1"], rng: np.random.RandomState
-) -> UInt8[np.ndarray, "images 40 40 1"]:
-    """Each image under its own random linear map, at a random place.
+def affine_images(images: Digits, rng: np.random.RandomState) -> UInt8[np.ndarray, "images 40 40 1"]:
+    """Transform each image by a random linear map of its own, and move it to a random place.
 
     Raises:
-        UsageError: an image does not fit.
+        UsageError: A transformed digit does not fit.
     """
+    from scipy import ndimage  # slow to import
+
     matrices = random_matrices(len(images), rng)
     moved = np.zeros((len(images), AFFINE_SIDE, AFFINE_SIDE, 1), np.uint8)
-    canvas = 2 * max(images.shape[1:3])  # more than any of the maps fills
+    canvas = 2 * max(images.shape[1:3])  # larger than any transformed image
     for number, (image, matrix) in enumerate(zip(images, matrices, strict=True)):
         mapped = mapped_image(image[..., 0], matrix, canvas)
-        digit = _without_margins(mapped)
+        digit = mapped[ndimage.find_objects((mapped > 0).astype(int))[0]] if mapped.any() else mapped[:0, :0]
         height, width = digit.shape
         if max(height, width) > AFFINE_SIDE:
             raise UsageError(
@@ -132,7 +134,7 @@ def affine_images(
 
 
 def random_matrices(count: int, rng: np.random.RandomState) -> Float[np.ndarray, "count 2 2"]:
-    """Linear maps of (row, column): scaled along both axes, then sheared along rows, then rotated."""
+    """Draw linear maps of (row, column): scale along both axes, then shear along rows, then rotate."""
     angle = np.deg2rad(rng.uniform(-ROTATION, ROTATION, count))
     shear = rng.uniform(-SHEAR, SHEAR, count)
     vertical, horizontal = rng.uniform(*SCALE, (2, count))
@@ -146,30 +148,17 @@ def random_matrices(count: int, rng: np.random.RandomState) -> Float[np.ndarray,
 def mapped_image(
     image: UInt8[np.ndarray, "height width"], matrix: Float[np.ndarray, "2 2"], side: int
 ) -> UInt8[np.ndarray, "side side"]:
-    """The image under a linear map of (row, column) about its centre, which becomes that of side x side pixels.
+    """Transform an image by a linear map of (row, column) about its centre, into one of `side` x `side` pixels.
 
-    Bilinear between pixels, and zero outside of the image.
+    Interpolation is bilinear, and pixels outside of the image are zero.
     """
-    from scipy import ndimage  # slow to import, and needed here only
+    from scipy import ndimage  # slow to import
 
     back = np.linalg.inv(matrix)
     centre, new_centre = (np.array(image.shape) - 1) / 2, np.full(2, (side - 1) / 2)
-    mapped = ndimage.affine_transform(
-        image.astype(np.float64),
-        back,
-        centre - back @ new_centre,
-        output_shape=(side, side),
-        order=1,
-        mode="grid-constant",
-    )
+    offset, shape = centre - back @ new_centre, (side, side)
+    mapped = ndimage.affine_transform(image.astype(float), back, offset, shape, order=1, mode="grid-constant")
     return np.round(mapped).astype(np.uint8)
-
-
-def _without_margins(image: UInt8[np.ndarray, "height width"]) -> UInt8[np.ndarray, "inner_height inner_width"]:
-    rows, columns = np.nonzero(image)
-    if len(rows) == 0:
-        return image[:0, :0]
-    return image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
 
 
 def _check_digits(name: str, mnist: Dataset) -> None:

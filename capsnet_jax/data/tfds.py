@@ -1,4 +1,4 @@
-"""Image sets of tensorflow-datasets, by name; TensorFlow is needed only to prepare one that is not prepared yet."""
+"""Image data sets of tensorflow-datasets, by name; TensorFlow itself is needed only to prepare a data set."""
 
 import difflib
 import importlib.util
@@ -11,43 +11,44 @@ from capsnet_jax.data.dataset import Dataset, make_dataset
 from capsnet_jax.errors import UsageError
 
 EXTRA = "pip install 'capsnet-jax[tfds]'"
-READ_AT_ONCE = 1000  # examples; their records are read together, several times as fast as one by one
+READ_AT_ONCE = 1000  # examples; several times as fast as one by one
 
 
 def load_tfds(name: str, data_dir: Path | None) -> Dataset:
-    """The training and test images of a set.
+    """Load the training and test images of a data set, and download and prepare it if necessary.
 
     Args:
-        name: what tensorflow-datasets calls the set.
-        data_dir: folder of prepared sets; None for tensorflow-datasets' own. A set that is not prepared in it is
-            downloaded and prepared there.
+        name: Name of the data set in tensorflow-datasets.
+        data_dir: Folder of prepared data sets; None for the default of tensorflow-datasets.
 
     Raises:
-        UsageError: the set is unknown or not one of images of one size with a class each, or a package is missing.
+        UsageError: The data set is unknown, its images have different sizes or no class, or a package is missing.
     """
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise UsageError(
-            f"Unknown data set {name!r}: digits comes with this package, mnist, fashion_mnist and kmnist are read from "
-            f"idx files in --data-dir, your own images from the path of a folder or .npz file, and all others need "
-            f"tensorflow-datasets: {EXTRA} ({error})."
+            f"Unknown data set {name!r}: expected digits, mnist, fashion_mnist or kmnist with idx files in --data-dir, "
+            f"or the path of a folder or .npz file; all others need tensorflow-datasets: {EXTRA} ({error})."
         ) from error
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
         similar = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=5)
         raise UsageError(
-            f"Unknown data set {name!r}; expected digits, multi_mnist, affine_mnist, the path of a folder of images or "
-            f"of an .npz file, or an image set of tensorflow-datasets"
-            f"{', such as ' + ', '.join(similar) if similar else ''}."
+            f"Unknown data set {name!r}; expected digits, multi_mnist, affine_mnist, the path of a folder or .npz file "
+            f"or an image set of tensorflow-datasets{', such as ' + ', '.join(similar) if similar else ''}."
         ) from error
     image, label = _supervised_keys(builder.info, name)
     if not builder.is_prepared():
-        _prepare(builder, name)
-    missing = [split for split in ("train", "test") if split not in builder.info.splits]
-    if missing:
-        raise UsageError(f"Data set {name!r} has no split {missing[0]!r}; it has {', '.join(builder.info.splits)}.")
+        if importlib.util.find_spec("tensorflow") is None:
+            raise UsageError(
+                f"Data set {name!r} is not prepared in {builder.data_dir}, and preparing it needs TensorFlow: {EXTRA}."
+            )
+        builder.download_and_prepare(file_format="array_record")
+    for split in ("train", "test"):
+        if split not in builder.info.splits:
+            raise UsageError(f"Data set {name!r} has no split {split!r}; it has {', '.join(builder.info.splits)}.")
     features = builder.info.features
     arrays: list[np.ndarray] = []
     for split in ("train", "test"):
@@ -63,7 +64,7 @@ def load_tfds(name: str, data_dir: Path | None) -> Dataset:
 
 
 def _supervised_keys(info: Any, name: str) -> tuple[str, str]:
-    """The names of the features that are image and label."""
+    """Find the names of the features that are image and label."""
     keys, features = info.supervised_keys, info.features
     if keys is None or len(keys) != 2 or not hasattr(features[keys[1]], "num_classes"):
         raise UsageError(f"Data set {name!r} is not one of images with a class each.")
@@ -71,11 +72,3 @@ def _supervised_keys(info: Any, name: str) -> tuple[str, str]:
     if len(shape) != 3 or None in shape:
         raise UsageError(f"Data set {name!r} has images of shape {shape}; expected one height, width and channels.")
     return keys
-
-
-def _prepare(builder: Any, name: str) -> None:
-    if importlib.util.find_spec("tensorflow") is None:
-        raise UsageError(
-            f"Data set {name!r} is not prepared in {builder.data_dir}, and preparing it needs TensorFlow: {EXTRA}."
-        )
-    builder.download_and_prepare(file_format="array_record")

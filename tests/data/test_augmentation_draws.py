@@ -1,4 +1,4 @@
-"""Augmentations against plain NumPy implementations, with the drawn amounts read off the results."""
+"""Augmentations against plain NumPy implementations; the random amounts are recovered from the results."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from capsnet_jax.data.augmentation import Augmentation, rotate
 
 COUNT, HEIGHT, WIDTH, SIDE = 400, 20, 30, 18
 IMAGES = np.random.default_rng(0).uniform(0.1, 1, size=(COUNT, HEIGHT, WIDTH, 2)).astype(np.float32)
-# Brighter to the right, the same everywhere from top to bottom: after a rotation the slope tells the angle.
+# Brightness increases from left to right, so that the gradient after a rotation reveals the angle.
 RAMPS = np.tile(np.linspace(0.2, 0.8, WIDTH, dtype=np.float32)[:, None], (COUNT, HEIGHT, 1, 1))
 
 
@@ -28,7 +28,7 @@ def shifted(image: np.ndarray, down: int, right: int) -> np.ndarray:
 
 
 def rotated(image: np.ndarray, radians: float) -> np.ndarray:
-    """Pixel by pixel in float64: the point that comes to lie on it, and the four pixels around that point."""
+    """Rotate pixel by pixel in float64, interpolating the four pixels around the source of each."""
     result = np.zeros(image.shape)
     height, width, _ = image.shape
     turn = np.exp(-1j * float(radians))
@@ -45,7 +45,7 @@ def rotated(image: np.ndarray, radians: float) -> np.ndarray:
 
 
 def find_shift(image: np.ndarray, result: np.ndarray) -> tuple[int, int]:
-    """The one shift that makes the result of the image."""
+    """Find the shift that turns the image into the result."""
     rows, columns = (np.flatnonzero(result.any(axis=axes)) for axes in ((1, 2), (0, 2)))
     down, right = rows[0] - (HEIGHT - 1 - rows[-1]), columns[0] - (WIDTH - 1 - columns[-1])
     np.testing.assert_array_equal(shifted(image, down, right), result)
@@ -53,7 +53,7 @@ def find_shift(image: np.ndarray, result: np.ndarray) -> tuple[int, int]:
 
 
 def find_corner(image: np.ndarray, result: np.ndarray) -> tuple[int, int]:
-    """The one position at which the image holds the result."""
+    """Find the only position of the result in the image."""
     (corner,) = (
         (row, column)
         for row in range(HEIGHT - SIDE + 1)
@@ -64,21 +64,21 @@ def find_corner(image: np.ndarray, result: np.ndarray) -> tuple[int, int]:
 
 
 def find_angle(result: np.ndarray) -> float:
-    """By how many radians a ramp was turned, from its slopes in the middle, where nothing has come in."""
+    """Find the angle in radians by which a ramp was rotated, from its gradient in the middle."""
     by_row, by_column = (slopes.mean() for slopes in np.gradient(result[6:14, 11:19, 0].astype(float)))
     return float(np.arctan2(-by_row, by_column))
 
 
 @pytest.fixture(scope="module")
 def drawn() -> dict[str, np.ndarray]:
-    """What each augmentation draws for each image when it is the only one, from key 1."""
+    """Amounts that each augmentation alone draws for each image from key 1."""
     shifts = [find_shift(*pair) for pair in zip(IMAGES, augmented("shift=0.1"), strict=True)]
     corners = [find_corner(*pair) for pair in zip(IMAGES, augmented(f"crop={SIDE}"), strict=True)]
     flips = []
     for image, result in zip(IMAGES, augmented("flip"), strict=True):
         flips.append(not np.array_equal(result, image))
         np.testing.assert_array_equal(result, image[:, ::-1] if flips[-1] else image)
-    # Pixels that surely are not clipped: the one nearest to a half, and the darkest.
+    # Pixels that cannot be clipped: the one nearest to a half, and the darkest.
     pixels = IMAGES.reshape(COUNT, -1)
     middle = np.arange(COUNT), abs(pixels - 0.5).argmin(axis=1)
     brightness = augmented("brightness=0.2").reshape(COUNT, -1)[middle] - pixels[middle].astype(float)
@@ -104,7 +104,7 @@ def contrasted(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def assert_uniform(draws: np.ndarray, low: float, high: float) -> None:
-    """By the test of Kolmogorov and Smirnov, which 999 of 1000 uniform samples pass; and no two images share a draw."""
+    """Apply the Kolmogorov-Smirnov test, which 999 of 1000 uniform samples pass; no two images may share a draw."""
     edge = (high - low) / 50  # a uniform sample of 400 comes closer to both bounds, 999 times of 1000
     assert low <= draws.min() < low + edge
     assert high - edge < draws.max() <= high
@@ -113,7 +113,7 @@ def assert_uniform(draws: np.ndarray, low: float, high: float) -> None:
     assert abs(expected - (np.arange(len(draws)) + 0.5) / len(draws)).max() < 1.95 / np.sqrt(len(draws))
 
 
-def test_images_are_shifted_by_whole_pixels_of_every_allowed_size(drawn):
+def test_shifts_are_all_whole_offsets_up_to_the_largest(drawn):
     assert set(drawn["down"]) == set(range(-2, 3))
     assert set(drawn["right"]) == set(range(-3, 4))
     # Offsets are rounded from a uniform one, so the largest are half as frequent as the others.
@@ -121,18 +121,19 @@ def test_images_are_shifted_by_whole_pixels_of_every_allowed_size(drawn):
     np.testing.assert_allclose(counts, np.array([1, 2, 2, 2, 2, 2, 1]) / 12, atol=0.06)
 
 
-def test_shifts_are_drawn_by_the_key_itself_as_before_there_were_other_augmentations(drawn):
+def test_shifts_are_drawn_from_the_key_itself(drawn):
+    """As in version 0.1.0, so that its runs can be repeated."""
     limits = np.array([2, 3], np.float32)
     offsets = np.round(jax.random.uniform(jax.random.key(1), (COUNT, 2), minval=-limits, maxval=limits))
     np.testing.assert_array_equal(np.stack([drawn["down"], drawn["right"]], axis=1), offsets)
 
 
-def test_a_fraction_of_less_than_half_a_pixel_is_no_shift():
+def test_a_fraction_of_less_than_half_a_pixel_shifts_nothing():
     np.testing.assert_array_equal(augmented("shift=0.016"), IMAGES)
 
 
-def test_every_whole_offset_up_to_some_pixels_is_as_likely_as_any_other():
-    """The 25 shifts of up to 2 pixels; each expected 16 times in 400 images."""
+def test_shift_pixels_draws_every_offset_with_equal_probability():
+    """There are 25 shifts of up to 2 pixels, each expected 16 times in 400 images."""
     shifts = [find_shift(*pair) for pair in zip(IMAGES, augmented("shift_pixels=2", seed=5), strict=True)]
     counts = {(down, right): shifts.count((down, right)) for down in range(-2, 3) for right in range(-2, 3)}
     assert sum(counts.values()) == COUNT
@@ -152,8 +153,8 @@ def test_rotation_is_bilinear_about_the_centre(dtype, tolerance):
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (9, 9), (8, 11)])
-def test_quarter_turns_go_anticlockwise(shape):
-    """On images that are not square, half turns only: others leave the frame."""
+def test_quarter_turns_are_counter_clockwise(shape):
+    """Images that are not square make half turns only."""
     image = np.random.default_rng(4).uniform(size=(*shape, 2)).astype(np.float32)
     quarters = np.arange(-2, 3) if shape[0] == shape[1] else np.array([-2, 0, 2])
     results = rotate(jnp.asarray(np.stack([image] * len(quarters))), jnp.float32(quarters * np.pi / 2))
@@ -165,7 +166,7 @@ def test_angles_are_uniform(drawn):
     assert_uniform(np.degrees(drawn["rotation"]), -30, 30)
 
 
-def test_every_position_of_a_crop_is_as_likely_as_any_other(drawn):
+def test_every_position_of_a_crop_is_equally_likely(drawn):
     """There are 3 x 13, each expected 10 times; chi-squared of 38 degrees of freedom is below 70 in 999 of 1000."""
     counts = np.zeros((HEIGHT - SIDE + 1, WIDTH - SIDE + 1))
     for row, column in zip(drawn["row"], drawn["column"], strict=True):
@@ -174,13 +175,13 @@ def test_every_position_of_a_crop_is_as_likely_as_any_other(drawn):
     assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 70
 
 
-def test_a_crop_of_the_images_size_is_the_images():
+def test_a_crop_of_the_full_size_changes_nothing():
     square = IMAGES[:3, :, :HEIGHT]
     np.testing.assert_array_equal(augmented("crop=20", images=square), square)
 
 
 def test_half_of_the_images_are_flipped(drawn):
-    assert abs(drawn["flip"].sum() - COUNT / 2) < 33  # of which 999 in 1000 draws are
+    assert abs(drawn["flip"].sum() - COUNT / 2) < 33  # true for 999 of 1000 draws
 
 
 def test_brightness_adds_one_uniform_number_to_all_pixels(drawn):
@@ -205,7 +206,7 @@ def test_augmentations_draw_independently_of_each_other(drawn):
     assert abs(correlations - np.eye(len(drawn))).max() < 0.2  # four standard deviations
 
 
-def test_all_together_draw_what_each_draws_alone_and_are_applied_in_the_order_of_the_fields(drawn):
+def test_all_together_draw_the_same_amounts_and_are_applied_in_the_order_of_the_fields(drawn):
     names = ("contrast=0.2", "flip", f"crop={SIDE}", "shift=0.1", "brightness=0.2", "rotation=30")
     results = augmented(*names)
     for index in range(0, COUNT, 50):
@@ -214,4 +215,4 @@ def test_all_together_draw_what_each_draws_alone_and_are_applied_in_the_order_of
         image = image[draw["row"] :, draw["column"] :][:SIDE, :SIDE]
         image = image[:, ::-1] if draw["flip"] else image
         image = contrasted(np.clip(image + draw["brightness"], 0, 1), draw["contrast"])
-        np.testing.assert_allclose(results[index], image, rtol=0, atol=1e-5)  # the angle is read off a picture
+        np.testing.assert_allclose(results[index], image, rtol=0, atol=1e-5)  # the angle was recovered from an image

@@ -1,4 +1,4 @@
-"""Where data sets come from: names and paths, idx files and tensorflow-datasets."""
+"""Loading data sets by name or path: digits, idx files and tensorflow-datasets."""
 
 import gzip
 import importlib.util
@@ -17,7 +17,7 @@ from tests.data.tiny_images import write_image_folder
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = (f"{name}.gz" for name in FILES)
 
 
-def test_digits_are_1797_real_digits_split_by_class():
+def test_digits_are_the_1797_images_of_scikit_learn_split_by_class():
     digits = load_dataset("digits")
     assert digits.image_shape == (8, 8, 1)
     assert len(digits.train_images) + len(digits.test_images) == 1797
@@ -32,9 +32,8 @@ def test_digits_are_1797_real_digits_split_by_class():
 
 
 def test_idx_files_are_read_as_they_were_written(idx_folder, small_dataset):
-    read = load_dataset("mnist", idx_folder)
-    for ours, theirs in zip(read, small_dataset, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for read, written in zip(load_dataset("mnist", idx_folder), small_dataset, strict=True):
+        np.testing.assert_array_equal(read, written)
 
 
 def test_idx_files_need_not_be_compressed(idx_folder, small_dataset):
@@ -79,47 +78,47 @@ DAMAGES = [truncate, flip_byte, empty, shorten, lengthen, cut_header, not_gzip]
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("name", [TRAIN_IMAGES, TEST_LABELS])
-def test_a_damaged_file_is_an_error_that_names_it(name, damage, idx_folder):
+def test_a_damaged_file_raises_an_error_that_names_it(name, damage, idx_folder):
     damage(idx_folder / name)
     with pytest.raises(UsageError, match=name):
         load_dataset("mnist", idx_folder)
 
 
-def test_images_in_the_place_of_labels_are_an_error(idx_folder):
+def test_images_in_place_of_labels_raise(idx_folder):
     (idx_folder / TRAIN_LABELS).write_bytes((idx_folder / TRAIN_IMAGES).read_bytes())
     with pytest.raises(UsageError, match=rf"{TRAIN_LABELS} begins with 00000803; expected 00000801"):
         load_dataset("mnist", idx_folder)
 
 
-def test_a_missing_file_is_an_error_that_names_it(idx_folder):
+def test_a_missing_file_raises_an_error_that_names_it(idx_folder):
     (idx_folder / TEST_LABELS).unlink()
     with pytest.raises(UsageError, match=f"lacks {TEST_LABELS}"):
         load_dataset("mnist", idx_folder)
 
 
-def test_another_number_of_labels_is_an_error(idx_folder):
+def test_a_wrong_number_of_labels_raises(idx_folder):
     write_idx(idx_folder / TEST_LABELS, np.zeros(22, np.uint8))
     with pytest.raises(UsageError, match=f"{TEST_LABELS} has 22 labels for 23 images"):
         load_dataset("mnist", idx_folder)
 
 
-def test_a_label_outside_the_classes_is_an_error(idx_folder):
+def test_a_label_outside_the_classes_raises(idx_folder):
     write_idx(idx_folder / TEST_LABELS, np.full(23, 10, np.uint8))
     with pytest.raises(UsageError, match=f"{TEST_LABELS} has the label 10; expected 0 to 9"):
         load_dataset("mnist", idx_folder)
 
 
-def test_an_unknown_name_for_idx_files_is_an_error_with_those_known(idx_folder):
+def test_an_unknown_name_for_idx_files_raises_an_error_with_the_known_names(idx_folder):
     with pytest.raises(UsageError, match=r"'mnits'.*mnist, fashion_mnist, kmnist"):
         load_dataset("mnits", idx_folder)
 
 
-def test_a_folder_that_does_not_exist_is_an_error(tmp_path):
+def test_a_folder_that_does_not_exist_raises(tmp_path):
     with pytest.raises(UsageError, match="nowhere does not exist"):
         load_dataset("mnist", tmp_path / "nowhere")
 
 
-def test_a_configuration_limits_first_and_holds_out_then(idx_folder, small_dataset):
+def test_train_limit_applies_before_the_validation_split(idx_folder, small_dataset):
     config = DataConfig(dataset="mnist", data_dir=idx_folder, train_limit=40, validation=0.25)
     dataset = configured_dataset(config)
     assert (len(dataset.train_images), len(dataset.validation_images)) == (30, 10)
@@ -127,12 +126,12 @@ def test_a_configuration_limits_first_and_holds_out_then(idx_folder, small_datas
     assert both == {image.tobytes() for image in small_dataset.train_images[:40]}
 
 
-def test_a_configuration_resizes_a_folder(tmp_path):
+def test_image_size_resizes_a_folder(tmp_path):
     folder = write_image_folder(tmp_path / "set", "ab", 9, 13, per_class=5)
     assert configured_dataset(DataConfig(dataset=str(folder), image_size=(6, 7))).image_shape == (6, 7, 3)
 
 
-def test_a_path_goes_before_the_name_of_tensorflow_datasets_but_not_before_a_built_in_one(tmp_path, monkeypatch):
+def test_a_path_takes_precedence_over_tensorflow_datasets_but_not_over_built_in_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("cifar10", "digits"):
         write_image_folder(tmp_path / name, "ab", 4, 3, per_class=5)
@@ -144,7 +143,7 @@ def test_a_path_goes_before_the_name_of_tensorflow_datasets_but_not_before_a_bui
 
 
 @pytest.mark.parametrize("name", ["mine.npz", "mine/", "./mine", "../mine", "/mine", "~/mine", "~nobody/mine"])
-def test_a_path_that_does_not_exist_is_an_error(name, tmp_path, monkeypatch):
+def test_a_path_that_does_not_exist_raises(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UsageError, match=f"data set {name} does not exist; expected a folder of images or an .npz"):
@@ -152,7 +151,7 @@ def test_a_path_that_does_not_exist_is_an_error(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["digits", "multi_mnist", "cifar10", "set.npz"])
-def test_only_a_folder_is_resized(name, tmp_path, monkeypatch):
+def test_image_size_for_anything_but_a_folder_raises(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "set.npz").touch()
     with pytest.raises(UsageError, match=rf"image_size is \(8, 9\), but only folders of images.*{name} is none"):
@@ -161,13 +160,13 @@ def test_only_a_folder_is_resized(name, tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")  # of tensorflow-datasets and what it imports
 class TestTensorflowDatasets:
-    """The real library, with a tiny set of our own, and no TensorFlow."""
+    """The real library with a tiny data set, without TensorFlow."""
 
     @pytest.fixture(autouse=True)
     def _library(self):
         pytest.importorskip("tensorflow_datasets")
         if importlib.util.find_spec("tensorflow"):
-            pytest.skip("these tests are about its absence")
+            pytest.skip("TensorFlow is installed; these tests need its absence")
 
     @pytest.fixture
     def prepared(self, tmp_path):
@@ -176,7 +175,7 @@ class TestTensorflowDatasets:
         TinyImages(data_dir=tmp_path, file_format="array_record").download_and_prepare()
         return tmp_path
 
-    def test_a_prepared_set_is_read_without_tensorflow(self, prepared):
+    def test_a_prepared_data_set_is_read_without_tensorflow(self, prepared):
         from tests.data.tiny_tfds import examples
 
         dataset = load_dataset("tiny_images", prepared)
@@ -192,20 +191,20 @@ class TestTensorflowDatasets:
             assert len(images) == len(written)
         assert "tensorflow" not in sys.modules
 
-    def test_a_set_that_is_not_prepared_tells_what_is_missing(self, tmp_path):
+    def test_a_data_set_that_is_not_prepared_raises_an_error_with_the_extra(self, tmp_path):
         with pytest.raises(UsageError, match=r"'mnist' is not prepared.*TensorFlow: pip install 'capsnet-jax\[tfds\]'"):
             load_dataset("mnist", tmp_path)
 
-    def test_an_unknown_name_is_an_error_with_similar_ones(self):
+    def test_an_unknown_name_raises_an_error_with_similar_names(self):
         with pytest.raises(UsageError, match=r"Unknown data set 'fashion_mnits'.*fashion_mnist"):
             load_dataset("fashion_mnits")
 
-    def test_a_set_that_is_not_of_labelled_images_is_an_error(self):
+    def test_a_data_set_without_labelled_images_raises(self):
         with pytest.raises(UsageError, match="'ag_news_subset' "):
             load_dataset("ag_news_subset")
 
 
-def test_without_tensorflow_datasets_the_extra_is_named(monkeypatch):
+def test_without_tensorflow_datasets_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(UsageError, match=r"'cifar10'.*pip install 'capsnet-jax\[tfds\]'"):
         load_dataset("cifar10")

@@ -1,4 +1,4 @@
-"""Data sets as arrays: what they are checked for, their limits, validation splits and crops."""
+"""Data sets of arrays: checks, limits, validation splits and crops."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,20 +34,20 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_arrays_are_an_error(change, message):
+def test_invalid_arrays_raise(change, message):
     arrays = {"train_images": IMAGES, "train_labels": LABELS, "test_images": IMAGES, "test_labels": LABELS}
     make_dataset(**arrays, num_classes=3)
     with pytest.raises(UsageError, match=message):
         make_dataset(**(arrays | change), num_classes=3)
 
 
-def test_two_labels_for_each_image_are_kept():
+def test_several_labels_per_image_are_kept():
     dataset = make_dataset(IMAGES, PAIRS, IMAGES, PAIRS[::-1], num_classes=3)
     np.testing.assert_array_equal(dataset.train_labels, [[0, 1], [1, 2], [2, 1], [0, 2]])
     assert dataset.test_labels.dtype == np.int32
 
 
-def test_classes_are_called_by_their_numbers_or_by_names_of_their_own():
+def test_class_names_are_numbers_by_default():
     arrays = IMAGES, LABELS, IMAGES, LABELS
     assert make_dataset(*arrays, num_classes=3).class_names == ("0", "1", "2")
     named = make_dataset(*arrays, num_classes=3, class_names=["ant", "bee", "cat"])
@@ -60,12 +60,12 @@ def test_classes_are_called_by_their_numbers_or_by_names_of_their_own():
 
 
 def numbered_dataset(labels, num_classes) -> Dataset:
-    """Each training image is filled with its number."""
+    """A data set whose training images are filled with their numbers."""
     images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None] + np.zeros((5, 8, 2), np.uint8)
     return make_dataset(images, labels, images[:1] + 100, labels[:1], num_classes=num_classes)
 
 
-def test_validation_images_are_the_same_share_of_each_class_held_out_of_the_training_images():
+def test_the_validation_split_is_stratified_and_disjoint_from_the_training_images():
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), [20, 10, 20, 30]))
     dataset = numbered_dataset(labels, 4)
     split = dataset.with_validation(0.2)
@@ -80,18 +80,18 @@ def test_validation_images_are_the_same_share_of_each_class_held_out_of_the_trai
     np.testing.assert_array_equal(split.test_labels, dataset.test_labels)
 
 
-def test_which_images_are_held_out_is_random():
+def test_held_out_images_are_chosen_at_random():
     held_out = numbered_dataset(np.repeat([0, 1], 30), 2).with_validation(0.2).validation_images[:, 0, 0, 0]
     assert len(set(np.diff(held_out.astype(int)))) > 3
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.05, 1), (0.1, 2), (0.29, 7), (0.96, 23)])
-def test_validation_images_are_as_many_as_asked_for_to_the_nearest(fraction, expected):
+def test_the_size_of_the_validation_split_is_rounded_to_the_nearest_image(fraction, expected):
     split = numbered_dataset(np.arange(24) % 13, 13).with_validation(fraction)
     assert (len(split.validation_images), len(split.train_images)) == (expected, 24 - expected)
 
 
-def test_validation_images_may_show_several_classes():
+def test_validation_images_may_have_several_labels():
     pairs = np.stack([np.arange(30) % 5, 5 + np.arange(30) % 3], axis=1)
     split = numbered_dataset(pairs, 8).with_validation(0.3)
     np.testing.assert_array_equal(split.validation_labels, pairs[split.validation_images[:, 0, 0, 0]])
@@ -115,7 +115,7 @@ def test_no_validation_split_changes_nothing():
         (float("nan"), "must be at least 0 and less than 1"),
     ],
 )
-def test_a_validation_split_that_leaves_one_empty_is_an_error(fraction, message):
+def test_an_empty_split_raises(fraction, message):
     with pytest.raises(UsageError, match=f"validation is {fraction}.*{message}"):
         numbered_dataset(LABELS, 3).with_validation(fraction)
 
@@ -135,12 +135,12 @@ def test_test_and_validation_images_are_cut_to_their_centres_and_training_images
 
 
 @pytest.mark.parametrize("side", [10, 0, -1])
-def test_a_crop_that_is_larger_than_the_images_is_an_error(side):
+def test_a_crop_larger_than_the_images_raises(side):
     with pytest.raises(UsageError, match=f"crop is {side} x {side}; expected 1 to 9, of 9 x 12"):
         central_crop(np.zeros((3, 9, 12, 1), np.uint8), side)
 
 
-def test_a_limit_that_is_larger_than_the_set_is_an_error(small_dataset):
+def test_a_limit_larger_than_the_data_set_raises(small_dataset):
     np.testing.assert_array_equal(small_dataset.limited(7).train_labels, small_dataset.train_labels[:7])
     with pytest.raises(UsageError, match="train_limit is 51, with only 50 training images"):
         small_dataset.limited(51)

@@ -1,4 +1,4 @@
-""".npz files of your own arrays: what they may hold, and every way in which they can be wrong."""
+"""Data sets from .npz files, and the errors for invalid or damaged files."""
 
 import io
 import re
@@ -25,7 +25,7 @@ def save(folder, **changes) -> str:
     return str(path)
 
 
-def test_grey_images_and_any_whole_numbers_as_labels(tmp_path):
+def test_grey_images_with_any_integers_as_labels(tmp_path):
     dataset = load_dataset(save(tmp_path))
     np.testing.assert_array_equal(dataset.train_images, ARRAYS["x_train"][..., None])
     np.testing.assert_array_equal(dataset.test_images, ARRAYS["x_test"][..., None])
@@ -34,7 +34,7 @@ def test_grey_images_and_any_whole_numbers_as_labels(tmp_path):
     np.testing.assert_array_equal(dataset.test_labels, [2, 0, 3])
 
 
-def test_colour_images_as_floats_and_strings_as_labels(tmp_path):
+def test_colour_images_as_floats_with_strings_as_labels(tmp_path):
     images = RNG.random((6, 5, 7, 3))
     labels = np.array(["cow", "ant", "bee", "bee", "cow", "ant"])
     dataset = load_dataset(save(tmp_path, x_train=images, y_train=labels, x_test=images[:2], y_test=labels[2:4]))
@@ -45,7 +45,7 @@ def test_colour_images_as_floats_and_strings_as_labels(tmp_path):
     np.testing.assert_array_equal(dataset.test_labels, [1, 1])
 
 
-def test_several_labels_for_each_image(tmp_path):
+def test_several_labels_per_image(tmp_path):
     pairs = np.array([[8, 3], [3, 5], [5, 8], [8, 5], [3, 8], [5, 3]], np.uint64)
     dataset = load_dataset(save(tmp_path, y_train=pairs, y_test=pairs[:3].astype(np.int64)))
     assert dataset.class_names == ("3", "5", "8")
@@ -53,7 +53,7 @@ def test_several_labels_for_each_image(tmp_path):
     np.testing.assert_array_equal(dataset.test_labels, [[2, 0], [0, 1], [1, 2]])
 
 
-def test_a_column_of_labels_is_one_for_each_image(tmp_path):
+def test_a_column_of_labels_is_one_label_per_image(tmp_path):
     columns = {name: ARRAYS[name][:, None] for name in ("y_train", "y_test")}
     np.testing.assert_array_equal(load_dataset(save(tmp_path, **columns)).train_labels, [3, 0, 1, 1, 3, 0])
 
@@ -89,7 +89,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG)
-def test_a_wrong_array_is_an_error_that_names_file_and_array(changes, message, tmp_path):
+def test_an_invalid_array_raises_an_error_with_file_and_array(changes, message, tmp_path):
     path = save(tmp_path, **changes)
     with pytest.raises(UsageError, match=message.replace("FILE", re.escape(path))):
         load_dataset(path)
@@ -130,14 +130,14 @@ DAMAGES = [truncated, with_a_byte_flipped, single_array, text_in_the_place_of_an
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_a_damaged_file_is_an_error_that_names_it(damage, tmp_path):
+def test_a_damaged_file_raises_an_error_that_names_it(damage, tmp_path):
     path = save(tmp_path)
     (tmp_path / "mine.npz").write_bytes(damage(tmp_path / "mine.npz"))
     with pytest.raises(UsageError, match=f"^{path} (cannot be read|is truncated|lacks)"):
         load_dataset(path)
 
 
-def test_another_file_is_an_error(tmp_path):
+def test_a_file_of_another_format_raises(tmp_path):
     (tmp_path / "images.tar").touch()
     with pytest.raises(UsageError, match=r"images.tar is neither a folder of images nor an .npz file"):
         load_dataset(str(tmp_path / "images.tar"))

@@ -1,4 +1,4 @@
-"""Sets made from MNIST, against their definitions in loops."""
+"""Data sets made from MNIST, against plain loops."""
 
 import zlib
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.conftest import write_idx_folder
 
 
 def tiny_mnist() -> Dataset:
-    """Like MNIST, in 20 x 20 of 28 x 28, with sparse strokes; the same with every version of NumPy."""
+    """Sparse random images with empty margins, as in MNIST, from a generator that NumPy never changes."""
     rng = np.random.RandomState(3)
     splits = []
     for labels in ([7, 0, 0, 3, 9, 7, 0, 3, 3, 0, 7, 9], [2, 2, 5, 2, 8, 5, 2]):
@@ -58,7 +58,7 @@ OFFSETS = [(down, right) for down in range(-6, 7) for right in range(-6, 7)]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_each_image_is_itself_and_one_of_another_class_each_padded_and_shifted(split, mnist, multi):
+def test_each_image_is_overlaid_with_one_of_another_class_both_padded_and_shifted(split, mnist, multi):
     images, labels = (mnist.train_images, mnist.train_labels) if split == "train" else mnist[2:4]
     pairs, pair_labels = (multi.train_images, multi.train_labels) if split == "train" else multi[2:4]
     assert pairs.shape == (len(images), 36, 36, 1)
@@ -77,7 +77,7 @@ def test_each_image_is_itself_and_one_of_another_class_each_padded_and_shifted(s
         assert any((pair == total).all() for total in sums)
 
 
-def test_every_offset_and_every_other_class_is_as_likely():
+def test_offsets_and_other_classes_are_drawn_uniformly():
     labels = np.arange(6000) % 5
     images = np.zeros((6000, 28, 28, 1), np.uint8)
     images[:, 10, 12, 0] = labels + 1
@@ -94,7 +94,7 @@ def test_every_offset_and_every_other_class_is_as_likely():
     assert 200 < counts[~np.eye(5, dtype=bool)].min() < counts.max() < 400  # 300 each
 
 
-def test_every_image_of_another_class_is_as_likely():
+def test_images_of_other_classes_are_drawn_uniformly():
     labels = np.array([4, 0, 0, 7, 4, 0])
     images = np.zeros((6, 28, 28, 1), np.uint8)
     images[:, 10, 12, 0] = 1 << np.arange(6)
@@ -109,7 +109,7 @@ def test_every_image_of_another_class_is_as_likely():
         assert counts[number].sum() == counts[number, others].sum()
 
 
-def test_what_leaves_the_image_is_lost():
+def test_pixels_shifted_out_of_the_image_are_lost():
     labels = np.arange(400) % 2
     pairs, pair_labels = overlapping_pairs(
         np.ones((400, 28, 28, 1), np.uint8) << labels[:, None, None, None].astype(np.uint8),
@@ -123,14 +123,14 @@ def test_what_leaves_the_image_is_lost():
         assert found.sum(axis=(1, 2)).min() == 26 * 26
 
 
-def test_the_sets_are_the_same_everywhere(multi, affine, mnist_folder):
+def test_the_data_sets_are_the_same_on_every_machine(multi, affine, mnist_folder):
     assert zlib.crc32(multi.train_images.tobytes()) == 885522605
     assert zlib.crc32(multi.test_images.tobytes()) == 1019037818
     again = load_dataset("affine_mnist", mnist_folder)
     np.testing.assert_array_equal(again.test_images, affine.test_images)
 
 
-def test_padded_images_are_trained_on(mnist, affine):
+def test_affine_mnist_has_padded_training_images(mnist, affine):
     assert affine.image_shape == (40, 40, 1)
     np.testing.assert_array_equal(affine.train_images[:, 6:34, 6:34], mnist.train_images)
     assert affine.train_images.sum() == mnist.train_images.sum()
@@ -139,7 +139,7 @@ def test_padded_images_are_trained_on(mnist, affine):
     assert affine.class_names == mnist.class_names == tuple("0123456789")
 
 
-def test_a_map_is_bilinear_and_about_the_centre():
+def test_an_affine_map_is_bilinear_about_the_centre():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (7, 10), dtype=np.uint8)
     matrix = np.array([[0.9, 0.3], [-0.4, 1.2]])
@@ -156,7 +156,7 @@ def test_a_map_is_bilinear_and_about_the_centre():
     assert len(np.unique(mapped)) > 50
 
 
-def test_known_maps_give_known_images():
+def test_identity_quarter_turn_and_shear():
     image = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
     np.testing.assert_array_equal(mapped_image(image, np.eye(2), 12), np.pad(image, 2))
     quarter = np.array([[0.0, -1.0], [1.0, 0.0]])  # (row, column) to (-column, row)
@@ -167,7 +167,7 @@ def test_known_maps_give_known_images():
         np.testing.assert_array_equal(sheared[11 + row, start : start + 8], image[row])
 
 
-def test_maps_are_drawn_from_their_ranges():
+def test_affine_maps_are_drawn_uniformly_from_their_ranges():
     matrices = random_matrices(3000, np.random.RandomState(0))
     angle = np.arctan2(-matrices[:, 0, 1], matrices[:, 1, 1])
     horizontal = np.hypot(matrices[:, 0, 1], matrices[:, 1, 1])
@@ -191,7 +191,7 @@ def without_margins(image):
     return image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
 
 
-def test_test_images_are_whole_digits_under_maps_of_their_own(mnist):
+def test_each_test_image_is_a_whole_digit_under_its_own_map(mnist):
     digits = np.repeat(mnist.test_images, 20, axis=0)
     images = affine_images(digits, np.random.RandomState(4))
     matrices = random_matrices(len(digits), np.random.RandomState(4))  # drawn before anything else
@@ -202,7 +202,7 @@ def test_test_images_are_whole_digits_under_maps_of_their_own(mnist):
     assert len({tuple(corner) for corner in corners}) > 70
 
 
-def test_a_digit_may_be_at_any_place_where_it_fits():
+def test_a_digit_is_placed_wherever_it_fits():
     images = np.zeros((2000, 28, 28, 1), np.uint8)
     images[:, 11:17, 12:16] = 255
     moved = affine_images(images, np.random.RandomState(0))
@@ -219,18 +219,18 @@ def test_an_empty_image_stays_empty():
     assert affine_images(np.zeros((3, 28, 28, 1), np.uint8), np.random.RandomState(0)).sum() == 0
 
 
-def test_a_digit_that_does_not_fit_is_an_error():
+def test_a_digit_that_does_not_fit_raises():
     with pytest.raises(UsageError, match=r"Test image \d+ of affine_mnist has a digit of \d+ x \d+ .* 40 x 40"):
         affine_images(np.full((60, 28, 28, 1), 9, np.uint8), np.random.RandomState(0))
 
 
 @pytest.mark.parametrize("name", ["multi_mnist", "affine_mnist"])
-def test_images_of_another_size_are_an_error(name, idx_folder):
+def test_images_of_another_size_raise(name, idx_folder):
     with pytest.raises(UsageError, match=rf"{name} is made from images of \(28, 28, 1\); mnist has \(9, 11, 1\)"):
         load_dataset(name, idx_folder)
 
 
-def test_a_single_class_has_no_pairs(tmp_path, mnist):
+def test_a_single_class_raises(tmp_path, mnist):
     folder = write_idx_folder(tmp_path / "idx", mnist._replace(test_labels=np.full(7, 6)))
     with pytest.raises(UsageError, match="All images of a split are of class 6; expected a second class"):
         load_dataset("multi_mnist", folder)

@@ -1,4 +1,4 @@
-"""A folder of small colour images whose classes can be learnt."""
+"""A folder of small colour images in classes that a model can learn."""
 
 import colorsys
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ def write_image_folder(
     seed: int = 0,
     suffix: str = ".png",
 ) -> Path:
-    """Writes `path/CLASS/NUMBER.png`, or `path/train/CLASS/` and `path/test/CLASS/` with test images apart.
+    """Write `path/CLASS/NUMBER.png`, or `path/train/CLASS/` and `path/test/CLASS/` with separate test images.
 
-    Each image is dark noise with a bright patch, of a colour and at a place that both tell its class.
+    Each image is dark noise with a bright patch, whose colour and place are those of its class.
 
     Args:
         path: new folder; returned, too.
