@@ -107,9 +107,7 @@ class Work:
 
     def step(self) -> Calls:
         graphdef, state = create_state(self._new_model(), self._optimizer)
-        names = ("precision", "loss", "reconstruction_weight", "reconstruction_error")
-        options = {name: getattr(self._training, name) for name in names}
-        train_step = jax.jit(make_train_step(graphdef, self._optimizer, **options), donate_argnums=0)
+        train_step = jax.jit(make_train_step(graphdef, self._optimizer, self._training), donate_argnums=0)
         arguments = state, self._images, self._labels
         # Compiled in the first call, which is timed by itself, and in the way in which training does it.
         program = cache(lambda: compile_lean(train_step, *arguments))

@@ -10,6 +10,7 @@ import optax
 import torch
 from flax import nnx
 
+from capsnet_jax.config import TrainingConfig
 from capsnet_jax.interchange.weights import to_torch
 from capsnet_jax.train.step import create_state, make_train_step
 from capsnet_torch.training import train_step as torch_train_step
@@ -43,8 +44,8 @@ def trajectory(
     """
     adam = optimizer(learning_rate)
     graphdef, state = create_state(pair.jax_model, adam)
-    precision = "bfloat16" if pair.dtype == "bfloat16" else "float32"
-    train_step = make_train_step(graphdef, adam, precision=precision, **pair.loss)
+    config = TrainingConfig(precision="bfloat16" if pair.dtype == "bfloat16" else "float32", **pair.loss)
+    train_step = make_train_step(graphdef, adam, config)
     step = jax.jit(train_step, compiler_options=QUICKLY_COMPILED)
     torch_optimizer = torch.optim.Adam(pair.torch_model.parameters(), learning_rate)
     rng = np.random.default_rng(seed)

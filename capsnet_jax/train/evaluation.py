@@ -1,4 +1,4 @@
-"""Evaluation of a model on labelled images, each counted exactly once, whatever the batch size and the devices."""
+"""Evaluation of a model on labelled images; each image counts exactly once for any batch size and number of devices."""
 
 import math
 from collections.abc import Callable
@@ -11,36 +11,33 @@ import numpy as np
 from einops import rearrange, reduce
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from capsnet_jax.nn.losses import reconstruction_loss
 from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.ops import to_unit_range
 from capsnet_jax.train.sharding import along, on_all
 
-EVALUATION_BATCH = 250  # images; it divides the 10,000 test images of most sets, and its patches fit in 1 GB
-Z95 = 1.959963984540054  # standard deviations that 95 % of a normal distribution are within
+EVALUATION_BATCH = 250  # images; it divides the 10,000 test images of most data sets, and its patches fit in 1 GB
 
 Images = Shaped[np.ndarray, "images height width channels"]
 Labels = Int[np.ndarray, "images *k"]
 
 
 class Evaluation(NamedTuple):
-    """Accuracy, precision and recall by class, and how active the right and the wrong capsules are.
+    """Accuracy, per-class precision and recall, and mean activations on a set of images.
 
     Attributes:
-        num_correct: images whose most active capsules are exactly those of the labels.
-        num_images: all images.
-        counts: for each class, how many images have it.
-        precision: for each class, the share of right ones among the images that it is predicted for; None if there are
-            none.
-        recall: for each class, the share of images that it is predicted for among those that have it; None if there
-            are none.
-        confusion: how many images of a class (row) are taken for a class (column); None if images have several labels.
-        right_activation: mean activation of the capsules of the labels.
-        runner_up_activation: mean activation of the most active one of all other capsules; None if there are none.
-        reconstruction_error: mean squared error of a pixel in [0, 1], reconstructed from the capsules of the labels;
-            None for a model without a decoder, or if it was not asked for.
+        num_correct: Number of images whose k most active classes are exactly their k labels.
+        num_images: Number of images.
+        counts: Number of images of each class.
+        precision: For each class, the fraction of predictions of it that are right; None if it is never predicted.
+        recall: For each class, the fraction of its images for which it is predicted; None if it has no images.
+        confusion: Number of images of a class (row) for which a class (column) is predicted; None for several labels.
+        right_activation: Mean activation of the capsules of the labels.
+        runner_up_activation: Mean activation of the most active other capsule; None if there are no others.
+        reconstruction_error: Mean squared error of pixels in [0, 1], reconstructed from the capsules of the labels;
+            None if the model has no decoder or reconstruction was not asked for.
     """
 
     num_correct: int
@@ -55,22 +52,31 @@ class Evaluation(NamedTuple):
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers."""
+        """Fraction of images that are classified correctly."""
         return self.num_correct / self.num_images
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval of the accuracy on images drawn as these were; see `wilson_interval`."""
-        return wilson_interval(self.num_correct, self.num_images)
+        """Wilson's 95 % confidence interval of the accuracy, for other images drawn from the same distribution.
+
+        It covers only the choice of test images, and not how the accuracy varies with the seed.
+
+        References:
+            Wilson, "Probable Inference, the Law of Succession, and Statistical Inference" (1927).
+        """
+        from scipy.stats import binomtest  # slow to import
+
+        low, high = binomtest(self.num_correct, self.num_images).proportion_ci(0.95, method="wilson")
+        return float(low), float(high)
 
 
 class Predictions(NamedTuple):
-    """The outputs of a model for images.
+    """Outputs of a model for images.
 
     Attributes:
-        activations: of the class capsules.
-        reconstruction_errors: mean squared error over the pixels and channels of each image, which lie in [0, 1], as
-            reconstructed from the capsules of the labels; None without labels, or for a model without a decoder.
+        activations: Activations of the class capsules.
+        reconstruction_errors: Mean squared error of the pixels in [0, 1] of each image, reconstructed from the capsules
+            of its labels; None without labels or without a decoder.
     """
 
     activations: Float[np.ndarray, "images o"]
@@ -86,18 +92,37 @@ def evaluate(
     reconstruct: bool = True,
     mesh: Mesh | None = None,
 ) -> Evaluation:
-    """Evaluate a model on all images.
+    """Evaluate a model on labelled images.
+
+    Batch normalization uses its running statistics, whether or not the model is in training mode.
 
     Args:
-        model: the weights; running means of batch normalization are used, whatever the mode of the model.
-        images: as in a `Dataset`.
-        labels: class indices; one for each image, or k different ones `[images k]`.
-        batch_size: images in one call of the compiled program; the last batch is padded with images that do not count.
-        reconstruct: whether the error of reconstructions is computed, too.
-        mesh: the devices that share each batch and hold the weights; None for one device.
+        model: The model.
+        images: uint8, or float32 in [0, 1], as in a `Dataset`.
+        labels: Class indices `[images]`, or `[images k]` for k different classes in each image.
+        batch_size: Number of images in a batch. The last batch is padded with images that do not count.
+        reconstruct: Whether to compute the reconstruction error as well.
+        mesh: Devices that share each batch and hold the weights; None for one device.
+
+    Returns:
+        Accuracy, confidence interval, precision, recall and confusions; see `Evaluation`.
 
     Raises:
-        UsageError: the images are not of the shape that the model was made for.
+        UsageError: The images do not have the shape that the model was made for.
+
+    Examples:
+        >>> from flax import nnx
+        >>> from capsnet_jax import CapsNet, evaluate, load_dataset
+        >>> digits = load_dataset("digits")
+        >>> model = CapsNet(
+        ...     (8, 8, 1), 10, stem_channels=8, stem_kernel=3, primary_groups=2, primary_kernel=3, rngs=nnx.Rngs(0)
+        ... )
+        >>> evaluation = evaluate(model, digits.test_images, digits.test_labels)
+        >>> evaluation.num_images, sum(evaluation.counts)
+        (355, 355)
+        >>> low, high = evaluation.interval
+        >>> 0 <= low < evaluation.accuracy < high <= 1
+        True
     """
     predictions = predict(model, images, labels if reconstruct else None, batch_size=batch_size, mesh=mesh)
     return score(predictions, labels)
@@ -111,89 +136,66 @@ def predict(
     batch_size: int = EVALUATION_BATCH,
     mesh: Mesh | None = None,
 ) -> Predictions:
-    """Compute the activations of the class capsules, and the errors of reconstructions where labels are given.
+    """Compute the activations of the class capsules and, if labels are given, the reconstruction errors.
 
-    Arguments are those of `evaluate`.
+    The arguments are those of `evaluate`.
 
     Raises:
-        UsageError: the images are not of the shape that the model was made for.
+        UsageError: The images do not have the shape that the model was made for.
     """
-    return Predictions(*_in_batches(_predict_batch, model, images, labels, batch_size=batch_size, mesh=mesh))
+    return Predictions(*_in_batches(_predict_batch, model, (images, labels), batch_size, mesh))
 
 
 def score(predictions: Predictions, labels: Labels) -> Evaluation:
-    """Compare predictions with the labels of their images, one or k different ones for each."""
+    """Compare predictions with the labels of their images, one or k different ones for each image."""
     activations, errors = predictions
     num_images, num_classes = activations.shape
     labels = rearrange(labels, "images ... -> images (...)")
     k = labels.shape[1]
     answers = most_active(activations, k)
-    true, predicted = (_as_sets(classes, num_classes) for classes in (labels, answers))
-    hits = reduce(true & predicted, "images o -> o", "sum")
-    counts, num_predicted = (reduce(sets, "images o -> o", "sum") for sets in (true, predicted))
+    true, predicted = (np.eye(num_classes, dtype=bool)[classes].any(axis=1) for classes in (labels, answers))
+    hits, counts, num_predicted = (reduce(each, "images o -> o", "sum") for each in (true & predicted, true, predicted))
     confusion = None
     if k == 1:
-        confusion = np.zeros((num_classes, num_classes), int)
-        np.add.at(confusion, (labels[:, 0], answers[:, 0]), 1)
-    runner_up = np.where(true, -math.inf, activations).max(axis=1).mean(dtype=float) if k < num_classes else None
+        pairs = np.bincount(labels[:, 0] * num_classes + answers[:, 0], minlength=num_classes**2)
+        confusion = tuple(map(tuple, pairs.reshape(num_classes, num_classes).tolist()))
+    runner_up = None
+    if k < num_classes:
+        runner_up = float(np.where(true, -math.inf, activations).max(axis=1).mean(dtype=float))
     return Evaluation(
         num_correct=int((true == predicted).all(axis=1).sum()),
         num_images=num_images,
         counts=tuple(counts.tolist()),
-        precision=_shares(hits, num_predicted),
-        recall=_shares(hits, counts),
-        confusion=None if confusion is None else tuple(map(tuple, confusion.tolist())),
+        precision=_fractions(hits, num_predicted),
+        recall=_fractions(hits, counts),
+        confusion=confusion,
         right_activation=float(activations[true].mean(dtype=float)),
-        runner_up_activation=None if runner_up is None else float(runner_up),
+        runner_up_activation=runner_up,
         reconstruction_error=None if errors is None else float(errors.mean(dtype=float)),
     )
 
 
 def most_active(activations: Float[np.ndarray, "images o"], k: int) -> Int[np.ndarray, "images k"]:
-    """Find the classes of the k most active capsules, the most active one first; of equal ones the first."""
+    """Find the classes of the k most active capsules, in descending order; ties go to the lower class index."""
     return np.asarray(jax.lax.top_k(activations, k)[1])
 
 
 def final_line(evaluation: Evaluation) -> str:
-    """The last line that `train` and `evaluate` print: accuracy and error."""
+    """Format accuracy and error, as the last line that `train` and `evaluate` print."""
     accuracy = evaluation.accuracy
     return f"test accuracy {accuracy:.4f} on {evaluation.num_images} images (error {100 * (1 - accuracy):.2f} %)"
 
 
-def wilson_interval(num_correct: int, num_images: int, *, z: float = Z95) -> tuple[float, float]:
-    r"""Compute the confidence interval of an accuracy, of which these images are a random sample.
-
-    $$\frac{1}{1 + z^2/n} \left(\hat p + \frac{z^2}{2n} \pm z \sqrt{\frac{\hat p (1 - \hat p)}{n} + \frac{z^2}{4 n^2}}
-    \right)$$
-
-    It never leaves [0, 1], and is not empty where all answers are right. It accounts for the choice of test images
-    only: it does not tell how much another seed would change.
-
-    Args:
-        num_correct: $n \hat p$, right answers.
-        num_images: $n$, all answers.
-        z: half its width in standard errors; by default that of 95 %.
-
-    References:
-        Wilson, "Probable Inference, the Law of Succession, and Statistical Inference" (1927), J. Am. Stat. Assoc. 22,
-        p. 209-212.
-    """
-    share = num_correct / num_images
-    centre = share + z**2 / (2 * num_images)
-    half = z * math.sqrt(share * (1 - share) / num_images + z**2 / (4 * num_images**2))
-    scale = 1 + z**2 / num_images
-    # At no or all right answers the end is 0 or 1 but for rounding.
-    return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
-
-
 def coupling_entropy(couplings: Float[Array, "*batch i o"]) -> Float[Array, "*batch i"]:
-    r"""Compute the entropy of the couplings of each input capsule: 1 if all outputs get the same, 0 if one gets all.
+    r"""Compute the normalized entropy of the couplings of each input capsule.
 
     $$-\frac{1}{\ln O} \sum_o p_o \ln p_o, \quad p_o = \frac{c_o}{\sum_k c_k}$$
 
     Args:
-        couplings: negative ones, which a learned prior can make, count as 0. An input capsule without any has no
-            preference, and counts as coupled evenly.
+        couplings: Negative couplings, which a learned prior can produce, count as 0.
+
+    Returns:
+        1 if an input capsule is coupled to all output capsules equally, or to none, and 0 if it is coupled to only one.
     """
     couplings = jnp.maximum(couplings, 0)
     total = couplings.sum(axis=-1, keepdims=True)
@@ -203,73 +205,54 @@ def coupling_entropy(couplings: Float[Array, "*batch i o"]) -> Float[Array, "*ba
 
 
 def mean_coupling_entropy(model: CapsNet, images: Images, *, batch_size: int = EVALUATION_BATCH) -> float:
-    """Average `coupling_entropy` in the last capsule layer over its input capsules and the images."""
-    return float(_in_batches(_coupling_entropies, model, images, None, batch_size=batch_size).mean(dtype=float))
+    """Average `coupling_entropy` over the input capsules of the last capsule layer and over the images."""
+    return float(_in_batches(_coupling_entropies, model, (images,), batch_size, None).mean(dtype=float))
 
 
-def _predict_batch(
-    model: CapsNet, images: Float[Array, "b height width channels"], labels: Int[Array, "b *k"] | None
-) -> tuple[Float[Array, "b o"], Float[Array, " b"] | None]:
+def _predict_batch(model: CapsNet, images: Array, labels: Array | None) -> tuple[Array, Array | None]:
     capsules = model.encode(images)
     if labels is None or model.decoder is None:
         return capsules.activations, None
     return capsules.activations, reconstruction_loss(model.decode(capsules.poses, labels), images)
 
 
-def _coupling_entropies(
-    model: CapsNet, images: Float[Array, "b height width channels"], labels: None
-) -> Float[Array, " b"]:
+def _coupling_entropies(model: CapsNet, images: Array) -> Float[Array, " b"]:
     return reduce(coupling_entropy(model.route(images)[-1].couplings), "b ... -> b", "mean")
 
 
 def _in_batches(
-    function: Callable[..., Any],
-    model: CapsNet,
-    images: Images,
-    labels: Labels | None,
-    *,
-    batch_size: int,
-    mesh: Mesh | None = None,
+    function: Callable[..., Any], model: CapsNet, data: tuple[Any, ...], batch_size: int, mesh: Mesh | None
 ) -> Any:
-    """Apply a compiled function of model, images in [0, 1] and labels to all images, batch by batch."""
+    """Apply a function of model and data, which are images and possibly labels, to all images, batch by batch."""
     graphdef, state = nnx.split(model)
     compiled = _compiled(function, graphdef, mesh)
-    num_images, num_devices = len(images), 1 if mesh is None else mesh.size
-    batch_size = math.ceil(min(batch_size, num_images) / num_devices) * num_devices  # every device gets the same share
+    num_images, num_devices = len(data[0]), 1 if mesh is None else mesh.size
+    batch_size = math.ceil(min(batch_size, num_images) / num_devices) * num_devices  # equal shares for all devices
     results = []
     for start in range(0, num_images, batch_size):
         batch = np.minimum(np.arange(start, start + batch_size), num_images - 1)  # padded with the last image
-        results.append(compiled(state, images[batch], None if labels is None else labels[batch]))
-    # Fetched in the end, so that the device need not wait for the host between two batches.
+        results.append(compiled(state, *jax.tree.map(lambda array: array[batch], data)))  # noqa: B023
+    # Results are fetched after the loop, so that the device does not wait for the host between batches.
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_images], *jax.device_get(results))
 
 
 @lru_cache(maxsize=8)
 def _compiled(function: Callable[..., Any], graphdef: nnx.GraphDef, mesh: Mesh | None) -> Callable[..., Any]:
-    """Compile a function of a model in evaluation mode, once for all weights that a model of this definition can have.
+    """Compile a function of a model in evaluation mode, once for all weights of a model.
 
-    With a mesh its devices share the batch, and each gets the results for the whole of it, so that every process can
-    read them.
+    The devices of a mesh share the batch. Each gets all results, so that every process can read them.
     """
 
     @jax.jit
-    def of_batch(state: nnx.State, images: Array, labels: Array | None) -> Any:
-        if mesh is not None:
-            images, labels = jax.lax.with_sharding_constraint((images, labels), along(mesh, 0))
+    def of_batch(state: nnx.State, *data: Any) -> Any:
+        images, *labels = data if mesh is None else jax.lax.with_sharding_constraint(data, along(mesh, 0))
         model = nnx.merge(graphdef, state)
         model.eval()
-        results = function(model, to_unit_range(images), labels)
+        results = function(model, to_unit_range(images), *labels)
         return results if mesh is None else jax.lax.with_sharding_constraint(results, on_all(mesh))
 
     return of_batch
 
 
-def _as_sets(classes: Int[np.ndarray, "images k"], num_classes: int) -> Bool[np.ndarray, "images o"]:
-    """Whether each class is among those of each image."""
-    sets = np.zeros((len(classes), num_classes), bool)
-    np.put_along_axis(sets, classes, True, axis=1)
-    return sets
-
-
-def _shares(parts: Int[np.ndarray, " o"], wholes: Int[np.ndarray, " o"]) -> tuple[float | None, ...]:
+def _fractions(parts: Int[np.ndarray, " o"], wholes: Int[np.ndarray, " o"]) -> tuple[float | None, ...]:
     return tuple(part / whole if whole else None for part, whole in zip(parts.tolist(), wholes.tolist(), strict=True))

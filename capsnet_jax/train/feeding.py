@@ -1,85 +1,60 @@
-"""Sending images to the devices: the whole set once, or those of each chunk while the one before is trained on."""
+"""Sending training images to the devices: the whole data set once, or chunk by chunk during training."""
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, pairwise
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Shaped
 
-from capsnet_jax.train.sharding import along, on_all, place
+from capsnet_jax.train.sharding import along, on_all, place_tree
 
-STREAMED_BYTES = 64 * 2**20  # of images in a chunk, of which two are on the device at a time
-
-
-class Batches(NamedTuple):
-    """The images of a chunk of steps.
-
-    Attributes:
-        images: all training images; if they are streamed, those of each seed and step `[seeds steps b ...]`.
-        labels: of these images.
-        indices: of the images of each seed and step; None if they are streamed.
-    """
-
-    images: Shaped[Array, "..."]
-    labels: Int[Array, "..."]
-    indices: Int[Array, "seeds steps b"] | None
+STREAMED_BYTES = 64 * 2**20  # of images in a chunk; two chunks are on the device at a time
 
 
 def should_stream(images: Shaped[np.ndarray, "..."]) -> bool:
-    """Whether the images would take more than half of the memory of a device; never on CPU, where it is the host's."""
+    """Whether the images need more than half of a device's memory; never on CPU, where they are in memory anyway."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return 2 * images.nbytes > stats.get("bytes_limit", float("inf"))
 
 
 class Feed:
-    """Sends training images to the devices, one chunk of steps ahead.
+    """Sends the images of each chunk of steps to the devices while the chunk before is trained on.
 
     Args:
-        images: training images, in the host's memory.
-        labels: their labels.
-        mesh: the devices, each of which gets its share of every batch.
-        stream: whether only what the next chunk needs is sent to the devices.
+        data: Training images and their labels, in host memory.
+        mesh: The devices, each of which gets its share of every batch.
+        stream: Whether to send only the images of each chunk; otherwise all are sent once, and then only indices.
     """
 
-    def __init__(
-        self,
-        images: Shaped[np.ndarray, "images height width channels"],
-        labels: Int[np.ndarray, "images *classes"],
-        mesh: Mesh,
-        *,
-        stream: bool,
-    ):
-        self._data, self._mesh, self.stream = (images, labels), mesh, stream
-        self._on_devices = () if stream else tuple(place(array, on_all(mesh)) for array in self._data)
+    def __init__(self, data: tuple[np.ndarray, np.ndarray], mesh: Mesh, *, stream: bool):
+        self._data, self._sharding = data, along(mesh, 2)
+        self._on_devices = None if stream else place_tree(data, on_all(mesh))
 
-    def batches(self, chunks: Iterable[Int[np.ndarray, "..."]]) -> Iterator[Batches]:
-        """Yield the images of each chunk, given their indices `[seeds steps b]`; the next are sent meanwhile."""
-        send = self._send_images if self.stream else self._send_indices
+    def batches(self, chunks: Iterable[Int[np.ndarray, "..."]]) -> Iterator[tuple[Array, Array, Array | None]]:
+        """Yield images, labels and indices of each chunk, as arguments of the function of `make_train_chunk`.
+
+        Args:
+            chunks: Indices of the images of each chunk, `[seeds steps b]`.
+        """
         with ThreadPoolExecutor(1) as worker:
-            ahead = None
-            for indices in chunks:
-                ahead, ready = worker.submit(send, indices), ahead
-                if ready is not None:
-                    yield ready.result()
-            if ahead is not None:
-                yield ahead.result()
+            pending = (worker.submit(self._send, indices) for indices in chunks)
+            # The next chunk is sent before this one is used; the last one is followed by a future that is never read.
+            for ready, _ in pairwise(chain(pending, [Future()])):
+                yield ready.result()
 
-    def _send_indices(self, indices: Int[np.ndarray, "seeds steps b"]) -> Batches:
-        images, labels = self._on_devices
-        return Batches(images, labels, place(indices, along(self._mesh, 2)))
-
-    def _send_images(self, indices: Int[np.ndarray, "seeds steps b"]) -> Batches:
-        sharding = along(self._mesh, 2)
+    def _send(self, indices: Int[np.ndarray, "seeds steps b"]) -> tuple[Array, Array, Array | None]:
+        if self._on_devices is not None:
+            return *self._on_devices, place_tree(indices, self._sharding)
 
         def send(array: np.ndarray) -> Array:
-            # Each process reads only the images of its own devices.
-            def part(index: Any) -> np.ndarray:
+            def part(index: Any) -> np.ndarray:  # each process reads only the images of its own devices
                 return array[indices[index[: indices.ndim]]]
 
-            return jax.make_array_from_callback(indices.shape + array.shape[1:], sharding, part)
+            return jax.make_array_from_callback(indices.shape + array.shape[1:], self._sharding, part)
 
         images, labels = map(send, self._data)
-        return Batches(images, labels, None)
+        return images, labels, None

@@ -1,6 +1,6 @@
-"""The training loop: epochs of compiled chunks of steps, from one or several seeds side by side, on all devices.
+"""The training loop: epochs of chunks of compiled steps, for one or several seeds side by side, on all devices.
 
-States, metrics, orders of images and random keys have a leading axis of seeds everywhere, for a single seed, too.
+States, metrics, orders of images and random keys have a leading axis of seeds throughout, even for one seed.
 """
 
 import time
@@ -33,7 +33,7 @@ from capsnet_jax.train.progress import Progress, SeedProgress
 from capsnet_jax.train.sharding import along, data_mesh, on_all, place_tree
 from capsnet_jax.train.step import StepMetrics, TrainState, create_state, make_train_step
 
-MOST_STEPS = 1000  # in a program that nobody can stop or watch; the full-size model takes a second or two for them
+MOST_STEPS = 1000  # in one program, which cannot be stopped or watched; a second or two for the full-size model
 
 
 def fit(
@@ -44,21 +44,43 @@ def fit(
     augment: Sequence[str] = (),
     stream: bool | None = None,
 ) -> Iterator[Progress]:
-    """Train a model, and yield the progress after every chunk of steps.
+    """Train a model in place, and yield the progress after every chunk of steps.
+
+    Training advances only while the iterator is consumed. The model is updated after every epoch.
 
     Args:
-        model: the initial weights; at the end of every epoch it is given the trained ones.
-        dataset: training and test images; only the former are augmented.
-        config: epochs, batch size, learning rate and so on.
-        augment: names of the random changes; see `Augmentation`.
-        stream: as for `Trainer`.
+        model: The model; its weights are where training starts.
+        dataset: Training, test and, optionally, validation images.
+        config: Epochs, batch size, learning rate and so on.
+        augment: Augmentations of the training images, such as `("shift=0.1", "flip")`; see `Augmentation`.
+        stream: Whether to send images to the device chunk by chunk; by default only if they take more than half of its
+            memory.
 
     Returns:
-        An iterator; training goes on while it is iterated over.
+        An iterator over the progress: step, speed, losses and, after the last chunk of an epoch, accuracies.
 
     Raises:
-        UsageError: at once, as `Trainer`.
-        NonFiniteLossError: names the first step whose loss or gradient is not finite.
+        UsageError: At once, if model, data set, config and augmentations do not fit together.
+        NonFiniteLossError: While iterating, if a loss or gradient is not finite.
+
+    Examples:
+        >>> import numpy as np
+        >>> from flax import nnx
+        >>> from capsnet_jax import CapsNet, TrainingConfig, fit
+        >>> from capsnet_jax.data import make_dataset
+        >>> labels = np.arange(40) % 2
+        >>> images = np.zeros((40, 8, 8, 1), np.uint8)
+        >>> images[labels == 1, 2:4] = 255  # a bright stripe
+        >>> dataset = make_dataset(images, labels, images, labels, num_classes=2)
+        >>> sizes = {"stem_channels": 4, "stem_kernel": 3, "primary_groups": 2, "primary_kernel": 3}
+        >>> model = CapsNet((8, 8, 1), 2, **sizes, primary_scale=1.0, decoder_hidden=None, rngs=nnx.Rngs(0))
+        >>> config = TrainingConfig(epochs=3, batch_size=8, learning_rate=0.01, reconstruction_weight=0)
+        >>> for progress in fit(model, dataset, config):
+        ...     if progress.ends_epoch:
+        ...         print(f"epoch {progress.epoch}: test accuracy {progress.test_accuracy:.2f}")
+        epoch 1: test accuracy 1.00
+        epoch 2: test accuracy 1.00
+        epoch 3: test accuracy 1.00
     """
     trainer = Trainer(lambda seed: model, dataset, config, augment=augment, stream=stream)
 
@@ -72,11 +94,11 @@ def fit(
 
 
 class Snapshot(NamedTuple):
-    """All that the rest of a training depends on; what a checkpoint holds.
+    """Everything that the rest of training depends on; the content of a checkpoint.
 
     Attributes:
-        state: of every seed, stacked.
-        sums: of the metrics of the steps of the epoch that is under way, for its means.
+        state: Training state of all seeds, stacked.
+        sums: Sums of the metrics over the steps of the current epoch so far.
     """
 
     state: TrainState
@@ -84,25 +106,25 @@ class Snapshot(NamedTuple):
 
 
 class Trainer:
-    """Training of one config from one or several seeds, each of which gets what a run of its own would get.
+    """Training from one or several seeds, each with the same result as a run of its own.
 
     Args:
-        new_model: gives the model with the initial weights of a seed.
-        dataset: its training images are augmented, validation and test images never are.
-        config: epochs, batch size, learning rate and so on.
-        augment: names of the random changes; see `Augmentation`.
-        stream: whether images are sent to the devices chunk by chunk; by default if the set is too large for them.
-        seeds: trained side by side, as one program; by default the one of the config.
+        new_model: Function of a seed that returns the model with its initial weights.
+        dataset: The data set; only training images are augmented.
+        config: Epochs, batch size, learning rate and so on.
+        augment: Augmentations of the training images; see `Augmentation`.
+        stream: Whether to send images to the devices chunk by chunk; by default if the data set is too large for them.
+        seeds: Seeds to train side by side, as one program; by default the seed of the config.
 
     Attributes:
-        num_params: number of weights of a model.
-        steps_per_epoch: number of training steps in an epoch.
-        graphdef: of a model in training mode, for `nnx.merge`.
-        snapshot: where training stands; set it to resume from there.
+        num_params: Number of weights of a model.
+        steps_per_epoch: Number of training steps in an epoch.
+        graphdef: Static definition of a model in training mode, for `nnx.merge`.
+        snapshot: The current state of training; assign another one to resume from it.
 
     Raises:
-        UsageError: the model cannot be built, there are fewer training images than a batch, an augmentation is unknown,
-            the devices do not divide a batch, or images are to be reconstructed and there is no decoder.
+        UsageError: The model cannot be built or has no decoder to reconstruct with, there are fewer training images
+            than a batch, an augmentation is unknown, or the number of devices does not divide a batch.
     """
 
     def __init__(
@@ -123,30 +145,19 @@ class Trainer:
         if self.steps_per_epoch == 0:
             raise UsageError(f"batch_size is {config.batch_size}, with only {len(images)} training images.")
         augmentation = Augmentation.parse(augment)
-        model = nnx.eval_shape(lambda: new_model(self.seeds[0]))  # the shapes, without weights
-        self.num_params = sum(int(np.prod(param.shape)) for param in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        self._learning_rate = jax.jit(learning_rate(config, self.steps_per_epoch))
+        self._optimizer = create_optimizer(config, self.steps_per_epoch)
+        self.graphdef, self._shapes = jax.eval_shape(lambda: self._create_state(self.seeds[0]))  # without weights
+        self.num_params = sum(int(np.prod(param.shape)) for param in jax.tree.leaves(self._shapes.params))
+        model = nnx.merge(self.graphdef, self._shapes.params, self._shapes.batch_stats)
         if model.decoder is None and config.reconstruction_weight:
             raise UsageError(
                 f"reconstruction_weight is {config.reconstruction_weight}, and must be 0 for a model without a decoder."
             )
         self.mesh = data_mesh(config.batch_size // config.accumulate)
         self.stream = should_stream(images) if stream is None else stream
-        self._learning_rate = jax.jit(learning_rate(config, self.steps_per_epoch))
-        self._optimizer = create_optimizer(config, self.steps_per_epoch)
-        model.train()
-        self.graphdef = nnx.graphdef(model)
-        train_step = make_train_step(
-            self.graphdef,
-            self._optimizer,
-            accumulate=config.accumulate,
-            ema_decay=config.ema_decay,
-            precision=config.precision,
-            loss=config.loss,
-            reconstruction_weight=config.reconstruction_weight,
-            reconstruction_error=config.reconstruction_error,
-        )
-        train_chunk = make_train_chunk(train_step, augmentation, along(self.mesh, 0))
-        self._train_chunk = jax.jit(train_chunk, donate_argnums=0)
+        train_step = make_train_step(self.graphdef, self._optimizer, config)
+        self._train_chunk = jax.jit(make_train_chunk(train_step, augmentation, along(self.mesh, 0)), donate_argnums=0)
         self._compiled: dict[tuple[int, int], jax.stages.Compiled] = {}  # by numbers of seeds and steps
 
     @property
@@ -154,7 +165,7 @@ class Trainer:
         """Number of training steps that run as one program; the last chunk of an epoch may have fewer."""
         most = self.config.steps_per_chunk
         if not most and jax.default_backend() == "cpu":
-            most = 1  # a loop gains nothing there, and the losses are seen the sooner
+            most = 1  # longer programs are not faster there, and show losses later
         if not most and self.stream:
             bytes_per_step = self.dataset.train_images[0].nbytes * self.config.batch_size * len(self.seeds)
             most = max(STREAMED_BYTES // bytes_per_step, 1)
@@ -162,7 +173,7 @@ class Trainer:
 
     @property
     def last_step(self) -> int:
-        """Number of training steps of the whole training."""
+        """Number of training steps in all epochs."""
         return self.config.epochs * self.steps_per_epoch
 
     @property
@@ -172,17 +183,17 @@ class Trainer:
 
     @cached_property
     def snapshot(self) -> Snapshot:
-        # One by one, not as a mapped program: that would be compiled again for each routing, ten seconds on CPU.
-        states = [self._new_state(seed) for seed in self.seeds]
+        # Not vmapped over the seeds: that would compile for ten seconds on CPU, for each routing.
+        states = [self._create_state(seed)[1] for seed in self.seeds]
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *states)
         return self.on_devices(Snapshot(stacked, np.zeros((len(self.seeds), len(StepMetrics._fields)))))
 
     def on_devices(self, snapshot: Snapshot) -> Snapshot:
-        """Put the state of a snapshot that every process has on all devices."""
+        """Put the state of a snapshot, which every process has, on all devices."""
         return snapshot._replace(state=place_tree(snapshot.state, on_all(self.mesh)))
 
     def with_seeds(self, seeds: Sequence[int]) -> "Trainer":
-        """The same training from the beginning, from other seeds; it shares the compiled programs."""
+        """Make a trainer that starts from other seeds and shares the compiled programs."""
         other = copy(self)
         other.seeds = tuple(seeds)
         for name in ("snapshot", "_keys"):
@@ -193,80 +204,72 @@ class Trainer:
         """Train from the snapshot to the last epoch, and yield the progress after every chunk of steps.
 
         Raises:
-            NonFiniteLossError: names the first step whose loss or gradient is not finite.
+            NonFiniteLossError: A loss or gradient is not finite; the error has the step.
         """
-        while self.step < self.last_step:
-            yield from self._run_epoch()
-
-    def _run_epoch(self) -> Iterator[Progress]:
-        epoch, done = divmod(self.step, self.steps_per_epoch)
         order_keys, step_keys = self._keys
-        order = np.stack([self._order(key, epoch) for key in order_keys])
-        chunks = [order[:, start : start + self.chunk] for start in range(done, self.steps_per_epoch, self.chunk)]
-        for indices, batches in zip(chunks, self._feed.batches(chunks), strict=True):
-            start, length = time.perf_counter(), indices.shape[1]
-            state, metrics = self.compiled(length)(self.snapshot.state, *batches, step_keys)
-            values = np.asarray(jax.device_get(metrics), np.float64)  # waits for the chunk
-            seconds = time.perf_counter() - start
-            self.snapshot = Snapshot(state, self.snapshot.sums + values.sum(axis=2).T)
-            done += length
-            step = epoch * self.steps_per_epoch + done
-            check_finite(values, self.seeds, first_step=step - length + 1)
-            seeds = tuple(
-                self._seed_progress(index, values[:, index].mean(axis=1), done) for index in range(len(self.seeds))
-            )
-            if done == self.steps_per_epoch:
-                self.snapshot = self.snapshot._replace(sums=np.zeros_like(self.snapshot.sums))
-            images_per_second = len(self.seeds) * length * self.config.batch_size / seconds
-            rate = float(self._learning_rate(step - 1))
-            yield Progress(epoch + 1, step, self.steps_per_epoch, rate, images_per_second, seeds)
-
-    def _seed_progress(self, index: int, chunk: Float[np.ndarray, " metrics"], done: int) -> SeedProgress:
-        """The metrics of one of the seeds after so many steps of the epoch."""
-        data, validation, test = self.dataset, None, None
-        if done == self.steps_per_epoch:
-            test = self.evaluate_test(index)
-            if data.validation_images is not None and data.validation_labels is not None:
-                validation = self._evaluate(index, data.validation_images, data.validation_labels)
-        of_chunk, of_epoch = (
-            dict(zip(StepMetrics._fields, means.tolist(), strict=True))
-            for means in (chunk, self.snapshot.sums[index] / done)
-        )
-        return SeedProgress(self.seeds[index], of_chunk, of_epoch, validation, test)
-
-    def weights(self, index: int = 0) -> nnx.State:
-        """What is evaluated and kept of one of the seeds: weights, or their average, and running means."""
-        return _select(self.snapshot.state.weights, index)
+        while self.step < self.last_step:
+            epoch, done = divmod(self.step, self.steps_per_epoch)
+            order = np.stack([self._order(key, epoch) for key in order_keys])
+            chunks = [order[:, start : start + self.chunk] for start in range(done, self.steps_per_epoch, self.chunk)]
+            for indices, batches in zip(chunks, self._feed.batches(chunks), strict=True):
+                start, length = time.perf_counter(), indices.shape[1]
+                state, metrics = self.compiled(length)(self.snapshot.state, *batches, step_keys)
+                values = np.asarray(jax.device_get(metrics), np.float64)  # [metrics seeds steps]; waits for the chunk
+                seconds = time.perf_counter() - start
+                done += length
+                sums = self.snapshot.sums + values.sum(axis=2).T
+                ends_epoch = done == self.steps_per_epoch
+                self.snapshot = Snapshot(state, np.zeros_like(sums) if ends_epoch else sums)
+                step = epoch * self.steps_per_epoch + done
+                check_finite(values, self.seeds, first_step=step - length + 1)
+                images_per_second = len(self.seeds) * length * self.config.batch_size / seconds
+                seeds = []
+                for index, seed in enumerate(self.seeds):
+                    of_chunk, of_epoch = (
+                        dict(zip(StepMetrics._fields, means.tolist(), strict=True))
+                        for means in (values[:, index].mean(axis=1), sums[index] / done)
+                    )
+                    test = self.evaluate_test(index) if ends_epoch else None
+                    validation = self._evaluate_validation(index) if ends_epoch else None
+                    seeds.append(SeedProgress(seed, of_chunk, of_epoch, validation, test))
+                rate = float(self._learning_rate(step - 1))
+                yield Progress(epoch + 1, step, self.steps_per_epoch, rate, images_per_second, tuple(seeds))
 
     def models(self) -> list[CapsNet]:
-        """A model in evaluation mode for each seed, with the weights of now."""
-        # By way of the host, as only one of several processes may want them, which must not compute on all devices.
+        """Make a model in evaluation mode with the current weights of each seed."""
+        # The weights are fetched first, because in a distributed run only one process may call this, which must not
+        # compute on all devices.
         weights = jax.device_get(self.snapshot.state.weights)
-        models = []
-        for index in range(len(self.seeds)):
-            own = jax.tree.map(lambda leaf: jnp.array(leaf[index]), weights)  # noqa: B023
-            models.append(nnx.merge(self.graphdef, own))
-            models[-1].eval()
-        return models
+
+        def model_of(index: int) -> CapsNet:
+            model = nnx.merge(self.graphdef, jax.tree.map(lambda leaf: jnp.array(leaf[index]), weights))
+            model.eval()
+            return model
+
+        return [model_of(index) for index in range(len(self.seeds))]
 
     def evaluate_test(self, index: int = 0) -> Evaluation:
-        """Evaluate the weights of one of the seeds on all test images."""
+        """Evaluate the current weights of one seed on all test images."""
         return self._evaluate(index, self.dataset.test_images, self.dataset.test_labels)
 
+    def _evaluate_validation(self, index: int) -> Evaluation | None:
+        images, labels = self.dataset.validation_images, self.dataset.validation_labels
+        return None if images is None or labels is None else self._evaluate(index, images, labels)
+
     def _evaluate(self, index: int, images: np.ndarray, labels: np.ndarray) -> Evaluation:
-        model = nnx.merge(self.graphdef, self.weights(index))
+        model = nnx.merge(self.graphdef, _select(self.snapshot.state.weights, index))
         return evaluate(model, images, labels, reconstruct=False, mesh=self.mesh)
 
     def trace(self) -> None:
-        """Trace a training step without compiling it, to find out in a second what is wrong with it.
+        """Trace a chunk of training steps without compiling it, so that errors surface early.
 
         Raises:
-            UsageError: an augmentation does not fit the images, or the loss does not fit the labels.
+            UsageError: An augmentation does not fit the images, or the loss does not fit the labels.
         """
         jax.eval_shape(self._train_chunk, *self._arguments(self.chunk))
 
     def compiled(self, length: int | None = None) -> jax.stages.Compiled:
-        """The program of a chunk of so many steps; by default of a whole chunk."""
+        """Compile a chunk of `length` steps, by default of `chunk` steps; programs are cached."""
         length = length or self.chunk
         sizes = len(self.seeds), length
         if sizes not in self._compiled:
@@ -274,78 +277,70 @@ class Trainer:
         return self._compiled[sizes]
 
     def memory(self) -> int:
-        """Bytes that a device needs at most, by XLA's own account: training images, state and what a chunk needs."""
+        """Bytes that training needs on a device, according to XLA: training images, states and temporaries."""
         return program_memory(self.compiled())
 
     def implementations(self) -> dict[str, Choice]:
-        """The implementation of each layer in training, and why it was chosen; see `CapsNet.implementations`."""
-
-        def in_training() -> CapsNet:
-            model = self._new_model(self.seeds[0])
-            if self.config.precision == "bfloat16":
-                nnx.update(model, for_products(nnx.state(model, nnx.Param), jnp.bfloat16))
-            return model
-
-        return nnx.eval_shape(in_training).implementations(self.config.batch_size // self.config.accumulate)
+        """Implementation of each layer in training, and why it was chosen; see `CapsNet.implementations`."""
+        params = self._shapes.params
+        if self.config.precision == "bfloat16":
+            params = jax.eval_shape(lambda params: for_products(params, jnp.bfloat16), params)
+        model = nnx.merge(self.graphdef, params, self._shapes.batch_stats)
+        return model.implementations(self.config.batch_size // self.config.accumulate)
 
     def _arguments(self, length: int) -> tuple[Any, ...]:
-        """Shapes, dtypes and shardings of the arguments of a chunk of so many steps."""
-        seeds = len(self.seeds)
-        everywhere, shared = on_all(self.mesh), along(self.mesh, 2)
+        """Shapes, dtypes and shardings of the arguments of a chunk of `length` steps."""
 
-        def of_seeds(leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype, sharding=everywhere)
+        def structs(tree: Any, axes: tuple[int, ...], sharding: NamedSharding) -> Any:
+            """Shapes and dtypes of a tree of arrays that are stacked along leading axes."""
+            return jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct((*axes, *leaf.shape), leaf.dtype, sharding=sharding), tree
+            )
 
-        state, key = jax.tree.map(of_seeds, self._shapes)
         data = self.dataset.train_images, self.dataset.train_labels
-        indices = (seeds, length, self.config.batch_size)
+        everywhere, shared = on_all(self.mesh), along(self.mesh, 2)
+        seeds, batches = (len(self.seeds),), (len(self.seeds), length, self.config.batch_size)
+        state, key = structs((self._shapes, jax.eval_shape(lambda: jax.random.key(0))), seeds, everywhere)
         if self.stream:
-            chunk = [jax.ShapeDtypeStruct(indices + array.shape[1:], array.dtype, sharding=shared) for array in data]
-            return state, *chunk, None, key
-        whole = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=everywhere) for array in data]
-        return state, *whole, jax.ShapeDtypeStruct(indices, jnp.int32, sharding=shared), key
-
-    @cached_property
-    def _shapes(self) -> tuple[TrainState, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the state and the key of one seed."""
-        return jax.eval_shape(lambda: (self._new_state(self.seeds[0]), jax.random.key(0)))
+            return state, *structs([array[0] for array in data], batches, shared), None, key
+        return state, *structs(data, (), everywhere), structs(np.int32(0), batches, shared), key
 
     @cached_property
     def _feed(self) -> Feed:
-        return Feed(self.dataset.train_images, self.dataset.train_labels, self.mesh, stream=self.stream)
+        return Feed((self.dataset.train_images, self.dataset.train_labels), self.mesh, stream=self.stream)
 
     @cached_property
     def _keys(self) -> tuple[list[Array], Key[Array, " seeds"]]:
-        """For each seed, the key of the orders of the images, and that of the augmentations on the devices."""
+        """Random keys of each seed: for the order of images, and for augmentation on the devices."""
         orders, steps = zip(*(jax.random.split(jax.random.key(seed)) for seed in self.seeds), strict=True)
         data = np.stack([jax.random.key_data(key) for key in steps])
         return list(orders), jax.random.wrap_key_data(place_tree(data, on_all(self.mesh)))
 
     def _order(self, key: Key[Array, ""], epoch: int) -> Int[np.ndarray, "steps b"]:
-        """The images of each step of an epoch, which depend on the key and the epoch alone."""
+        """Shuffle the images of an epoch into batches, depending on the key and the epoch alone."""
         order = jax.random.permutation(jax.random.fold_in(key, epoch), len(self.dataset.train_images))
         whole_batches = np.asarray(order, np.int32)[: self.steps_per_epoch * self.config.batch_size]
         return rearrange(whole_batches, "(steps b) -> steps b", b=self.config.batch_size)
 
-    def _new_state(self, seed: int) -> TrainState:
-        return create_state(self._new_model(seed), self._optimizer, average=self.config.ema_decay > 0)[1]
+    def _create_state(self, seed: int) -> tuple[nnx.GraphDef, TrainState]:
+        return create_state(self._new_model(seed), self._optimizer, average=self.config.ema_decay > 0)
 
 
 def make_train_chunk(
     train_step: Callable[..., tuple[TrainState, StepMetrics]], augmentation: Augmentation, sharding: NamedSharding
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """Make a function that runs several training steps of each seed without coming back to the host.
+    """Make a function that runs several training steps for each seed on the device.
 
     Args:
-        train_step: what `make_train_step` returned.
-        augmentation: random changes of the images, drawn anew in each step.
-        sharding: how a batch is spread over the devices.
+        train_step: A function from `make_train_step`.
+        augmentation: Augmentation of the images, drawn anew in each step.
+        sharding: How a batch is split over the devices.
 
     Returns:
         A function `(state, images, labels, indices, key) -> (state, metrics of each step)`, to be compiled with a
-        donated state; all but a whole data set begins with an axis of seeds. The indices `[seeds steps b]` are those of
-        the images of each step; without them, images and labels have these axes themselves. The randomness of a step
-        depends on the key and the number of the step alone.
+        donated state. State, indices and key have a leading axis of seeds. Images and labels are the whole training
+        set, and indices `[seeds steps b]` select the images of each step; if indices is None, images and labels are
+        those of each step, `[seeds steps b ...]`. The randomness of a step depends on key and step number alone.
     """
 
     def of_one_seed(
@@ -364,11 +359,7 @@ def make_train_chunk(
         return jax.lax.scan(body, state, (images, labels) if indices is None else indices)
 
     def train_chunk(
-        state: TrainState,
-        images: Shaped[Array, "*images height width channels"],
-        labels: Int[Array, "..."],
-        indices: Int[Array, "seeds steps b"] | None,
-        key: Key[Array, " seeds"],
+        state: TrainState, images: Array, labels: Array, indices: Array | None, key: Array
     ) -> tuple[TrainState, StepMetrics]:
         data = 0 if indices is None else None
         return jax.vmap(of_one_seed, in_axes=(0, data, data, 0, 0))(state, images, labels, indices, key)
@@ -377,15 +368,15 @@ def make_train_chunk(
 
 
 def check_finite(metrics: Float[np.ndarray, "metrics seeds steps"], seeds: Sequence[int], *, first_step: int) -> None:
-    """Refuse a loss or a gradient that is not finite.
+    """Raise an error if a loss or gradient norm is not finite.
 
     Args:
-        metrics: those of `StepMetrics`, in that order.
-        seeds: of the runs, for the message.
-        first_step: number of the first step, from 1.
+        metrics: Fields of `StepMetrics`, in their order.
+        seeds: Seeds, for the message.
+        first_step: Number of the first of these steps, from 1.
 
     Raises:
-        NonFiniteLossError: names the first such step.
+        NonFiniteLossError: Has seed and number of the first step that is not finite.
     """
     for name, what in (("total", "loss"), ("gradient_norm", "gradient")):
         numbers = metrics[StepMetrics._fields.index(name)]
@@ -397,5 +388,5 @@ def check_finite(metrics: Float[np.ndarray, "metrics seeds steps"], seeds: Seque
 
 @jax.jit
 def _select(tree: Any, index: Int[Array, ""] | int) -> Any:
-    """The part of a tree of arrays that belongs to one seed."""
+    """Select one seed in a tree of arrays."""
     return jax.tree.map(lambda leaf: leaf[index], tree)

@@ -1,4 +1,4 @@
-"""Adam, its learning rate, and what is done to gradients before it."""
+"""Adam with learning rate schedules and gradient clipping."""
 
 import optax
 
@@ -6,29 +6,27 @@ from capsnet_jax.config import TrainingConfig
 
 
 def create_optimizer(config: TrainingConfig, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Adam, with the learning rate and the clipping of the config."""
+    """Create Adam with the learning rate schedule and the gradient clipping of a config."""
     adam = optax.adam(learning_rate(config, steps_per_epoch))
     return adam if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
 
 
 def learning_rate(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedule:
-    """The step size of Adam as a function of the number of steps done.
+    """Create the learning rate schedule: the step size as a function of the number of steps done.
 
     Args:
-        config: its fields `schedule`, `learning_rate...` and `warmup_steps`.
-        steps_per_epoch: tells, with the number of epochs, where a cosine ends.
+        config: Its fields `schedule`, `learning_rate...` and `warmup_steps` are used.
+        steps_per_epoch: Number of steps in an epoch; a cosine ends after the last epoch.
     """
-    warmup, peak = config.warmup_steps, config.learning_rate
+    warmup, peak, floor = config.warmup_steps, config.learning_rate, config.learning_rate_floor
     if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(
-            peak, max(config.epochs * steps_per_epoch - warmup, 1), alpha=config.learning_rate_floor / peak
-        )
+        steps = max(config.epochs * steps_per_epoch - warmup, 1)
+        after = optax.cosine_decay_schedule(peak, steps, alpha=floor / peak)
     elif config.schedule == "exponential":
-        after = optax.exponential_decay(
-            peak, config.learning_rate_decay_steps, config.learning_rate_decay, end_value=config.learning_rate_floor
-        )
+        steps, factor = config.learning_rate_decay_steps, config.learning_rate_decay
+        after = optax.exponential_decay(peak, steps, factor, end_value=floor)
     else:
         after = optax.constant_schedule(peak)
-    # The first step of a warm-up is not for nothing: it has a share of the peak, and so has each that follows.
+    # The warm-up starts at one part of the peak, not at 0, so that the first step is not wasted.
     rising = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([rising, after], [warmup]) if warmup else after

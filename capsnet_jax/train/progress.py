@@ -1,4 +1,4 @@
-"""Progress of a training after every chunk of steps: as data, and as a live bar or plain lines."""
+"""Progress of training after every chunk of steps, as data and as a progress bar or lines of text."""
 
 import time
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ SECONDS_BETWEEN_LINES = 30
 
 
 class SeedProgress(NamedTuple):
-    """Metrics of the training from one seed after a chunk.
+    """Metrics of the training from one seed after a chunk of steps.
 
     Attributes:
-        seed: the number.
-        chunk: the fields of `StepMetrics`, as means over the steps of the chunk.
-        epoch: the same over the steps of the epoch so far.
-        validation: evaluation on all validation images, after the last chunk of an epoch.
-        test: the same on all test images.
+        seed: The seed.
+        chunk: Fields of `StepMetrics`, averaged over the steps of the chunk.
+        epoch: The same, averaged over the steps of the epoch so far.
+        validation: Evaluation on all validation images, after the last chunk of an epoch; otherwise None.
+        test: Evaluation on all test images, after the last chunk of an epoch; otherwise None.
     """
 
     seed: int
@@ -34,15 +34,15 @@ class SeedProgress(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Position, speed and metrics of a training after a chunk of steps.
+    """Position, speed and metrics of training after a chunk of steps.
 
     Attributes:
-        epoch: number of the epoch, from 1.
-        step: number of training steps done, over all epochs.
-        steps_per_epoch: number of training steps in an epoch.
-        learning_rate: step size in the last of the steps.
-        images_per_second: speed of training in this chunk, over all seeds; the first one includes compilation.
-        seeds: the metrics of each seed.
+        epoch: Number of the epoch, from 1.
+        step: Number of training steps done in all epochs.
+        steps_per_epoch: Number of training steps in an epoch.
+        learning_rate: Learning rate of the last step.
+        images_per_second: Training speed in this chunk, over all seeds. The first chunk includes compilation.
+        seeds: Metrics of each seed.
     """
 
     epoch: int
@@ -54,72 +54,53 @@ class Progress(NamedTuple):
 
     @property
     def ends_epoch(self) -> bool:
+        """Whether this is the last chunk of an epoch."""
         return self.step % self.steps_per_epoch == 0
 
     @property
     def losses(self) -> dict[str, float]:
-        """The metrics of the epoch so far, as means over the seeds."""
+        """Fields of `StepMetrics`, averaged over the steps of the epoch so far and over the seeds."""
         return {name: float(np.mean([seed.epoch[name] for seed in self.seeds])) for name in StepMetrics._fields}
 
     @property
     def test_accuracy(self) -> float | None:
-        """On all test images, after the last chunk of an epoch; mean over the seeds."""
-        return _mean_accuracy(seed.test for seed in self.seeds)
+        """Accuracy on all test images, averaged over the seeds, after the last chunk of an epoch; otherwise None."""
+        return _mean_accuracy([seed.test for seed in self.seeds])
 
     @property
     def validation_accuracy(self) -> float | None:
-        """On all validation images, after the last chunk of an epoch; mean over the seeds."""
-        return _mean_accuracy(seed.validation for seed in self.seeds)
+        """Accuracy on all validation images, averaged over the seeds, after the last chunk of an epoch, or None."""
+        return _mean_accuracy([seed.validation for seed in self.seeds])
 
 
 def show_progress(training: Iterator[Progress], *, epochs: int, console: Console, start: int = 0) -> Iterator[Progress]:
-    """Pass on the progress of a training, and show it: as a bar on a terminal, as lines elsewhere.
+    """Show the progress of training and pass it on: as a progress bar in a terminal, as lines of text elsewhere.
 
     Args:
-        training: yields its progress.
-        epochs: number of epochs of the whole training.
-        console: where it is shown.
-        start: number of training steps done before.
+        training: The iterator over the progress of training.
+        epochs: Number of epochs of the whole training.
+        console: The console to print to.
+        start: Number of training steps done before.
     """
-    if console.is_terminal:
-        yield from _show_bar(training, epochs, console, start)
-    else:
-        yield from _show_lines(training, epochs, console)
-
-
-def _show_bar(training: Iterator[Progress], epochs: int, console: Console, start: int) -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, TextColumn("{task.fields[state]}"), console=console) as bar:
-        task = bar.add_task("compiling", completed=start, total=None, state="")
+    with Bar(*columns, TextColumn("{task.fields[state]}"), console=console, disable=not console.is_terminal) as bar:
+        task, shown = bar.add_task("compiling", completed=start, total=None, state=""), time.monotonic()
         for progress in training:
+            epoch, losses = f"epoch {progress.epoch}/{epochs}", progress.losses
+            state = f"loss {losses['total']:.4f}  accuracy {losses['accuracy']:.4f}  "
+            state += f"{progress.images_per_second:.0f} images/s"
             total = epochs * progress.steps_per_epoch
-            description = f"epoch {progress.epoch}/{epochs}"
-            bar.update(task, completed=progress.step, total=total, description=description, state=_state(progress))
-            if progress.ends_epoch:
-                bar.console.print(_line(progress, epochs))
+            bar.update(task, completed=progress.step, total=total, description=epoch, state=state)
+            is_due = not console.is_terminal and time.monotonic() - shown > SECONDS_BETWEEN_LINES
+            if progress.ends_epoch or is_due:
+                shown = time.monotonic()
+                line = f"{epoch}  step {progress.step}  {state}"
+                for name, value in (("validation", progress.validation_accuracy), ("test", progress.test_accuracy)):
+                    line += "" if value is None else f"  {name} accuracy {value:.4f}"
+                console.print(line, soft_wrap=True)
             yield progress
 
 
-def _show_lines(training: Iterator[Progress], epochs: int, console: Console) -> Iterator[Progress]:
-    last = time.monotonic()
-    for progress in training:
-        if progress.ends_epoch or time.monotonic() - last > SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            console.print(_line(progress, epochs), soft_wrap=True)
-        yield progress
-
-
-def _line(progress: Progress, epochs: int) -> str:
-    accuracies = {"validation": progress.validation_accuracy, "test": progress.test_accuracy}
-    told = [f"  {name} accuracy {accuracy:.4f}" for name, accuracy in accuracies.items() if accuracy is not None]
-    return f"epoch {progress.epoch}/{epochs}  step {progress.step}  {_state(progress)}{''.join(told)}"
-
-
-def _state(progress: Progress) -> str:
-    losses = progress.losses
-    return f"loss {losses['total']:.4f}  accuracy {losses['accuracy']:.4f}  {progress.images_per_second:.0f} images/s"
-
-
-def _mean_accuracy(evaluations: Iterator[Evaluation | None]) -> float | None:
+def _mean_accuracy(evaluations: list[Evaluation | None]) -> float | None:
     accuracies = [evaluation.accuracy for evaluation in evaluations if evaluation is not None]
     return float(np.mean(accuracies)) if accuracies else None

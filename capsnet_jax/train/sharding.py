@@ -1,4 +1,4 @@
-"""Data parallelism: each device has all weights and its share of every batch; JAX's own runtime joins the hosts."""
+"""Data parallelism: each device holds all weights and its share of every batch; processes are joined by JAX."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,92 +12,95 @@ from jaxtyping import Array, Shaped
 
 from capsnet_jax.errors import UsageError
 
-DATA = "data"  # the one axis of the mesh
+DATA = "data"  # the only axis of the mesh
 
 
 def connect(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Joins this process with the others of a run, before anything else is done with JAX.
+    """Connect this process to the others of a distributed run, before any other use of JAX.
 
     Args:
-        coordinator: host:port of process 0; under Slurm, and on clouds that JAX knows, all three are found out.
-        num_processes: number of processes.
-        process_id: which of them this is, from 0.
+        coordinator: HOST:PORT of process 0. Under Slurm, and on clouds that JAX knows, all arguments are optional.
+        num_processes: Number of processes.
+        process_id: Index of this process, from 0.
 
     Raises:
-        UsageError: not all of the three are given and they cannot be found out, or the others do not come.
+        UsageError: Arguments are missing and cannot be detected, or the other processes do not connect.
     """
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"The processes of this run cannot be joined, with coordinator {coordinator}, num_processes "
-            f"{num_processes}, process_id {process_id}; outside Slurm all three are needed: {reason}"
+            f"Cannot connect the processes of this run, with coordinator {coordinator}, num_processes {num_processes}, "
+            f"process_id {process_id}; outside Slurm all three are needed: {reason}"
         ) from error
 
 
-def data_mesh(parts: int) -> Mesh:
-    """All devices of all processes in a row.
+def data_mesh(size: int) -> Mesh:
+    """Create a one-dimensional mesh of all devices of all processes.
 
     Args:
-        parts: number of images that are gone through at once, of which each device gets the same share.
+        size: Number of images in a micro-batch, of which each device gets the same share.
 
     Raises:
-        UsageError: the devices do not divide them.
+        UsageError: The number of devices does not divide `size`.
     """
     devices = jax.devices()
-    if parts % len(devices):
+    if size % len(devices):
         raise UsageError(
-            f"batch_size / accumulate is {parts}, and must be a multiple of the {len(devices)} devices that share it."
+            f"batch_size / accumulate is {size}, and must be a multiple of the {len(devices)} devices that share it."
         )
     return Mesh(np.array(devices), (DATA,))
 
 
 def on_all(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """Sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def along(mesh: Mesh, axis: int) -> NamedSharding:
-    """This axis shared out among the devices."""
+    """Sharding that splits an array along one axis over the devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
 
 
-def place(array: Shaped[np.ndarray, "..."], sharding: NamedSharding) -> Shaped[Array, "..."]:
-    """An array that every process has, on the devices; each process hands over what its own devices need."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
 def place_tree(tree: Any, sharding: NamedSharding) -> Any:
-    """The same for a tree of arrays, of which JAX's may be on one device; dtypes stay as they are."""
-    return jax.tree.map(lambda leaf: place(np.asarray(leaf), sharding), tree)
+    """Put a tree of NumPy or JAX arrays that every process has on the devices; dtypes are kept.
+
+    Each process sends only what its own devices need.
+    """
+
+    def place(leaf: Shaped[Array | np.ndarray, "..."]) -> Array:
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(place, tree)
 
 
 def any_process(*flags: bool) -> tuple[bool, ...]:
-    """Which of the flags are set in any of the processes; all of them have to ask."""
-    if jax.process_count() == 1:
-        return flags
+    """Whether each flag is set in any process. Every process must call this."""
     return tuple(multihost_utils.process_allgather(np.array(flags)).any(axis=0).tolist())
 
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Within its block, which all processes have to enter, a mistake or a file that one of them meets ends all."""
+    """If any process raises a `UsageError` or `OSError` inside this block, every process raises.
+
+    Every process must enter the block.
+    """
     failure = None
     try:
         yield
     except (OSError, UsageError) as error:
         failure = error
     if any_process(failure is not None)[0]:
-        raise failure or UsageError("Another process of this run failed, and tells why.")
+        raise failure or UsageError("Another process of this run failed; its output has the reason.")
 
 
 def same_everywhere(number: int) -> bool:
-    """Whether all processes have this number; all of them have to ask."""
-    return jax.process_count() == 1 or len(set(multihost_utils.process_allgather(np.array(number)).tolist())) == 1
+    """Whether all processes have the same number. Every process must call this."""
+    return len(set(multihost_utils.process_allgather(np.array(number)).tolist())) == 1
 
 
 def wait_for_all(name: str) -> None:
-    """Waits until all processes are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    """Wait until every process is here; the name identifies the place."""
+    multihost_utils.sync_global_devices(name)

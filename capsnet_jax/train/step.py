@@ -10,6 +10,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from capsnet_jax.config import TrainingConfig
 from capsnet_jax.errors import UsageError
 from capsnet_jax.nn.losses import margin_loss, reconstruction_loss, spread_loss, spread_margin
 from capsnet_jax.nn.model import CapsNet
@@ -18,14 +19,14 @@ from capsnet_jax.ops import answers_right
 
 
 class TrainState(NamedTuple):
-    """All that a training step changes.
+    """Everything that a training step updates.
 
     Attributes:
-        params: weights.
-        average: their exponential moving average, where there is one; otherwise empty.
-        batch_stats: running means of batch normalization.
-        opt_state: the state of the optimizer.
-        step: number of training steps done.
+        params: Weights.
+        average: Exponential moving average of the weights; empty if none is kept.
+        batch_stats: Running means and variances of batch normalization.
+        opt_state: State of the optimizer.
+        step: Number of training steps done.
     """
 
     params: nnx.State
@@ -36,7 +37,7 @@ class TrainState(NamedTuple):
 
     @property
     def weights(self) -> nnx.State:
-        """What is evaluated and kept: the average of the weights, or else the weights, and the running means."""
+        """Weights to evaluate and save: the moving average if there is one, and the batch statistics."""
         return nnx.merge_state(self.average or self.params, self.batch_stats)
 
 
@@ -44,11 +45,11 @@ class StepMetrics(NamedTuple):
     """Loss, accuracy and gradient norm of one step, each a mean over the batch, before the update.
 
     Attributes:
-        total: the loss that training minimizes.
-        margin: its part for the class capsules: margin or spread loss.
-        reconstruction: its part for the pixels, before it is weighted.
-        accuracy: share of images that are classified correctly.
-        gradient_norm: norm of the gradient over all weights, before clipping; None where only losses are computed.
+        total: The loss that is minimized.
+        margin: Its margin or spread loss.
+        reconstruction: Its reconstruction loss, without its weight.
+        accuracy: Fraction of images that are classified correctly.
+        gradient_norm: Global norm of the gradient before clipping; None if only losses are computed.
     """
 
     total: Float[Array, "..."]
@@ -68,19 +69,19 @@ def compute_losses(
     loss: str = "margin",
     step: Int[Array, ""] | int = 0,
 ) -> StepMetrics:
-    """Compute the losses and the accuracy of a batch of images in [0, 1].
+    """Compute the losses and the accuracy of a batch.
 
     Args:
-        model: in training mode, if batch normalization is to see this batch.
-        images: of the shape that the model was made for.
-        labels: class indices, one or several for each image.
-        reconstruction_weight: weight of the reconstruction; 0 leaves the decoder out.
+        model: The model, in training mode if batch normalization shall use this batch.
+        images: Pixels in [0, 1].
+        labels: Class indices, one or several for each image.
+        reconstruction_weight: Weight of the reconstruction loss; 0 skips the decoder.
         reconstruction_error: "mean" over the pixels, or their "sum".
         loss: "margin" or "spread".
-        step: number of training steps done, on which the margin of the spread loss depends.
+        step: Number of training steps done, on which the margin of the spread loss depends.
 
     Raises:
-        UsageError: the loss is unknown or not one for several labels, or the model has no decoder to reconstruct with.
+        UsageError: The loss is unknown or does not allow several labels, or the model has no decoder.
     """
     capsules = model.encode(images)
     if loss == "margin":
@@ -100,12 +101,12 @@ def compute_losses(
 def create_state(
     model: CapsNet, optimizer: optax.GradientTransformation, *, average: bool = False
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """Split a model into its static definition and the state that training changes.
+    """Split a model into its static graph definition and the initial training state.
 
     Args:
-        model: the initial weights; they are copied, as training donates its state.
-        optimizer: as for `make_train_step`.
-        average: whether a moving average of the weights is kept, too.
+        model: Initial weights; they are copied, because training donates its state.
+        optimizer: The optimizer, as for `make_train_step`.
+        average: Whether to keep a moving average of the weights.
     """
     model = nnx.clone(model)
     model.train()
@@ -115,37 +116,38 @@ def create_state(
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
-    *,
-    accumulate: int = 1,
-    ema_decay: float = 0.0,
-    precision: str = "float32",
-    **options: Any,
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: TrainingConfig
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    r"""Make a pure function `(state, images, labels) -> (state, metrics)`.
+    r"""Make a pure function `(state, images, labels) -> (state, metrics)`, to be compiled with `jax.jit`.
 
     Args:
-        graphdef: of `create_state`.
-        optimizer: turns a gradient into an update of the weights.
-        accumulate: number of micro-batches of a batch; see `in_micro_batches`.
-        ema_decay: factor $\beta$ of the moving average $m \leftarrow \beta m + (1 - \beta) w$. In step $t$ it is no
-            more than $(1 + t) / (10 + t)$, so that the initial weights are soon forgotten.
-        precision: "bfloat16" for operands of products in bfloat16; see `precision.for_products`.
-        options: of `compute_losses`.
+        graphdef: Static definition of the model, from `create_state`.
+        optimizer: The optimizer.
+        config: Its fields for the losses, `precision`, `accumulate` (see `in_micro_batches`) and `ema_decay` are used.
+
+    The decay $\beta$ of the moving average $m \leftarrow \beta m + (1 - \beta) w$ is at most $(1 + t) / (10 + t)$ in
+    step $t$, so that the initial weights are soon forgotten.
     """
 
     def loss(
         params: nnx.State, batch_stats: nnx.State, images: Array, labels: Array, step: Array
     ) -> tuple[Array, tuple[StepMetrics, nnx.State]]:
-        weights = for_products(params, jnp.bfloat16) if precision == "bfloat16" else params
+        weights = for_products(params, jnp.bfloat16) if config.precision == "bfloat16" else params
         model = nnx.merge(graphdef, weights, batch_stats, copy=True)
-        metrics = compute_losses(model, images, labels, step=step, **options)
+        metrics = compute_losses(
+            model,
+            images,
+            labels,
+            reconstruction_weight=config.reconstruction_weight,
+            reconstruction_error=config.reconstruction_error,
+            loss=config.loss,
+            step=step,
+        )
         return metrics.total, (metrics, nnx.state(model, nnx.BatchStat))
 
     gradient = jax.grad(loss, has_aux=True)
-    if accumulate > 1:
-        gradient = in_micro_batches(gradient, accumulate)
+    if config.accumulate > 1:
+        gradient = in_micro_batches(gradient, config.accumulate)
     gradient = without_axis_of_one(gradient)
 
     def train_step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, StepMetrics]:
@@ -154,7 +156,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if average:
-            decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+            decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
             average = optax.incremental_update(params, average, 1 - decay)
         metrics = metrics._replace(gradient_norm=optax.tree.norm(grads))
         return TrainState(params, average, batch_stats, opt_state, state.step + 1), metrics
@@ -163,22 +165,21 @@ def make_train_step(
 
 
 def in_micro_batches(gradient: Callable[..., Any], number: int) -> Callable[..., Any]:
-    """Make a gradient function go through its batch in parts, one after the other, which takes less memory.
+    """Make a gradient function process its batch in micro-batches, one after the other, to save memory.
 
-    With batch normalization the mean of their gradients is not the gradient of the whole batch.
+    With batch normalization, which normalizes each micro-batch by itself, the result is not the gradient of the whole
+    batch.
 
     Args:
-        gradient: `(params, batch_stats, images, labels, step) -> (gradient, (metrics, batch_stats))`.
-        number: of parts; it divides the batch size.
+        gradient: A function `(params, batch_stats, images, labels, step) -> (gradient, (metrics, batch_stats))`.
+        number: Number of micro-batches, which divides the batch size.
 
     Returns:
-        A function of the same arguments: the mean gradient and metrics, and the running means after the last part.
+        A function of the same arguments that returns mean gradient and metrics, and the last batch statistics.
     """
 
-    def mean_gradient(
-        params: nnx.State, batch_stats: nnx.State, images: Array, labels: Array, step: Array
-    ) -> tuple[nnx.State, tuple[StepMetrics, nnx.State]]:
-        # Neighbours go to different parts, so that every device has its share of each.
+    def mean_gradient(params: nnx.State, batch_stats: nnx.State, images: Array, labels: Array, step: Array) -> Any:
+        # Every `number`-th image, so that each device has its share of every micro-batch.
         parts = [rearrange(array, "(b parts) ... -> parts b ...", parts=number) for array in (images, labels)]
 
         def add_part(carry: tuple[Any, nnx.State], part: list[Array]) -> tuple[tuple[Any, nnx.State], None]:
@@ -196,10 +197,10 @@ def in_micro_batches(gradient: Callable[..., Any], number: int) -> Callable[...,
 
 
 def without_axis_of_one(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `jax.vmap` of a function over an axis of 1 call the function itself, without that axis.
+    """Make `jax.vmap` over an axis of size 1 call the function without that axis.
 
-    States have an axis of seeds, for a single seed, too. On CPU, XLA computes a batch of one matrix product slower than
-    the product by itself.
+    Training states have an axis of seeds even for one seed. On CPU, XLA computes a batch of one matrix product more
+    slowly than the plain product.
     """
     mapped = jax.custom_batching.custom_vmap(function)
 

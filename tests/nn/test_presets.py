@@ -57,15 +57,7 @@ def test_a_step_moves_every_weight_and_steps_lower_the_loss(preset):
     model = CapsNet.from_config(config.with_sizes(image_shape, 10).model, rngs=nnx.Rngs(0))
     optimizer = create_optimizer(config.training, steps_per_epoch=100)
     graphdef, state = create_state(model, optimizer)
-    step = jax.jit(
-        make_train_step(
-            graphdef,
-            optimizer,
-            loss=config.training.loss,
-            reconstruction_weight=config.training.reconstruction_weight,
-            reconstruction_error=config.training.reconstruction_error,
-        )
-    )
+    step = jax.jit(make_train_step(graphdef, optimizer, config.training))
     rng = np.random.default_rng(0)
     images, labels = jnp.asarray(rng.random((4, *image_shape)), jnp.float32), jnp.array([7, 0, 3, 3])
     losses = []

@@ -1,4 +1,4 @@
-"""Trains in float64, alone or as one of several processes, and writes what came of it; run by test_sharding.
+"""Train in float64, alone or as one of several processes, and write the results; run by test_sharding.
 
 python tests/train/sharded_run.py OUTPUT [COORDINATOR NUM_PROCESSES PROCESS_ID]
 """
@@ -20,12 +20,12 @@ from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset
 CONFIG = TrainingConfig(epochs=2, batch_size=16, learning_rate=0.01, steps_per_chunk=2)
 VARIANTS = {
     "batch norm": {"batch_norm": True},
-    "seeds, in parts, streamed": {"seeds": (0, 1), "accumulate": 2, "stream": True},
+    "two seeds, micro-batches, streamed": {"seeds": (0, 1), "accumulate": 2, "stream": True},
 }
 
 
 def train(variant: str) -> dict[str, np.ndarray]:
-    """Losses of every chunk, right answers after every epoch, and the last weights, of each seed."""
+    """Train, and return losses of every chunk, correct answers after every epoch and final weights of each seed."""
     options = dict(VARIANTS[variant])
     model = SMALL | {"batch_norm": options.pop("batch_norm", False)}
     fields = vars(CONFIG) | {"accumulate": options.pop("accumulate", 1)}
@@ -39,11 +39,15 @@ def train(variant: str) -> dict[str, np.ndarray]:
     progress = list(trainer.run())
     results = {
         "losses": np.array([[list(seed.chunk.values()) for seed in step.seeds] for step in progress]),
-        "right": np.array([[seed.test.num_correct for seed in step.seeds] for step in progress if step.ends_epoch]),
+        "correct": np.array([[seed.test.num_correct for seed in step.seeds] for step in progress if step.ends_epoch]),
     }
     for index in range(len(trainer.seeds)):
         results |= {f"{index} {name}": array for name, array in to_torch(trainer.models()[index]).items()}
     return results
+
+
+def train_all() -> dict[str, np.ndarray]:
+    return {f"{variant}: {name}": array for variant in VARIANTS for name, array in train(variant).items()}
 
 
 def main() -> None:
@@ -51,7 +55,7 @@ def main() -> None:
     if processes:
         coordinator, num_processes, process_id = processes
         connect(coordinator, int(num_processes), int(process_id))
-    results = {f"{variant}: {name}": array for variant in VARIANTS for name, array in train(variant).items()}
+    results = train_all()
     if jax.process_index() == 0:
         np.savez(Path(output), devices=len(jax.devices()), **results)
 

@@ -1,4 +1,4 @@
-"""Every routing, and convolutional capsules in three layers, learn real handwritten digits."""
+"""Every routing algorithm, and a network with two layers of convolutional capsules, learn handwritten digits."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def last_accuracy(config: ModelConfig, epochs: int) -> float:
-    """On all test images after the last epoch, which need not be the best one."""
+    """Accuracy on all test images after the last epoch."""
     dataset = load_digits()
     sizes = {"image_shape": dataset.image_shape, "num_classes": dataset.num_classes}
     model = CapsNet.from_config(dataclasses.replace(config, **sizes), rngs=nnx.Rngs(0))
@@ -25,11 +25,14 @@ def last_accuracy(config: ModelConfig, epochs: int) -> float:
     return last.test_accuracy
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(
+    "routing", [pytest.param(name, marks=() if name == "dynamic" else pytest.mark.exhaustive) for name in ROUTINGS]
+)
 def test_every_routing_learns_digits(routing):
     assert last_accuracy(dataclasses.replace(DIGITS.model, routing=routing), epochs=7) >= 0.9
 
 
-def test_three_layers_of_capsules_two_of_them_convolutional_learn_digits():
+@pytest.mark.exhaustive
+def test_two_layers_of_convolutional_capsules_learn_digits():
     layers = ((8, 8, 3, 1), (8, 8, 3, 1))
     assert last_accuracy(dataclasses.replace(DIGITS.model, primary_kernel=2, conv_capsules=layers), epochs=6) >= 0.95

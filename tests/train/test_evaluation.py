@@ -1,4 +1,4 @@
-"""What is told of a model's answers, against counts in plain loops; and the command that tells it."""
+"""Evaluation against counts in plain loops, and the command `capsnet evaluate`."""
 
 import jax.numpy as jnp
 import matplotlib.image
@@ -23,14 +23,13 @@ from capsnet_jax.train.evaluation import (
     mean_coupling_entropy,
     predict,
     score,
-    wilson_interval,
 )
 from tests.conftest import IMAGE_SHAPE, SMALL, write_idx_folder
 
 
 @pytest.fixture
 def run_dir(idx_folder, tmp_path, small_dataset, small_model):
-    """A run whose best weights are not its last."""
+    """A run folder whose best weights are not the last ones."""
     config = Config(ModelConfig(**SMALL), DataConfig("mnist", idx_folder, train_limit=10, validation=0.3))
     run = Run.of(tmp_path / "run", config, small_dataset)
     run.write_config()
@@ -40,7 +39,7 @@ def run_dir(idx_folder, tmp_path, small_dataset, small_model):
 
 
 def random_answers(k):
-    """Activations with many ties, of 6 classes of which one is never there and another never predicted."""
+    """Activations with many ties for 6 classes: class 5 has no images, and class 4 is never predicted."""
     rng = np.random.default_rng(k)
     activations = np.round(rng.uniform(0, 1, (40, 6)), 1).astype(np.float32)
     activations[:, 4] = 0
@@ -50,12 +49,12 @@ def random_answers(k):
 
 
 def k_best(activations, k):
-    """By hand: of equal ones, the first."""
+    """The k most active classes; the first of equal ones."""
     return {sorted(range(len(activations)), key=lambda o: (-activations[o], o))[place] for place in range(k)}
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_counts_are_those_of_loops(k):
+def test_score_equals_counts_in_plain_loops(k):
     activations, labels = random_answers(k)
     errors = np.random.default_rng(9).uniform(0, 1, 40).astype(np.float32)
     result = score(Predictions(activations, errors), labels)
@@ -77,7 +76,6 @@ def test_counts_are_those_of_loops(k):
     assert (counts[5], predicted[4]) == (0, 0)
     assert (result.num_correct, result.num_images, result.counts) == (correct, 40, tuple(counts))
     assert result.accuracy == correct / 40
-    assert result.interval == wilson_interval(correct, 40)
     assert result.precision == tuple(h / p if p else None for h, p in zip(hits, predicted, strict=True))
     assert result.recall == tuple(h / c if c else None for h, c in zip(hits, counts, strict=True))
     assert result.right_activation == pytest.approx(np.mean(right), rel=1e-6)
@@ -89,15 +87,15 @@ def test_counts_are_those_of_loops(k):
         assert result.confusion is None
 
 
-def test_without_wrong_capsules_or_decoder_there_is_nothing_to_tell_of_them():
+def test_fields_that_do_not_apply_are_none():
     result = score(Predictions(np.array([[0.25, 0.5]], np.float32), None), np.array([[1, 0]], np.int32))
     assert (result.right_activation, result.runner_up_activation, result.reconstruction_error) == (0.375, None, None)
     assert result.num_correct == 1
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_predictions_are_those_of_the_model_for_every_image_once(small_model, k):
-    """23 images in batches of 7: the last one is padded."""
+def test_predict_equals_the_model_for_every_image(small_model, k):
+    """23 images in batches of 7: the last batch is padded."""
     rng = np.random.default_rng(3)
     images = rng.integers(0, 256, (23, *IMAGE_SHAPE), dtype=np.uint8)
     labels = np.array([rng.permutation(10)[:k] for _ in images], np.int32)
@@ -112,27 +110,33 @@ def test_predictions_are_those_of_the_model_for_every_image_once(small_model, k)
     np.testing.assert_allclose(got.reconstruction_errors, ((reconstructions - unit) ** 2).mean((1, 2, 3)), rtol=1e-5)
 
 
-def test_a_model_without_decoder_has_no_reconstruction_error():
+def test_without_a_decoder_there_is_no_reconstruction_error():
     model = CapsNet(IMAGE_SHAPE, 10, **{**SMALL, "decoder_hidden": None}, rngs=nnx.Rngs(0))
     images = np.zeros((2, *IMAGE_SHAPE), np.uint8)
     assert evaluate(model, images, np.zeros(2, np.int32)).reconstruction_error is None
 
 
-def test_reconstructions_are_left_out_where_they_are_not_asked_for(small_model, small_dataset):
-    whole, short = (
-        evaluate(small_model, small_dataset.test_images, small_dataset.test_labels, reconstruct=reconstruct)
-        for reconstruct in (True, False)
-    )
-    assert whole.reconstruction_error > 0.01
-    assert short == whole._replace(reconstruction_error=None)
+@pytest.mark.parametrize("batch_size", [5, 100, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 22, 23))])
+def test_every_image_is_counted_once(batch_size, small_model, small_dataset):
+    images, labels = small_dataset.test_images, small_dataset.test_labels
+    predictions = np.asarray(small_model.encode(jnp.asarray(images) / jnp.float32(255)).activations.argmax(axis=1))
+    # The last image, with which the last batch is padded, is one that the model gets right.
+    labels = np.where(np.arange(len(labels)) == len(labels) - 1, predictions, labels).astype(np.int32)
+    result = evaluate(small_model, images, labels, batch_size=batch_size)
+    assert result[:2] == (np.sum(predictions == labels), 23)
+    assert result.accuracy == np.mean(predictions == labels)
+    assert result.reconstruction_error > 0.01
+    if batch_size == 5:
+        without = evaluate(small_model, images, labels, batch_size=batch_size, reconstruct=False)
+        assert without == result._replace(reconstruction_error=None)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 23, 250])
-def test_the_mean_coupling_entropy_counts_every_image_once(batch_size, small_dataset):
-    """Of dynamic routing, by a loop over images, inputs and outputs."""
+@pytest.mark.parametrize("batch_size", [7, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 23, 250))])
+def test_mean_coupling_entropy_equals_plain_loops(batch_size, small_dataset):
+    """With dynamic routing; the last batch is padded."""
     model = CapsNet(IMAGE_SHAPE, 10, **SMALL, rngs=nnx.Rngs(0))
     weight = model.capsule_layers[-1].weight
-    weight[...] = 30 * weight[...]  # so that capsules agree
+    weight[...] = 30 * weight[...]  # so that couplings are far from even
     images = small_dataset.test_images
     couplings = np.float64(model.route(to_unit_range(jnp.asarray(images)))[-1].couplings)
     expected = np.mean([[-(row * np.log(row)).sum() / np.log(10) for row in image] for image in couplings])
@@ -140,8 +144,8 @@ def test_the_mean_coupling_entropy_counts_every_image_once(batch_size, small_dat
     assert mean_coupling_entropy(model, images, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_program_serves_all_weights_of_a_model(small_model, small_dataset, monkeypatch):
-    """Of one batch size; it is compiled once, the last batch being padded."""
+def test_models_with_other_weights_share_one_compiled_program(small_dataset, monkeypatch):
+    """For all batches, too, because the last one is padded."""
     evaluation._compiled.cache_clear()
     shapes = []
 
@@ -162,18 +166,21 @@ def test_a_program_serves_all_weights_of_a_model(small_model, small_dataset, mon
     ("correct", "total", "low", "high"),
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
-def test_the_interval_is_the_published_one(correct, total, low, high):
+def test_the_interval_equals_published_values(correct, total, low, high):
     """Newcombe, "Two-sided confidence intervals for the single proportion" (1998), table I, method 3."""
-    assert wilson_interval(correct, total) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
-    mirrored = wilson_interval(total - correct, total)
-    assert mirrored == (pytest.approx(1 - high, abs=5e-5), pytest.approx(1 - low, abs=5e-5))
+    evaluation = TINY._replace(num_correct=correct, num_images=total)
+    assert evaluation.interval == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+    mirrored = evaluation._replace(num_correct=total - correct)
+    assert mirrored.interval == (pytest.approx(1 - high, abs=5e-5), pytest.approx(1 - low, abs=5e-5))
 
 
 def test_the_interval_stays_within_0_and_1():
-    for total in range(1, 400):
-        assert wilson_interval(0, total)[0] == pytest.approx(0, abs=1e-15)
-        assert 0 <= wilson_interval(0, total)[0] < wilson_interval(0, total)[1] < 1
-        assert 0 < wilson_interval(total, total)[0] < wilson_interval(total, total)[1] <= 1
+    for total in (1, 2, 7, 30, 399):
+        low, high = TINY._replace(num_correct=0, num_images=total).interval
+        assert low == pytest.approx(0, abs=1e-15)
+        assert 0 <= low < high < 1
+        low, high = TINY._replace(num_correct=total, num_images=total).interval
+        assert 0 < low < high <= 1
 
 
 TINY = Evaluation(
@@ -203,7 +210,7 @@ MATRIX = """
 """
 
 
-def test_all_is_told_in_plain_text():
+def test_describe_prints_tables_means_and_interval():
     assert describe(TINY, ("cat", "dog", "ox")) == (
         PER_CLASS
         + MATRIX
@@ -215,7 +222,7 @@ test accuracy 0.9944 on 355 images (error 0.56 %)"""
     )
 
 
-def test_what_there_is_not_is_not_told():
+def test_describe_omits_fields_that_are_none():
     bare = TINY._replace(confusion=None, runner_up_activation=None, reconstruction_error=None)
     assert describe(bare, ("cat", "dog", "ox")) == (
         PER_CLASS
@@ -226,7 +233,7 @@ test accuracy 0.9944 on 355 images (error 0.56 %)"""
     )
 
 
-def test_long_names_head_columns_as_numbers():
+def test_long_class_names_become_numbers_in_the_column_heads():
     assert describe_confusion(np.array([[12, 3], [0, 4]]), ("T-shirt/top", "coat")) == (
         "| true \\ predicted |  0 |  1 |\n"
         "| ---------------- | -: | -: |\n"
@@ -235,7 +242,7 @@ def test_long_names_head_columns_as_numbers():
     )
 
 
-def test_of_many_classes_the_most_frequent_confusions_are_told():
+def test_for_many_classes_the_most_frequent_confusions_are_listed():
     names = [f"class {number}" for number in range(13)]
     confusion = 50 * np.eye(13, dtype=int)
     assert describe_confusion(confusion, names) == "most frequent confusions:\nnone"
@@ -248,7 +255,9 @@ def test_of_many_classes_the_most_frequent_confusions_are_told():
     assert len(describe_confusion(confusion, names).splitlines()) == 11
 
 
-def test_the_command_ends_in_the_line_of_train(run_dir, tmp_path, small_dataset, small_model, capsys):
+def test_the_command_prints_counts_and_accuracy_of_last_or_best_weights(
+    run_dir, tmp_path, small_dataset, small_model, capsys
+):
     data = small_dataset.test_images, small_dataset.test_labels
     activations = small_model.encode(to_unit_range(jnp.asarray(data[0]))).activations
     num_correct = int((np.argmax(activations, axis=1) == data[1]).sum())
@@ -268,8 +277,8 @@ def test_the_command_ends_in_the_line_of_train(run_dir, tmp_path, small_dataset,
     assert text != describe(evaluate(small_model, *data), small_dataset.class_names)
 
 
-def test_another_data_set_is_evaluated_if_it_fits(run_dir, tmp_path, small_dataset, capsys):
-    """However few training images it has."""
+def test_another_data_set_is_evaluated_if_it_has_the_same_classes_and_size(run_dir, tmp_path, small_dataset, capsys):
+    """Its number of training images does not matter."""
     train_images, train_labels, test_images, test_labels, *_ = small_dataset
     splits = train_images[:1], train_labels[:1], test_images[5:], test_labels[5:]
     folder = write_idx_folder(tmp_path / "other", make_dataset(*splits, num_classes=10))
@@ -301,12 +310,12 @@ def test_images_of_several_classes_have_no_confusion_matrix(run_dir, tmp_path, s
 
 
 @pytest.mark.parametrize("name", ["nowhere/confusion.png", "confusion.docx"])
-def test_a_picture_that_cannot_be_written_is_an_error_with_its_name(run_dir, tmp_path, name):
+def test_a_picture_that_cannot_be_written_raises_an_error_with_its_name(run_dir, tmp_path, name):
     with pytest.raises(UsageError, match=f"The picture .*{name} cannot be written: "):
         Evaluate(run_dir, confusion=tmp_path / name).run()
 
 
-def test_the_confusion_figure_has_counts_and_shares():
+def test_the_confusion_figure_shows_counts_and_fractions():
     confusion = np.array([[3, 1], [0, 0]])
     (axis, _) = confusion_figure(confusion, ("a", "bcd")).axes
     np.testing.assert_array_equal(axis.images[0].get_array(), [[0.75, 0.25], [0, 0]])

@@ -1,4 +1,4 @@
-"""Images on their way to the devices: all at once or chunk by chunk, the training is the same to the last bit."""
+"""Sending images to the devices: streamed or all at once, training gives the same bits."""
 
 import dataclasses
 import threading
@@ -18,7 +18,7 @@ from capsnet_jax.train.sharding import data_mesh
 from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, learning_rate=0.01, reconstruction_weight=0.0)
-# Quick to compile: how images come does not depend on what is done with them.
+# A model that is quick to compile.
 MODEL = SMALL | {"decoder_hidden": None, "routing": "uniform"}
 RNG = np.random.default_rng(0)
 IMAGES, LABELS = RNG.integers(0, 256, (31, 5, 7, 3), dtype=np.uint8), RNG.integers(0, 10, 31).astype(np.int32)
@@ -26,7 +26,7 @@ CHUNKS = [RNG.integers(0, 31, (2, steps, 4)) for steps in (3, 3, 3, 3, 2)]
 
 
 def train(seeds: tuple[int, ...], steps_per_chunk: int, *, stream: bool) -> tuple[list, list[np.ndarray]]:
-    """All metrics, and the state after the last step."""
+    """All metrics and the final state."""
     trainer = Trainer(
         lambda seed: CapsNet(IMAGE_SHAPE, 10, **MODEL, rngs=nnx.Rngs(seed)),
         make_small_dataset(),
@@ -39,10 +39,12 @@ def train(seeds: tuple[int, ...], steps_per_chunk: int, *, stream: bool) -> tupl
     return metrics, [np.asarray(leaf) for leaf in jax.tree.leaves(trainer.snapshot.state)]
 
 
-@pytest.mark.parametrize("steps_per_chunk", [1, 4])
-@pytest.mark.parametrize("seeds", [(3,), (3, 4, 5)])
-def test_images_that_are_streamed_train_as_those_that_are_not(seeds, steps_per_chunk):
-    """Epochs are of six steps, so that a chunk of four is followed by one of two."""
+@pytest.mark.parametrize(
+    ("seeds", "steps_per_chunk"),
+    [((3, 4), 4), *(pytest.param(seeds, 1, marks=pytest.mark.exhaustive) for seeds in ((3,), (3, 4, 5)))],
+)
+def test_streaming_does_not_change_training(seeds, steps_per_chunk):
+    """An epoch has six steps, so that a chunk of four is followed by one of two."""
     metrics, state = train(seeds, steps_per_chunk, stream=True)
     expected_metrics, expected_state = train(seeds, steps_per_chunk, stream=False)
     assert [step for step, _ in metrics] == (list(range(1, 13)) if steps_per_chunk == 1 else [4, 6, 10, 12])
@@ -53,44 +55,44 @@ def test_images_that_are_streamed_train_as_those_that_are_not(seeds, steps_per_c
 
 @pytest.fixture(scope="module")
 def feed() -> Feed:
-    return Feed(IMAGES, LABELS, data_mesh(4), stream=True)
+    return Feed((IMAGES, LABELS), data_mesh(4), stream=True)
 
 
-def test_a_chunk_has_the_images_that_it_asks_for(feed):
+def test_a_streamed_chunk_has_the_images_of_its_indices(feed):
     given = list(feed.batches(CHUNKS))
     assert len(given) == 5
-    for chunk, indices in zip(given, CHUNKS, strict=True):
-        assert chunk.indices is None
-        np.testing.assert_array_equal(chunk.images, IMAGES[indices])
-        np.testing.assert_array_equal(chunk.labels, LABELS[indices])
+    for (images, labels, sent), indices in zip(given, CHUNKS, strict=True):
+        assert sent is None
+        np.testing.assert_array_equal(images, IMAGES[indices])
+        np.testing.assert_array_equal(labels, LABELS[indices])
 
 
-def test_without_streaming_a_chunk_has_all_images_and_its_indices():
-    feed = Feed(IMAGES, LABELS, data_mesh(4), stream=False)
+def test_without_streaming_all_images_are_sent_once_and_indices_for_each_chunk():
+    feed = Feed((IMAGES, LABELS), data_mesh(4), stream=False)
     given = list(feed.batches(CHUNKS))
-    for chunk, indices in zip(given, CHUNKS, strict=True):
-        np.testing.assert_array_equal(chunk.indices, indices)
-        np.testing.assert_array_equal(chunk.images, IMAGES)
-        assert chunk.images is given[0].images  # sent once
-        np.testing.assert_array_equal(chunk.labels, LABELS)
+    for (images, labels, sent), indices in zip(given, CHUNKS, strict=True):
+        np.testing.assert_array_equal(sent, indices)
+        np.testing.assert_array_equal(images, IMAGES)
+        assert images is given[0][0]
+        np.testing.assert_array_equal(labels, LABELS)
 
 
 @pytest.mark.parametrize(("images_bytes", "expected"), [(500, False), (501, True)])
-def test_streamed_is_what_takes_more_than_half_of_the_device(images_bytes, expected, monkeypatch):
+def test_images_of_more_than_half_of_the_device_memory_are_streamed(images_bytes, expected, monkeypatch):
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000, "bytes_in_use": 999})
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert should_stream(np.zeros((images_bytes, 1, 1, 1), np.uint8)) is expected
 
 
 @pytest.mark.parametrize("stats", [None, {}, {"bytes_in_use": 3}])
-def test_a_device_that_does_not_tell_its_memory_gets_all_images_at_once(stats, monkeypatch):
+def test_a_device_of_unknown_memory_gets_all_images_at_once(stats, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(memory_stats=lambda: stats)])
     huge = np.broadcast_to(np.uint8(0), (2**40, 1, 1, 1))
     assert should_stream(huge) is False
 
 
 @pytest.mark.parametrize("stream", [None, False, True])
-def test_a_trainer_streams_if_it_is_told_to_or_else_must(stream, small_model, monkeypatch):
+def test_the_option_stream_overrides_the_choice_by_memory(stream, small_model, monkeypatch):
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000})
     with monkeypatch.context() as patch:
         patch.setattr(jax, "local_devices", lambda: [device])
@@ -99,22 +101,22 @@ def test_a_trainer_streams_if_it_is_told_to_or_else_must(stream, small_model, mo
 
 
 class Fetches:
-    """Notes what is fetched, and in which thread, as it comes to it."""
+    """Records which chunks a feed sends, and in which thread."""
 
     def __init__(self, feed: Feed, monkeypatch: pytest.MonkeyPatch):
         self.chunks: list[int] = []
         self.threads: set[threading.Thread] = set()
-        send = feed._send_images
+        send = feed._send
 
         def noting(indices: np.ndarray):
             self.threads.add(threading.current_thread())
             self.chunks.append(next(number for number, chunk in enumerate(CHUNKS) if chunk is indices))
             return send(indices)
 
-        monkeypatch.setattr(feed, "_send_images", noting)
+        monkeypatch.setattr(feed, "_send", noting)
 
     def until(self, number: int) -> list[int]:
-        """What has been fetched once so many are, and a little later."""
+        """Wait until `number` chunks were sent, and a little longer; return the chunks sent by then."""
         deadline = time.monotonic() + 30
         while len(self.chunks) < number:
             assert time.monotonic() < deadline
@@ -123,7 +125,7 @@ class Fetches:
         return list(self.chunks)
 
 
-def test_while_a_chunk_is_in_use_the_next_is_fetched_and_no_other(feed, monkeypatch):
+def test_while_a_chunk_is_in_use_only_the_next_is_sent(feed, monkeypatch):
     fetches, asked = Fetches(feed, monkeypatch), []
 
     def chunks():
@@ -131,28 +133,28 @@ def test_while_a_chunk_is_in_use_the_next_is_fetched_and_no_other(feed, monkeypa
             asked.append(number)
             yield chunk
 
-    for in_use, chunk in enumerate(feed.batches(chunks())):
+    for in_use, (_, labels, _) in enumerate(feed.batches(chunks())):
         ahead = min(in_use + 2, 5)
         assert fetches.until(ahead) == list(range(ahead))
         assert asked == list(range(ahead))
-        np.testing.assert_array_equal(chunk.labels, LABELS[CHUNKS[in_use]])
+        np.testing.assert_array_equal(labels, LABELS[CHUNKS[in_use]])
     (thread,) = fetches.threads
     assert thread is not threading.current_thread()
     assert not thread.is_alive()
 
 
-def test_what_goes_wrong_in_fetching_is_raised_where_the_chunk_is_wanted(feed):
-    """There is no image 31; the chunks before are trained on."""
+def test_an_error_in_sending_is_raised_when_its_chunk_is_used(feed):
+    """There is no image 31; the chunks before it are returned."""
     wrong = np.full((2, 3, 4), 31)
     batches = feed.batches([*CHUNKS[:2], wrong, *CHUNKS[2:]])
     for indices in CHUNKS[:2]:
-        np.testing.assert_array_equal(next(batches).labels, LABELS[indices])
+        np.testing.assert_array_equal(next(batches)[1], LABELS[indices])
     with pytest.raises(IndexError, match="31 is out of bounds"):
         next(batches)
 
 
 @pytest.mark.parametrize("used", [0, 1, 3])
-def test_a_training_that_is_abandoned_leaves_no_thread(used, feed, monkeypatch):
+def test_closing_the_iterator_ends_its_thread(used, feed, monkeypatch):
     before = set(threading.enumerate())
     fetches = Fetches(feed, monkeypatch)
     batches = feed.batches(CHUNKS)

@@ -1,4 +1,4 @@
-"""How many files of the package a reader goes through to follow a forward pass, or a training step."""
+"""Number of files of the package that a forward pass and a training step enter, as a measure of readability."""
 
 import sys
 from collections.abc import Callable
@@ -21,13 +21,12 @@ IMAGE_SHAPE = (28, 28, 1)
 
 
 def files_entered(function: Callable[[], object]) -> list[str]:
-    """The files of the package whose functions are called, in the order in which they first are."""
+    """Files of the package whose functions are called, in order of the first call."""
     entered: dict[str, None] = {}
 
     def note(frame, event, argument):
-        path = Path(frame.f_code.co_filename)
-        if event == "call" and path.is_relative_to(PACKAGE):
-            entered[str(path.relative_to(PACKAGE))] = None
+        if event == "call":
+            entered[frame.f_code.co_filename] = None
 
     before = sys.getprofile()
     sys.setprofile(note)
@@ -35,7 +34,7 @@ def files_entered(function: Callable[[], object]) -> list[str]:
         function()
     finally:
         sys.setprofile(before)
-    return list(entered)
+    return [str(Path(name).relative_to(PACKAGE)) for name in entered if Path(name).is_relative_to(PACKAGE)]
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +44,7 @@ def model() -> CapsNet:
 
 @pytest.mark.parametrize(("batch_size", "most", "most_beside_fast"), [(3, 10, 6), (64, 8, 3)])
 def test_a_forward_pass(batch_size, most, most_beside_fast, model):
-    """Of few examples, which routes votes, and of many, which does without them.
-
-    On CPU convolutions go through `nn/fast` in either case.
-    """
+    """A small batch routes votes, a large one does not materialize them; convolutions enter `nn/fast` on CPU."""
     images = jnp.zeros((batch_size, *IMAGE_SHAPE))
     files = files_entered(lambda: jax.eval_shape(model, images))
     assert len(files) <= most, f"{len(files)}: {', '.join(files)}"
@@ -65,6 +61,6 @@ def test_a_training_step():
         config.training,
         augment=config.data.augment,
     )
-    arguments = trainer._arguments(1)  # shapes; those of the state are found by creating model and optimizer
+    arguments = trainer._arguments(1)
     files = files_entered(lambda: jax.eval_shape(trainer._train_chunk, *arguments))
     assert len(files) <= 12, f"{len(files)}: {', '.join(files)}"

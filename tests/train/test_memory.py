@@ -1,4 +1,4 @@
-"""What was freed goes back to the system, and the peak is that of this process."""
+"""Freed memory is returned to the system, and peak memory is that of this process alone."""
 
 import ctypes
 import subprocess
@@ -15,17 +15,17 @@ BLOCK, NUMBER = 2**16, 2_000  # small enough to be kept by the allocator, 131 MB
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Resident memory of this process in bytes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="Not the GNU C library.")
-def test_compiling_gives_back_what_was_freed_before():
+def test_compiling_returns_freed_memory_to_the_system():
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
     blocks = [libc.malloc(ctypes.c_size_t(BLOCK)) for _ in range(NUMBER)]
-    last = libc.malloc(ctypes.c_size_t(BLOCK))  # above all others, which therefore stay
+    last = libc.malloc(ctypes.c_size_t(BLOCK))  # above all others, so that they are not returned when freed
     for block in blocks:
         ctypes.memset(block, 1, BLOCK)
     before = resident()
@@ -38,8 +38,10 @@ def test_compiling_gives_back_what_was_freed_before():
     libc.free(last)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells the peak of a parent for that of a child.")
-def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="Only on Linux does a child process inherit the peak of its parent."
+)
+def test_peak_memory_does_not_include_the_parent_process():
     parent = """
 import subprocess, sys
 large = b"1" * 600_000_000
@@ -50,7 +52,7 @@ subprocess.run([sys.executable, "-c", small], check=True)
     assert 50e6 < int(told.stdout) < 500e6
 
 
-def test_the_benchmark_measures_memory_as_training_does():
-    """There are two readings of it, as the benchmark's process has to do without JAX."""
+def test_the_copy_in_the_benchmark_agrees():
+    """The benchmark has a copy, because its process must not import JAX."""
     first, second, third = peak_memory_of_process(), worker.peak_memory_of_process(), peak_memory_of_process()
     assert first <= second <= third < 1.01 * first

@@ -1,4 +1,4 @@
-"""The learning rate against its formulas, step by step; and Adam, by hand, on gradients that are clipped before it."""
+"""Learning rate schedules against their formulas, and Adam on clipped gradients against an implementation by hand."""
 
 import math
 
@@ -23,7 +23,7 @@ def config(**changes) -> TrainingConfig:
 
 
 def expected_rate(schedule: str, warmup: int, step: int) -> float:
-    """After so many steps."""
+    """Learning rate after `step` steps."""
     if step < warmup:
         return PEAK * (step + 1) / (warmup + 1)
     step -= warmup
@@ -37,13 +37,13 @@ def expected_rate(schedule: str, warmup: int, step: int) -> float:
 
 @pytest.mark.parametrize("warmup", [0, WARMUP])
 @pytest.mark.parametrize("schedule", ["constant", "exponential", "cosine"])
-def test_the_rate_is_that_of_its_formula_at_every_step(schedule, warmup):
-    """Up to the last step, and beyond, where a training that is prolonged may come."""
+def test_the_learning_rate_equals_its_formula_at_every_step(schedule, warmup):
+    """Up to the last step and beyond, which a resumed training with more epochs reaches."""
     rate = learning_rate(config(schedule=schedule, warmup_steps=warmup), STEPS_PER_EPOCH)
     steps = np.arange(LAST + 9)
     rates = np.array([rate(step) for step in steps])
     np.testing.assert_allclose(rates, [expected_rate(schedule, warmup, int(step)) for step in steps], rtol=1e-5)
-    # What the formulas mean, in the words of the options.
+    # Properties that the options promise.
     assert rates[0] == pytest.approx(PEAK / (warmup + 1))
     assert rates[warmup] == rates.max() == pytest.approx(PEAK)
     assert np.all(np.diff(rates[: warmup + 1]) > 0)
@@ -52,14 +52,14 @@ def test_the_rate_is_that_of_its_formula_at_every_step(schedule, warmup):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "exponential", "cosine"])
-def test_a_warmup_that_is_longer_than_the_training_is_all_of_it(schedule):
+def test_a_warmup_longer_than_the_training_never_reaches_the_peak(schedule):
     rate = learning_rate(config(schedule=schedule, warmup_steps=LAST + 3), STEPS_PER_EPOCH)
     np.testing.assert_allclose(
         [rate(step) for step in range(LAST)], PEAK * np.arange(1, LAST + 1) / (LAST + 4), rtol=1e-5
     )
 
 
-def test_a_floor_of_zero_is_none():
+def test_a_floor_of_zero_does_not_limit_the_decay():
     exponential, cosine = (
         learning_rate(config(schedule=schedule, learning_rate_floor=0.0), STEPS_PER_EPOCH)
         for schedule in ("exponential", "cosine")
@@ -70,7 +70,7 @@ def test_a_floor_of_zero_is_none():
 
 
 def gradients() -> list[dict[str, np.ndarray]]:
-    """Of three steps, each of its own norm over both arrays."""
+    """Gradients of three steps with the norms above."""
     rng = np.random.default_rng(0)
     steps = []
     for norm in BEFORE_CLIPPING:
@@ -81,7 +81,7 @@ def gradients() -> list[dict[str, np.ndarray]]:
 
 
 def adam_by_hand(settings: TrainingConfig, clip_norm: float) -> dict[str, np.ndarray]:
-    """What three steps add to the weights. Kingma, Ba, "Adam" (2015), algorithm 1, at its default hyper-parameters."""
+    """Change of the weights by three steps of Kingma, Ba, "Adam" (2015), algorithm 1, default hyper-parameters."""
     added = {"kernel": np.zeros((2, 3)), "bias": np.zeros(4)}
     first, second = ({name: np.zeros_like(array) for name, array in added.items()} for _ in range(2))
     for step, (grads, norm) in enumerate(zip(gradients(), BEFORE_CLIPPING, strict=True)):
@@ -96,7 +96,7 @@ def adam_by_hand(settings: TrainingConfig, clip_norm: float) -> dict[str, np.nda
 
 
 @pytest.mark.parametrize("clip_norm", [None, CLIP_NORM])
-def test_adam_gets_gradients_that_are_clipped_already(clip_norm):
+def test_gradients_are_clipped_before_adam(clip_norm):
     settings = config(schedule="exponential", warmup_steps=2, clip_norm=clip_norm)
     optimizer = create_optimizer(settings, STEPS_PER_EPOCH)
     params = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(4)}
@@ -107,5 +107,5 @@ def test_adam_gets_gradients_that_are_clipped_already(clip_norm):
     clipped, unclipped = adam_by_hand(settings, CLIP_NORM), adam_by_hand(settings, math.inf)
     for name, param in params.items():
         np.testing.assert_allclose(param, (clipped if clip_norm else unclipped)[name], rtol=1e-4)
-        # The steps are long or short by their gradients' norms; Adam would not notice a factor that is always the same.
+        # Norms differ between the steps, because Adam does not depend on a common factor of all gradients.
         assert np.abs(clipped[name] - unclipped[name]).max() > 0.1 * np.abs(clipped[name]).max()
