@@ -12,12 +12,14 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Most of the time of the tests would go to compiling the same small programs, over and over, in every process."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # of all workers of this run
-    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+def _compilation_cache(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Keep compiled programs for all test processes, and for the next run; `pytest --cache-clear` deletes them.
+
+    Most of the time of the tests is compilation, of the same small programs over and over. JAX finds a program by its
+    code, its options and the version of the compiler, so a change of any of them compiles it again.
+    """
+    folder = pytestconfig.rootpath / ".pytest_cache" / "d" / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     compilation_cache.reset_cache()
