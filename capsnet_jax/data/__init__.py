@@ -55,8 +55,8 @@ def load_dataset(name: str, data_dir: Path | None = None, *, image_size: tuple[i
         >>> digits = load_dataset("digits")
         >>> digits.train_images.shape, digits.test_images.shape
         ((1442, 8, 8, 1), (355, 8, 8, 1))
-        >>> digits.test_labels[:5]
-        array([0, 1, 2, 3, 4], dtype=int32)
+        >>> digits.class_names
+        ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9')
     """
     if data_dir is not None and not data_dir.is_dir():
         raise UsageError(f"The data folder {data_dir} {'is a file' if data_dir.exists() else 'does not exist'}.")

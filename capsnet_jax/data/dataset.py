@@ -35,8 +35,8 @@ class Dataset(NamedTuple):
         >>> dataset = make_dataset(images, labels, images[:3], labels[:3], num_classes=3)
         >>> dataset.image_shape, dataset.num_classes
         ((8, 8, 1), 3)
-        >>> dataset.with_validation(0.5).validation_labels
-        array([0, 1, 2], dtype=int32)
+        >>> np.bincount(dataset.with_validation(0.5).validation_labels)  # stratified
+        array([1, 1, 1])
     """
 
     train_images: Shaped[np.ndarray, "train train_height train_width channels"]

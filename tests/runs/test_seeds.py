@@ -50,7 +50,7 @@ def test_seeds_side_by_side_equal_runs_of_their_own(together):
         np.testing.assert_allclose(losses(progress, index), losses(alone, 0), rtol=1e-4)
         assert [answers(step.seeds[index]) for step in progress] == [answers(step.seeds[0]) for step in alone]
         for weight, expected in zip(
-            nnx.to_flat_state(trainer.weights(index)), nnx.to_flat_state(nnx.state(model, nnx.Param)), strict=True
+            *(nnx.to_flat_state(nnx.state(each, nnx.Param)) for each in (trainer.models()[index], model)), strict=True
         ):
             scale = np.abs(expected[1][...]).max()
             np.testing.assert_allclose(weight[1][...], expected[1][...], atol=2e-3 * scale, err_msg=str(weight[0]))
