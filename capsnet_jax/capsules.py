@@ -1,4 +1,4 @@
-"""What flows between capsule layers, whatever the routing."""
+"""The two named tuples that layers and routing algorithms exchange."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,19 @@ from jaxtyping import Array, Float
 
 
 class Capsules(NamedTuple):
-    """A layer of capsules.
+    """Poses and activations of one layer of capsules.
 
     Attributes:
-        poses: a capsule's vector, the instantiation parameters of the entity it stands for.
-        activations: how present the entity is, in [0, 1]; for squashed capsules, the norm of the pose.
+        poses: the pose vector of each capsule.
+        activations: how present the entity of each capsule is, in [0, 1]. For squashed capsules this is the norm of
+            the pose.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from capsnet_jax import Capsules
+        >>> capsules = Capsules(poses=jnp.ones((4, 10, 16)), activations=jnp.ones((4, 10)))
+        >>> capsules.poses.shape, capsules.activations.shape
+        ((4, 10, 16), (4, 10))
     """
 
     poses: Float[Array, "*batch capsules dim"]
@@ -18,13 +26,21 @@ class Capsules(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """What a routing algorithm returns: the output capsules, and how the votes were shared out among them.
+    """The result of a routing algorithm: output capsules, and the couplings that produced them.
 
     Attributes:
         poses: poses of the output capsules.
         activations: activations of the output capsules, in [0, 1].
-        couplings: the weight of each vote in the last iteration; they sum to 1 over the output capsules, or to what
-            the routing says.
+        couplings: weight of each vote in the last iteration. For most algorithms the couplings of an input capsule
+            sum to 1 over the output capsules.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from capsnet_jax import ROUTINGS
+        >>> votes, activations = jnp.ones((6, 3, 4)), jnp.ones(6)  # 6 input capsules, 3 output capsules of pose size 4
+        >>> routed = ROUTINGS["uniform"](votes, activations)
+        >>> routed.poses.shape, routed.activations.shape, routed.couplings.shape
+        ((3, 4), (3,), (6, 3))
     """
 
     poses: Float[Array, "*batch o h"]

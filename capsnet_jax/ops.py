@@ -1,4 +1,4 @@
-"""The few functions every capsule network is made of; exact, with finite gradients, from zero to 1e15."""
+"""Norms, squash functions and label operations that all layers share; stable, with finite gradients, from 0 to 1e15."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,22 +13,21 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from capsnet_jax.errors import UsageError
 
 Labels = Int[Array, " b"] | Int[Array, "b k"]
-"""The class of each example, or the k different classes of which each example shows one object."""
+"""One class index per example, or the indices of the k different classes that each example shows."""
 
 
 @jax.custom_jvp
 def capsule_norm(poses: Float[Array, "*capsules h"]) -> Float[Array, "*capsules"]:
-    r"""Euclidean norm of each pose, $\|s\| = \sqrt{\sum_h s_h^2}$, with gradient $s / \|s\|$, and zero at zero.
+    r"""Compute the Euclidean norm of each pose, $\|s\| = \sqrt{\sum_h s_h^2}$, safe at zero and at any scale.
 
-    The pose is divided by its largest component first: in float32 the plain sum of squares is zero below 1e-23 and
-    infinite above 1e19. The gradient of the plain norm at zero is NaN.
+    The gradient is $s / \|s\|$, and zero at zero, where the gradient of `jnp.linalg.norm` is NaN. Poses are divided by
+    their largest component first: in float32 the plain sum of squares underflows below 1e-23 and overflows above 1e19.
 
     Args:
-        poses: vectors along the last axis, of any length.
+        poses: vectors along the last axis.
 
     Returns:
-        The lengths, in the units of the poses. Poses with subnormal components only count as zero, as XLA flushes
-        those on most hardware.
+        The norms. Poses with only subnormal components count as zero, because XLA flushes subnormals on most hardware.
     """
     largest = reduce(jnp.abs(poses), "... h -> ... 1", "max")
     scale = jnp.where(largest >= jnp.finfo(poses.dtype).tiny, largest, 1)
@@ -37,7 +36,7 @@ def capsule_norm(poses: Float[Array, "*capsules h"]) -> Float[Array, "*capsules"
 
 @capsule_norm.defjvp
 def _capsule_norm_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    # A rule of our own, as the one derived would multiply by the scale before it divides by it, and underflow.
+    # The derived rule would multiply by the scale before it divides by it, and underflow.
     (poses,), (tangent,) = primals, tangents
     norm = capsule_norm(poses)
     direction = poses / rearrange(jnp.where(norm > 0, norm, 1), "... -> ... 1")
@@ -45,12 +44,12 @@ def _capsule_norm_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Ar
 
 
 def squash(poses: Float[Array, "*capsules h"]) -> Float[Array, "*capsules h"]:
-    r"""Shrinks each pose to a norm in [0, 1) and keeps its direction.
+    r"""Shrink each pose to a norm in [0, 1) and keep its direction.
 
     $$v = \frac{\|s\|^2}{1 + \|s\|^2} \frac{s}{\|s\|}$$
 
     Args:
-        poses: vectors along the last axis, of any length.
+        poses: vectors along the last axis.
 
     Returns:
         Vectors whose norm can be read as a probability. The value and the gradient at zero are zero.
@@ -59,22 +58,22 @@ def squash(poses: Float[Array, "*capsules h"]) -> Float[Array, "*capsules h"]:
         Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules" (2017), eq. 1. https://arxiv.org/abs/1710.09829
     """
     norm = rearrange(capsule_norm(poses), "... -> ... 1")
-    # |s| / (1 + |s|^2) as two factors: as one quotient its gradient overflows in float32 from 1e10 on.
+    # |s| / (1 + |s|^2) as two factors: the gradient of a single quotient overflows in float32 from 1e10 on.
     hypotenuse = jnp.sqrt(1 + jnp.square(norm))
     return (norm / hypotenuse) * (poses / hypotenuse)
 
 
 def direction(poses: Float[Array, "*capsules h"]) -> Float[Array, "*capsules h"]:
-    r"""Each pose divided by its length, $s / \|s\|$; a pose of zero stays zero, with gradient zero.
+    r"""Divide each pose by its norm, $s / \|s\|$; a pose of zero stays zero, with gradient zero.
 
     Args:
-        poses: vectors along the last axis, of any length.
+        poses: vectors along the last axis.
 
     Returns:
-        Vectors of length 1 or 0.
+        Vectors of norm 1 or 0.
     """
-    # The direction does not depend on a common factor, so this one may count as a constant. Without it, the gradient
-    # divides by the square of the length, which underflows.
+    # A common factor does not change the direction, so it needs no gradient. Without it, the gradient would divide by
+    # the squared norm, which underflows.
     largest = jax.lax.stop_gradient(reduce(jnp.abs(poses), "... h -> ... 1", "max"))
     scaled = poses / jnp.where(largest >= jnp.finfo(poses.dtype).tiny, largest, 1)
     norm = rearrange(capsule_norm(scaled), "... -> ... 1")
@@ -82,16 +81,15 @@ def direction(poses: Float[Array, "*capsules h"]) -> Float[Array, "*capsules h"]
 
 
 def exponential_squash(poses: Float[Array, "*capsules h"]) -> Float[Array, "*capsules h"]:
-    r"""Shrinks each pose to a norm in [0, 1) and keeps its direction; less than `squash` does to short poses.
+    r"""Shrink each pose to a norm in [0, 1) and keep its direction; short poses shrink less than by `squash`.
 
     $$v = (1 - e^{-\|s\|}) \frac{s}{\|s\|}$$
 
     Args:
-        poses: vectors along the last axis, of any length.
+        poses: vectors along the last axis.
 
     Returns:
-        Vectors whose norm can be read as a probability. The value at zero is zero; so is the gradient that is given
-        there, as a zero vector has no direction.
+        Vectors whose norm can be read as a probability. The value and the gradient at zero are zero.
 
     References:
         Mazzia, Salvetti, Chiaberge, "Efficient-CapsNet" (2021), section 3. https://arxiv.org/abs/2101.12491
@@ -100,57 +98,60 @@ def exponential_squash(poses: Float[Array, "*capsules h"]) -> Float[Array, "*cap
 
 
 def standardize(values: Float[Array, "*batch n"], *, epsilon: float = 1e-5) -> Float[Array, "*batch n"]:
-    r"""Layer normalisation without weights, along the last axis.
+    r"""Normalise to mean 0 and variance 1 along the last axis: layer normalisation without learned weights.
 
     $$y = \frac{x - \bar x}{\sqrt{\overline{(x - \bar x)^2} + \epsilon}}$$
 
-    `jax.nn.standardize` takes the variance as a difference of two means, which in float32 costs half of the digits.
+    Differs from `jax.nn.standardize`, which computes the variance as a difference of two means and so loses half of the
+    digits in float32.
 
     Args:
-        values: of any size.
+        values: any array.
         epsilon: added to the variance.
+
+    Returns:
+        The normalised array, of the same shape.
     """
     centered = values - reduce(values, "... n -> ... 1", "mean")
     return centered / jnp.sqrt(reduce(jnp.square(centered), "... n -> ... 1", "mean") + epsilon)
 
 
 def standardize_images(images: Float[Array, "b height width channels"]) -> Float[Array, "b height width channels"]:
-    r"""Gives each image by itself the mean 0 and the deviation 1, over all of its n pixels and channels.
+    r"""Normalise each image to mean 0 and standard deviation 1 over all of its n pixels and channels.
 
     $$y = \frac{x - \bar x}{\max(\sigma, 1 / \sqrt n)}$$
 
     Args:
-        images: of any range.
+        images: pixels of any range.
 
     Returns:
-        Images of deviation 1, or less where that of the pixels is below $1 / \sqrt n$; zero for an image of one colour.
+        Images of standard deviation 1, or less if $\sigma < 1 / \sqrt n$. A constant image becomes zero.
 
     References:
         `tf.image.per_image_standardization`, https://www.tensorflow.org/api_docs/python/tf/image
     """
     centered = images - reduce(images, "b height width channels -> b 1 1 1", "mean")
     variance = reduce(jnp.square(centered), "b height width channels -> b 1 1 1", "mean")
-    # The larger of the two is taken before the root, whose gradient at zero is infinite.
+    # The maximum comes before the square root, whose gradient at zero is infinite.
     return centered / jnp.sqrt(jnp.maximum(variance, 1 / images[0].size))
 
 
 def multi_hot(labels: Labels, num_classes: int, dtype: DTypeLike) -> Float[Array, "b o"]:
-    """1 for every class that is among the labels, and 0 for all others."""
+    """Encode labels as one row per example, 1 for each of its classes and 0 elsewhere."""
     hot = jax.nn.one_hot(labels, num_classes, dtype=dtype)
     return hot if labels.ndim == 1 else reduce(hot, "b k o -> b o", "max")
 
 
 def check_labels(labels: Shaped[Array | np.ndarray, "..."], num_examples: Any, num_classes: int) -> None:
-    """Refuses labels that are not class indices of these examples.
+    """Check that labels are class indices, one row per example.
 
     Args:
-        labels: expected to be integers `[b]` or `[b k]`, in [0, num_classes). Their range is checked outside
-            `jax.jit` only, where they have values.
-        num_examples: b; a symbol in a program that is exported for all batch sizes.
+        labels: integers `[b]` or `[b k]` in [0, num_classes). The range is not checked under `jax.jit`.
+        num_examples: expected b; a symbolic dimension in a program that is exported for any batch size.
         num_classes: number of classes.
 
     Raises:
-        UsageError: says what was got and what was expected.
+        UsageError: shape, dtype or range are wrong.
     """
     if labels.ndim not in (1, 2) or labels.shape[0] != num_examples or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise UsageError(
@@ -165,14 +166,14 @@ def check_labels(labels: Shaped[Array | np.ndarray, "..."], num_examples: Any, n
 
 
 def mask_by_label(poses: Float[Array, "b o h"], labels: Labels) -> Float[Array, "b o h"]:
-    """Sets all capsules to zero but those of the labels.
+    """Zero the poses of all capsules except those of the labelled classes.
 
     Args:
-        poses: one capsule for each class.
-        labels: class indices in [0, o), one or several for each example.
+        poses: one capsule per class.
+        labels: class indices in [0, o), one or several per example.
 
     Returns:
-        The poses, zero outside the labelled classes.
+        The masked poses.
 
     References:
         Sabour, Frosst, Hinton (2017), section 4.1.
@@ -181,11 +182,14 @@ def mask_by_label(poses: Float[Array, "b o h"], labels: Labels) -> Float[Array, 
 
 
 def answers_right(activations: Float[Array, "b o"], labels: Labels) -> Bool[Array, " b"]:
-    """Whether the most active capsules, as many as there are labels, are exactly those of the labels.
+    """Test for each example whether its k most active capsules are exactly those of its k labels.
 
     Args:
-        activations: one for each class. Of equal ones, that of the lower class index counts as the more active.
-        labels: class indices in [0, o), one or several for each example; an answer is right if all of them are.
+        activations: one per class. Ties are resolved in favour of the lower class index.
+        labels: class indices in [0, o), one or several per example.
+
+    Returns:
+        True for each example whose labels were all predicted.
 
     References:
         Sabour, Frosst, Hinton (2017), section 6.2, for two overlapping digits.
@@ -201,15 +205,15 @@ def convolution(
     kernel: Float[Array, "kernel_height kernel_width channels features"],
     stride: int,
 ) -> Float[Array, "b out_height out_width features"]:
-    """Cross-correlates images with a kernel, without padding: the convolution of XLA.
+    """Convolve images without padding, by XLA's own convolution (a cross-correlation, as in all frameworks).
 
     Args:
-        images: at least as high and wide as the kernel.
-        kernel: one filter for each output feature.
-        stride: step of the kernel, in pixels, along both axes.
+        images: at least as large as the kernel.
+        kernel: one filter per output feature.
+        stride: step of the kernel in pixels, along both axes.
 
     Returns:
-        The features where the kernel fits; see `positions_after` for their height and width.
+        The features; `positions_after` tells their height and width.
     """
     return jax.lax.conv_general_dilated(
         images, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -217,7 +221,7 @@ def convolution(
 
 
 def positions_after(size: Sequence[int], kernel: Sequence[int], stride: int) -> tuple[int, int]:
-    """Height and width of the result of a convolution without padding.
+    """Compute the output height and width of a convolution without padding.
 
     Args:
         size: height and width of the images.
@@ -228,10 +232,10 @@ def positions_after(size: Sequence[int], kernel: Sequence[int], stride: int) -> 
 
 
 def to_unit_range(images: Shaped[Array, "b height width channels"]) -> Float[Array, "b height width channels"]:
-    """Converts images of bytes to float32 in [0, 1]; images of floats are returned as they are."""
+    """Convert uint8 images to float32 in [0, 1]; floating-point images are returned unchanged."""
     return images / jnp.float32(255) if images.dtype == jnp.uint8 else images
 
 
 def at_least_float32(values: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Casts a smaller dtype up to float32; float32 and float64 stay what they are."""
+    """Cast bfloat16 and float16 to float32; float32 and float64 are returned unchanged."""
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))

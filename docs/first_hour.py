@@ -17,22 +17,22 @@ images = to_unit_range(jnp.asarray(dataset.train_images[:64]))
 labels = jnp.asarray(dataset.train_labels[:64])
 
 
-@learns(prior="i o")  # an array [input capsules, output capsules], which starts from zero and is trained
+@learns(prior="i o")  # a learned array [input capsules, output capsules], initially zero
 def my_routing(votes, activations, *, prior=0.0):
-    """One step of routing by agreement with the mean vote, for one example; layers map it over the batch."""
+    """Route one example by agreement with the mean vote; layers map this function over the batch."""
     agreement = jnp.einsum("ioh,oh->io", votes, votes.mean(axis=0))
-    couplings = jax.nn.softmax(agreement + prior, axis=1)  # each input capsule shares itself out
+    couplings = jax.nn.softmax(agreement + prior, axis=1)  # over the output capsules
     poses = squash(jnp.einsum("io,ioh->oh", couplings, votes))
     return Routed(poses, jnp.sqrt((poses**2).sum(axis=-1) + 1e-9), couplings)
 
 
-# A Flax module: the preset `digits`, with a routing of our own
+# The preset `digits` with this routing; a model is a Flax module.
 model = CapsNet.from_preset("digits", routing=my_routing, rngs=nnx.Rngs(0))
 print(nnx.tabulate(model, images, depth=2))
 for layer, choice in model.implementations(batch_size=64).items():
     print(f"{layer}: {choice}")
 
-# Training by hand, as in any Flax program; `capsnet_jax.fit` does it with data, schedules and seeds.
+# A training loop as in any Flax program; `capsnet_jax.fit` adds data loading, schedules and seeds.
 optimizer = nnx.Optimizer(model, optax.adam(2e-3), wrt=nnx.Param)
 
 
@@ -50,7 +50,7 @@ def step(model, optimizer, images, labels):
 losses = [float(step(model, optimizer, images, labels)) for _ in range(20)]
 print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
 
-couplings = model.route(images)[-1].couplings  # [b, input capsules, classes]; captured as an intermediate, too:
+couplings = model.route(images)[-1].couplings  # [b, input capsules, classes]; also captured as intermediates:
 _, captured = nnx.capture(model, nnx.Intermediate)(images)
 print("couplings", couplings.shape, "captured", list(captured["capsule_layers"][0]))
 

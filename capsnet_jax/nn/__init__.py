@@ -1,1 +1,1 @@
-"""The network: layers, the model made of them, and its losses."""
+"""The network: layers, model and losses."""

@@ -1,4 +1,4 @@
-"""Convolutional capsules: capsules on a grid, each routed to from those under its kernel."""
+"""Convolutional capsules: output capsules on a grid, each computed from the input capsules under its kernel."""
 
 import math
 from collections.abc import Callable
@@ -22,12 +22,12 @@ from capsnet_jax.routing import get_routing
 
 
 class ConvCapsules(nnx.Module):
-    """Groups of capsules at each position of a grid; a position sees the input capsules under its kernel.
+    """A convolutional capsule layer: groups of capsules at each position of a grid, with shared transformations.
 
-    Capsules come and go in the flat order of every other layer, `(height width groups)`. The transformation of a
-    group of input capsules to a group of output capsules is one for each tap of the kernel, the same at every
-    position. A routing that takes `softmax` shares out each input capsule among its parents at all positions; any
-    other is run for each position by itself.
+    Input and output capsules are in the flat order `(height width groups)`, as for all layers. Each tap of the kernel
+    has its own weight matrix from each input group to each output group, shared by all positions. A routing with an
+    argument `softmax` divides each input capsule among its output capsules at all positions; any other routing runs at
+    each position separately.
 
     Args:
         grid: height and width of the input, in positions.
@@ -35,26 +35,35 @@ class ConvCapsules(nnx.Module):
         in_dim: pose size of the input capsules.
         out_groups: number of output capsules at each position.
         out_dim: pose size of the output capsules.
-        kernel_size: height and width of the kernel, in positions; that of the grid makes a dense layer.
-        stride: step of the kernel, in positions.
-        matrix_poses: poses are square matrices, row by row, and the transformation multiplies them from the right;
+        kernel_size: height and width of the kernel, in positions. A kernel as large as the grid makes a dense layer.
+        stride: stride of the kernel, in positions.
+        matrix_poses: poses are square matrices, stored row by row, which the weight matrices multiply from the right;
             otherwise they are vectors.
-        shared_transform: one transformation for all taps of the kernel.
-        coordinate_addition: the place of the input capsule under the kernel, from 0 to 1 down and across, is added to
-            the first two components of its votes (of matrices: to the last column of the first two rows), so that
-            votes with a shared transformation still tell where they come from.
+        shared_transform: all taps of the kernel share one weight matrix per pair of groups.
+        coordinate_addition: add the relative position of the input capsule under the kernel, in [0, 1] down and across,
+            to the first two components of its votes (for matrices: to the last column of the first two rows). Votes
+            of a shared transformation then still depend on the position.
         routing: as in `CapsuleLayer`.
         num_iterations: number of routing iterations, for routings that iterate.
         recompute: as in `CapsuleLayer`.
-        scheme: distribution of the weight.
-        param_dtype: dtype of the weights.
-        rngs: source of the initial weights.
+        scheme: initial distribution of the weight.
+        param_dtype: dtype of the parameters.
+        rngs: source of the initial parameters.
 
     Raises:
-        UsageError: the kernel is larger than the grid, poses are no square matrices, or the routing is unknown.
+        UsageError: the kernel is larger than the grid, poses are not square matrices, or the routing is unknown.
 
     References:
-        Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing" (2018), sections 4 (coordinate addition) and 3.
+        Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing" (2018), sections 3 and 4 (coordinate addition).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from capsnet_jax import Capsules, ConvCapsules
+        >>> layer = ConvCapsules((6, 6), 2, 16, 4, 16, kernel_size=3, routing="uniform", rngs=nnx.Rngs(0))
+        >>> capsules = nnx.jit(layer)(Capsules(jnp.ones((3, 6 * 6 * 2, 16)), jnp.ones((3, 6 * 6 * 2))))
+        >>> capsules.poses.shape  # 4 x 4 positions of 4 capsules
+        (3, 64, 16)
     """
 
     def __init__(
@@ -108,14 +117,17 @@ class ConvCapsules(nnx.Module):
         return self.capsules_of(self.route(capsules))
 
     def capsules_of(self, routed: Routed) -> Capsules:
-        """The output capsules in flat order."""
+        """Flatten the positions, and drop the couplings of a routing result."""
         return Capsules(
             rearrange(routed.poses, "b positions o h -> b (positions o) h"),
             rearrange(routed.activations, "b positions o -> b (positions o)"),
         )
 
     def route(self, capsules: Capsules) -> Routed:
-        """The output capsules and the couplings of every vote, `[b positions ...]`; inputs are `(taps groups)`."""
+        """Compute the output capsules and the couplings of all votes, with an axis of positions after the batch.
+
+        The input capsules of a position are in the order `(taps groups)`.
+        """
         routed = (jax.checkpoint(self._route) if self.recompute else self._route)(capsules)
         if is_captured(self):
             self.sow(nnx.Intermediate, "votes", self.votes(self.under_kernel(capsules.poses)))
@@ -123,7 +135,7 @@ class ConvCapsules(nnx.Module):
         return routed
 
     def choice(self, num_examples: int) -> Choice:
-        """The implementation for batches of this size."""
+        """Tell the implementation for batches of this size."""
         return Choice("votes", "convolutional capsules have no other implementation")
 
     def _route(self, capsules: Capsules) -> Routed:
@@ -133,13 +145,15 @@ class ConvCapsules(nnx.Module):
         activations = rearrange(activations, "b positions taps i -> b positions (taps i)")
         votes = rearrange(self.votes(seen), "b positions taps i o h -> b positions (taps i) o h")
         weights = {name: weight[...] for name, weight in self.routing_weights.items()}
+        places = places_under_kernel(self.grid, self.kernel_size, self.stride)
+        inputs = np.add.outer(places * self.in_groups, np.arange(self.in_groups)).reshape(len(places), -1)
 
         def route(
             votes: Float[Array, "*positions i o h"],
             activations: Float[Array, "*positions i"],
             poses: Float[Array, "*positions i d"],
         ) -> Routed:
-            softmax = partial(softmax_over_parents, inputs=self._inputs())
+            softmax = partial(softmax_over_parents, inputs=inputs)
             return self.routing(votes, activations, poses=poses, softmax=softmax, **weights)
 
         if not self.routing.takes("softmax"):
@@ -147,12 +161,12 @@ class ConvCapsules(nnx.Module):
         return jax.vmap(route)(votes, activations, poses)
 
     def under_kernel(self, values: Float[Array, "b capsules d"]) -> Float[Array, "b positions taps i d"]:
-        """What each position of the output sees under each tap of its kernel."""
+        """Gather the values of the input capsules under each tap of the kernel, at each output position."""
         values = rearrange(values, "b (places i) d -> b places i d", i=self.in_groups)
         return values[:, places_under_kernel(self.grid, self.kernel_size, self.stride)]
 
     def votes(self, poses: Float[Array, "b positions taps i d"]) -> Float[Array, "b positions taps i o h"]:
-        """What each input capsule under a kernel predicts for each output capsule there."""
+        """Compute the vote of each input capsule under a kernel for each output capsule at that position."""
         matrices = rearrange(poses, "b positions taps i (rows inner) -> b positions taps i rows inner", rows=self.rows)
         weight = self.weight[...]
         matrices = matrices.astype(weight.dtype)
@@ -166,7 +180,7 @@ class ConvCapsules(nnx.Module):
         return rearrange(votes, "b positions taps i o rows outer -> b positions taps i o (rows outer)")
 
     def _coordinates(self, outer: int) -> np.ndarray:
-        """What is added to the pose matrix of a vote from each tap: `[taps rows outer]`."""
+        """Relative positions of the taps, at the components of a vote that they are added to: `[taps rows outer]`."""
         height, width = self.kernel_size
         down, across = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
         added = np.zeros((height * width, self.rows, outer))
@@ -174,15 +188,9 @@ class ConvCapsules(nnx.Module):
         added[:, *first], added[:, *second] = down.ravel(), across.ravel()
         return added
 
-    def _inputs(self) -> np.ndarray:
-        """The number of each input capsule under each kernel: `[positions (taps groups)]`."""
-        places = places_under_kernel(self.grid, self.kernel_size, self.stride)
-        inputs = places[..., None] * self.in_groups + np.arange(self.in_groups)
-        return rearrange(inputs, "positions taps groups -> positions (taps groups)")
-
 
 def places_under_kernel(grid: tuple[int, int], kernel_size: tuple[int, int], stride: int) -> np.ndarray:
-    """The place in the grid, row by row, of each tap of the kernel at each position: `[positions taps]`."""
+    """Compute the flat index in the grid of each tap of the kernel, at each output position: `[positions taps]`."""
     places = np.arange(math.prod(grid)).reshape(grid)
     windows = np.lib.stride_tricks.sliding_window_view(places, kernel_size)[::stride, ::stride]
     return rearrange(windows, "out_height out_width height width -> (out_height out_width) (height width)")
@@ -191,14 +199,14 @@ def places_under_kernel(grid: tuple[int, int], kernel_size: tuple[int, int], str
 def softmax_over_parents(
     logits: Float[Array, "positions i o"], *, inputs: Int[np.ndarray, "positions i"]
 ) -> Float[Array, "positions i o"]:
-    """Shares of each input capsule among all its parents: the output capsules at all positions that see it.
+    """Softmax of each input capsule over all its parents: the output capsules at every position that sees it.
 
     Args:
-        logits: of each input capsule under each kernel.
-        inputs: the number of that input capsule; it stands wherever a kernel sees the capsule.
+        logits: logits of the input capsules under each kernel.
+        inputs: indices of these input capsules; a capsule occurs at each position whose kernel covers it.
 
     Returns:
-        Shares that sum to 1 over all places where an input capsule stands, and over the outputs there.
+        Shares that sum to 1 over all occurrences of an input capsule and their output capsules.
     """
     number = int(inputs.max()) + 1
     highest = jnp.full(number, -jnp.inf, logits.dtype).at[inputs].max(jax.lax.stop_gradient(logits).max(axis=-1))

@@ -1,4 +1,4 @@
-"""The initial distributions of the models that are reproduced here, so that training starts from the same place."""
+"""Initial weight distributions of the published models, so that training starts from the same place."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,13 +12,13 @@ Initializer = Callable[..., Float[Array, "..."]]
 
 
 class Scheme(NamedTuple):
-    """How a model draws its weights: functions of the number of inputs that an output sums over.
+    """Initializers of a model, each a function of the fan-in: the number of inputs that an output sums over.
 
     Attributes:
-        stem: kernels of the first convolutions.
-        kernel: kernels of primary capsules, and the dense layer in the middle of the decoder.
-        bias: biases of both.
-        einsum: capsule weights, and the outer layers of the decoder.
+        stem: kernels of the stem.
+        kernel: kernel of the primary capsules, and the hidden dense layer of the decoder.
+        bias: biases of these layers.
+        einsum: weights of capsule layers, and the outer layers of the decoder.
     """
 
     stem: Callable[[int], Initializer]
@@ -28,20 +28,20 @@ class Scheme(NamedTuple):
 
 
 def fan_in_uniform(fan_in: int) -> Initializer:
-    r"""Uniform in $\pm 1 / \sqrt{n}$: what `torch.nn.Conv2d` and `torch.nn.Linear` draw weights *and* biases from.
+    r"""Uniform in $\pm 1 / \sqrt{n}$: the default of `torch.nn.Conv2d` and `torch.nn.Linear` for weights *and* biases.
 
     Warning:
-        Differs from the defaults of Flax, which draw weights from a truncated normal of deviation $1 / \sqrt{n}$
-        ($\sqrt 3$ times wider) and start biases at zero.
+        Differs from the defaults of Flax: a truncated normal of standard deviation $1 / \sqrt{n}$ for weights, which
+        is $\sqrt 3$ times wider, and zeros for biases.
 
     Args:
-        fan_in: n, the number of inputs that each output sums over.
+        fan_in: n.
     """
     return _uniform(fan_in**-0.5)
 
 
 def unit_variance_uniform(fan_in: int) -> Initializer:
-    r"""Uniform in $\pm\sqrt{3 / n}$: inputs of unit variance give outputs of unit variance; `einops`' EinMix draws so.
+    r"""Uniform in $\pm\sqrt{3 / n}$: inputs of unit variance give outputs of unit variance. The default of `EinMix`.
 
     Args:
         fan_in: n, the product of the contracted sizes.
@@ -53,24 +53,23 @@ def _uniform(bound: float) -> Initializer:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-# Named as in `ModelConfig.initial_weights`. Those of the authors: https://github.com/Sarasra/models, research/capsules.
-SCHEMES: dict[str, Scheme] = {
-    "torch": Scheme(fan_in_uniform, fan_in_uniform, fan_in_uniform, unit_variance_uniform),
-    "official": Scheme(
-        stem=lambda fan_in: _truncated_normal(0.05),
-        kernel=lambda fan_in: _truncated_normal(0.1),
-        bias=lambda fan_in: jax.nn.initializers.constant(0.1),
-        einsum=lambda fan_in: _truncated_normal(0.1),
-    ),
-}
-TORCH = SCHEMES["torch"]
-
-
 def _truncated_normal(deviation: float) -> Initializer:
-    """Normal with this deviation, drawn again beyond two of it, as TensorFlow's `truncated_normal`."""
+    """Normal with this standard deviation before it is cut at two of them, like TensorFlow's `truncated_normal`."""
     return lambda key, shape, dtype: deviation * jax.random.truncated_normal(key, -2, 2, shape, dtype)
 
 
+TORCH = Scheme(fan_in_uniform, fan_in_uniform, fan_in_uniform, unit_variance_uniform)
+# "official" is the authors' code: https://github.com/Sarasra/models, research/capsules.
+OFFICIAL = Scheme(
+    stem=lambda fan_in: _truncated_normal(0.05),
+    kernel=lambda fan_in: _truncated_normal(0.1),
+    bias=lambda fan_in: jax.nn.initializers.constant(0.1),
+    einsum=lambda fan_in: _truncated_normal(0.1),
+)
+SCHEMES = {"torch": TORCH, "official": OFFICIAL}
+"""Schemes by the value of `ModelConfig.initial_weights`."""
+
+
 def new_param(initializer: Initializer, shape: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:
-    """A weight drawn from the next key of `rngs.params`."""
+    """Create a parameter from the next key of `rngs.params`."""
     return nnx.Param(initializer(rngs.params(), shape, dtype))

@@ -1,4 +1,4 @@
-"""Layers: convolutions of images, the first capsules, capsules that route to each other, and the decoder."""
+"""The layers of a capsule network: stem, primary capsules, dense capsule layers and decoder."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,22 +29,24 @@ from capsnet_jax.routing import Routing, get_routing
 Images = Float[Array, "b height width channels"]
 Features = Float[Array, "b out_height out_width features"]
 
-SQUASHES = {"squash": squash, "exponential": exponential_squash}
+SQUASHES = {"none": lambda poses: poses, "squash": squash, "exponential": exponential_squash}
 
 
 class Convolution(nnx.Module):
-    """A convolution without padding, plus a bias.
+    """A two-dimensional convolution without padding, with a bias.
+
+    Unlike `nnx.Conv`, it uses the fastest implementation for its shapes; see `nn/fast`.
 
     Args:
-        in_channels: number of channels of the images.
-        out_channels: number of channels of the result.
+        in_channels: number of input channels.
+        out_channels: number of output channels.
         kernel_size: height and width of the kernel, in pixels.
-        stride: step of the kernel, in pixels.
-        depthwise: each channel has a filter of its own, and sees no other; needs as many channels out as in.
-        kernel_initializer: distribution of the kernel, given the number of inputs of an output.
-        bias_initializer: distribution of the bias.
-        param_dtype: dtype of the weights.
-        rngs: source of the initial weights.
+        stride: stride of the kernel, in pixels.
+        depthwise: convolve each channel with its own filter; needs `out_channels == in_channels`.
+        kernel_init: initializer of the kernel, given its fan-in.
+        bias_init: initializer of the bias, given the fan-in of the kernel.
+        param_dtype: dtype of the parameters.
+        rngs: source of the initial parameters.
 
     Raises:
         UsageError: the numbers of channels of a depthwise convolution differ.
@@ -58,53 +60,62 @@ class Convolution(nnx.Module):
         kernel_size: int,
         stride: int = 1,
         depthwise: bool = False,
-        kernel_initializer: Callable[[int], Initializer] = TORCH.kernel,
-        bias_initializer: Callable[[int], Initializer] = TORCH.bias,
+        kernel_init: Callable[[int], Initializer] = TORCH.kernel,
+        bias_init: Callable[[int], Initializer] = TORCH.bias,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         if depthwise and in_channels != out_channels:
-            raise UsageError(f"A depthwise convolution has {out_channels} channels for the {in_channels} it sees.")
+            raise UsageError(
+                f"A depthwise convolution has {in_channels} input and {out_channels} output channels; expected as many."
+            )
         self.stride = stride
         self.depthwise = depthwise
         seen = 1 if depthwise else in_channels
         fan_in = seen * kernel_size**2
         shape = (kernel_size, kernel_size, seen, out_channels)
-        self.kernel = new_param(kernel_initializer(fan_in), shape, param_dtype, rngs)
-        self.bias = new_param(bias_initializer(fan_in), (out_channels,), param_dtype, rngs)
+        self.kernel = new_param(kernel_init(fan_in), shape, param_dtype, rngs)
+        self.bias = new_param(bias_init(fan_in), (out_channels,), param_dtype, rngs)
 
     def __call__(self, images: Images) -> Features:
         product = self.without_bias(images)
         return (product + self.bias[...]).astype(product.dtype)
 
     def without_bias(self, images: Images) -> Features:
-        """The products alone, in the dtype of the kernel."""
+        """Convolve without adding the bias; the result has the dtype of the kernel."""
         kernel = self.kernel[...]
         return (depthwise if self.depthwise else convolve)(images.astype(kernel.dtype), kernel, self.stride)
 
     def choice(self, shape: Sequence[int]) -> Choice:
-        """The implementation for images of this shape, `[b height width channels]`."""
+        """Tell the implementation for images of this shape, `[b height width channels]`."""
         if self.depthwise:
             return Choice("taps", "a depthwise convolution has no other implementation")
         return choose_convolution(shape, self.kernel.shape, self.stride, self.kernel.dtype)
 
     def out_shape(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
-        """The shape of the features of images of this shape."""
+        """Compute the output shape for images of this shape, `[b height width channels]`."""
         return (shape[0], *positions_after(shape[1:3], self.kernel.shape[:2], self.stride), self.kernel.shape[-1])
 
 
 class Stem(nnx.Module):
-    """Images to features: convolutions, each followed by ReLU and, if wanted, batch normalisation.
+    """Convolutions from images to features, each followed by ReLU and optionally batch normalisation.
 
     Args:
         in_channels: number of channels of the images.
-        convolutions: number of channels, kernel size and stride of each.
-        batch_norm: whether features are normalised. In training they then depend on the whole batch; in evaluation
-            the running means of training take its place.
-        standardize: whether each image is standardised by itself first; see `standardize_images`.
-        scheme: distributions of the weights.
-        param_dtype: dtype of the weights.
-        rngs: source of the initial weights.
+        convolutions: number of output channels, kernel size and stride of each convolution.
+        batch_norm: whether to normalise features over the batch. In evaluation mode, running averages are used.
+        standardize: whether to standardise each image first; see `standardize_images`.
+        scheme: initial distributions of the parameters.
+        param_dtype: dtype of the parameters.
+        rngs: source of the initial parameters.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from capsnet_jax import Stem
+        >>> stem = Stem(1, [(16, 5, 1), (32, 3, 2)], rngs=nnx.Rngs(0))
+        >>> nnx.jit(stem)(jnp.ones((4, 28, 28, 1))).shape
+        (4, 11, 11, 32)
     """
 
     def __init__(
@@ -119,34 +130,26 @@ class Stem(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.standardize = standardize
-        channels = [in_channels, *(out_channels for out_channels, _, _ in convolutions)]
-        self.convolutions = nnx.List(
-            [
-                Convolution(
-                    channels[number],
-                    out_channels,
-                    kernel_size=kernel_size,
-                    stride=stride,
-                    kernel_initializer=scheme.stem,
-                    bias_initializer=scheme.bias,
-                    param_dtype=param_dtype,
-                    rngs=rngs,
-                )
-                for number, (out_channels, kernel_size, stride) in enumerate(convolutions)
-            ]
+        new_convolution = partial(
+            Convolution, kernel_init=scheme.stem, bias_init=scheme.bias, param_dtype=param_dtype, rngs=rngs
         )
+        layers: list[Convolution] = []
+        for out_channels, kernel_size, stride in convolutions:
+            layers.append(new_convolution(in_channels, out_channels, kernel_size=kernel_size, stride=stride))
+            in_channels = out_channels
+        self.convolutions = nnx.List(layers)
         dtype = jnp.promote_types(param_dtype, jnp.float32)
-        # The constants are Keras', with which Efficient-CapsNet was trained.
+        # Momentum and epsilon are the defaults of Keras, with which Efficient-CapsNet was trained.
         new_norm = partial(nnx.BatchNorm, momentum=0.99, epsilon=1e-3, dtype=dtype, param_dtype=dtype, rngs=rngs)
-        self.norms = nnx.List([new_norm(out_channels) for out_channels in channels[1:] if batch_norm])
-        for norm in self.norms:  # Flax keeps running means in float32 whatever the weights are in
+        self.norms = nnx.List([new_norm(out_channels) for out_channels, _, _ in convolutions if batch_norm])
+        for norm in self.norms:  # Flax keeps running averages in float32 whatever the dtype of the parameters
             norm.mean, norm.var = (nnx.BatchStat(stat[...].astype(dtype)) for stat in (norm.mean, norm.var))
 
     def __call__(self, images: Images) -> Features:
         return self.features(images)[-1]
 
     def features(self, images: Images) -> list[Features]:
-        """What comes of each convolution, in order."""
+        """Compute the features after each convolution, in order."""
         features = [standardize_images(images) if self.standardize else images]
         for number, convolution in enumerate(self.convolutions):
             rectified = jax.nn.relu(convolution(features[-1]))
@@ -155,26 +158,37 @@ class Stem(nnx.Module):
 
 
 class PrimaryCapsules(nnx.Module):
-    """The first capsules: all groups of them are the channels of one fat convolution.
+    """The first capsules: one convolution whose output channels are split into groups of capsules.
+
+    Capsules are in the order `(height width groups)`.
 
     Args:
         in_channels: number of channels of the features.
         groups: number of capsules at each position.
         dim: pose size.
         kernel_size: height and width of the convolution, in pixels of the features.
-        stride: step of the convolution.
-        scale: factor of the poses. The reference model starts at 0.01, where routing has next to no effect; it grows
-            into it. Networks of several capsule layers need about 1, as squash makes short vectors shorter still.
-        depthwise: each channel of the poses sees one channel of the features.
-        squash: "none"; or "squash" or "exponential", the functions of `ops`. Poses are then squashed after scale and
-            bias, `squash(scale * product + bias)`, in place of `scale * (product + bias)`.
-        activation: "norm", the length of the pose; or "sigmoid", of one more channel for each capsule.
-        scheme: distributions of the weights.
-        param_dtype: dtype of the weights.
-        rngs: source of the initial weights.
+        stride: stride of the convolution.
+        scale: factor of the poses. The reference model starts at 0.01, where routing has almost no effect, and learns
+            longer poses. Networks with several capsule layers need about 1, because squash shrinks short vectors.
+        depthwise: convolve each channel of the features with its own filter.
+        squash: "none", "squash" or "exponential", the functions of `ops`. With a squash, the poses are
+            `squash(scale * product + bias)`; without, they are `scale * (product + bias)`.
+        activation: "norm" of the pose, or "sigmoid" of one additional channel per capsule.
+        scheme: initial distributions of the parameters.
+        param_dtype: dtype of the parameters.
+        rngs: source of the initial parameters.
 
     Raises:
-        UsageError: the squash or the activation is unknown, or channels of a depthwise convolution do not fit.
+        UsageError: `squash` or `activation` is unknown, or the channels of a depthwise convolution do not match.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from capsnet_jax import PrimaryCapsules
+        >>> primary = PrimaryCapsules(32, groups=4, dim=8, kernel_size=3, stride=2, rngs=nnx.Rngs(0))
+        >>> capsules = nnx.jit(primary)(jnp.ones((4, 11, 11, 32)))  # 5 x 5 positions of 4 capsules
+        >>> capsules.poses.shape, capsules.activations.shape
+        ((4, 100, 8), (4, 100))
     """
 
     def __init__(
@@ -193,12 +207,10 @@ class PrimaryCapsules(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        for name, value, choices in (
-            ("primary_squash", squash, ("none", *SQUASHES)),
-            ("primary_activation", activation, ("norm", "sigmoid")),
-        ):
-            if value not in choices:
-                raise UsageError(f"{name} is {value!r}; expected {', '.join(choices)}.")
+        if squash not in SQUASHES:
+            raise UsageError(f"primary_squash is {squash!r}; expected {', '.join(SQUASHES)}.")
+        if activation not in ("norm", "sigmoid"):
+            raise UsageError(f"primary_activation is {activation!r}; expected norm or sigmoid.")
         self.groups = groups
         self.dim = dim
         self.scale = scale
@@ -210,8 +222,8 @@ class PrimaryCapsules(nnx.Module):
             kernel_size=kernel_size,
             stride=stride,
             depthwise=depthwise,
-            kernel_initializer=scheme.kernel,
-            bias_initializer=scheme.bias,
+            kernel_init=scheme.kernel,
+            bias_init=scheme.bias,
             param_dtype=param_dtype,
             rngs=rngs,
         )
@@ -222,25 +234,19 @@ class PrimaryCapsules(nnx.Module):
         poses = rearrange(
             poses, "b height width (groups channels) -> b (height width groups) channels", groups=self.groups
         )
+        squash = SQUASHES[self.squash]
         if self.activation == "sigmoid":
             poses, logits = poses[..., :-1], poses[..., -1]
-            return Capsules(self._squashed(poses), jax.nn.sigmoid(logits))
-        poses = self._squashed(poses)
+            return Capsules(squash(poses), jax.nn.sigmoid(logits))
+        poses = squash(poses)
         return Capsules(poses, capsule_norm(poses))
-
-    def _squashed(self, poses: Float[Array, "b i d"]) -> Float[Array, "b i d"]:
-        return poses if self.squash == "none" else SQUASHES[self.squash](poses)
 
 
 class CapsuleLayer(nnx.Module):
-    """Capsules whose poses are what the capsules below them agree on.
+    """A dense capsule layer: every input capsule votes for every output capsule, and routing weighs the votes.
 
-    Every input capsule votes for the pose of every output capsule through a weight matrix of their own; a routing
-    algorithm makes output capsules of the votes, for each example alone. Layers stack:
-
-        CapsuleLayer(1152, 8, 32, 8, rngs=rngs)
-        CapsuleLayer(32, 8, 16, 12, rngs=rngs)
-        CapsuleLayer(16, 12, 10, 16, rngs=rngs)
+    The vote of an input capsule for an output capsule is its pose times a weight matrix of that pair. The routing
+    algorithm computes the output capsules from the votes, for each example independently.
 
     Args:
         in_capsules: number of input capsules.
@@ -249,16 +255,25 @@ class CapsuleLayer(nnx.Module):
         out_dim: pose size of the output capsules.
         routing: a name in `ROUTINGS`, `package.module:function`, or the function itself; see `get_routing`.
         num_iterations: number of routing iterations, for routings that iterate.
-        implementation: "votes", which every routing has; "fused", without votes, of routings in `FUSED`; or "auto", the
-            better one for the batch size and devices, by `choose_routing`. All compute the same.
-        recompute: votes and routing are computed again in the backward pass, in place of being kept for it; "fused"
-            always does that.
-        scheme: distribution of the weight.
-        param_dtype: dtype of the weights.
-        rngs: source of the initial weights.
+        implementation: "votes" computes votes first; "fused" never stores them and exists for the routings in `FUSED`;
+            "auto" picks the faster one for the batch size and devices. The results are equal.
+        recompute: recompute votes and routing in the backward pass instead of storing them (rematerialisation);
+            "fused" always does.
+        scheme: initial distribution of the weight.
+        param_dtype: dtype of the parameters.
+        rngs: source of the initial parameters.
 
     Raises:
-        UsageError: the routing is unknown or refuses its arguments, or there is no such implementation of it.
+        UsageError: the routing is unknown or refuses its options, or has no such implementation.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from capsnet_jax import Capsules, CapsuleLayer
+        >>> layer = CapsuleLayer(100, 8, 10, 16, routing="dynamic", rngs=nnx.Rngs(0))
+        >>> capsules = nnx.jit(layer)(Capsules(poses=jnp.ones((4, 100, 8)), activations=jnp.ones((4, 100))))
+        >>> capsules.poses.shape, capsules.activations.shape
+        ((4, 10, 16), (4, 10))
     """
 
     def __init__(
@@ -277,9 +292,9 @@ class CapsuleLayer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.routing = get_routing(routing, num_iterations=num_iterations)
-        choose_routing(self.routing, implementation, 1)  # may refuse
         self.implementation = implementation
         self.recompute = recompute
+        self.choice(num_examples=1)  # raises if there is no such implementation
         shape = (in_capsules, in_dim, out_capsules, out_dim)
         self.weight = new_param(scheme.einsum(in_dim), shape, param_dtype, rngs)
         self.routing_weights = nnx.data(new_routing_weights(self.routing, *shape, param_dtype))
@@ -288,14 +303,14 @@ class CapsuleLayer(nnx.Module):
         return self.capsules_of(self.route(capsules))
 
     def capsules_of(self, routed: Routed) -> Capsules:
-        """The output capsules alone."""
+        """Drop the couplings of a routing result."""
         return Capsules(routed.poses, routed.activations)
 
     def route(self, capsules: Capsules) -> Routed:
-        """The output capsules together with the couplings of every vote."""
-        if choose_routing(self.routing, self.implementation, capsules.poses.shape[0]).name == "fused":
-            fused = partial(FUSED[self.routing.function], **dict(self.routing.options))
-            routed = fused(capsules.poses, self.weight[...], **self._routing_weights())
+        """Compute the output capsules and the couplings of all votes; `nnx.capture` also collects both."""
+        if self.choice(capsules.poses.shape[0]).name == "fused":
+            options = dict(self.routing.options) | self._routing_weights()
+            routed = FUSED[self.routing.function](capsules.poses, self.weight[...], **options)
         else:
             routed = (jax.checkpoint(self._route) if self.recompute else self._route)(capsules)
         if is_captured(self):
@@ -304,11 +319,11 @@ class CapsuleLayer(nnx.Module):
         return routed
 
     def choice(self, num_examples: int) -> Choice:
-        """The implementation for batches of this size."""
+        """Tell the implementation for batches of this size."""
         return choose_routing(self.routing, self.implementation, num_examples)
 
     def votes(self, poses: Float[Array, "b i d"]) -> Float[Array, "b i o h"]:
-        """What each input capsule predicts for each output capsule."""
+        """Compute the vote of each input capsule for each output capsule."""
         weight = self.weight[...]
         return at_least_float32(jnp.einsum("bid,idoh->bioh", poses.astype(weight.dtype), weight))
 
@@ -325,17 +340,26 @@ class CapsuleLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Capsules, all but those of the labels zero, to images in (0, 1): three dense layers.
+    """Three dense layers that reconstruct images with pixels in (0, 1) from class capsules.
 
     Args:
-        num_classes: number of capsules.
-        class_dim: pose size of the capsules.
+        num_classes: number of class capsules.
+        class_dim: pose size of the class capsules.
         hidden: widths of the two hidden layers.
         image_shape: height, width and number of channels of the images.
-        outer_bias: whether the first and the last layer have a bias, as the one between them has.
-        scheme: distributions of the weights.
-        param_dtype: dtype of the weights.
-        rngs: source of the initial weights.
+        outer_bias: whether the first and the last layer have a bias; the middle one always has.
+        scheme: initial distributions of the parameters.
+        param_dtype: dtype of the parameters.
+        rngs: source of the initial parameters.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from capsnet_jax import Decoder
+        >>> decoder = Decoder(10, 16, (64, 128), (28, 28, 1), rngs=nnx.Rngs(0))
+        >>> poses = jnp.zeros((4, 10, 16)).at[:, 3].set(0.25)  # only the capsule of class 3
+        >>> nnx.jit(decoder)(poses).shape
+        (4, 28, 28, 1)
     """
 
     def __init__(
@@ -351,14 +375,14 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         first, second = hidden
-        per_capsules = num_classes * class_dim
-        self.from_capsules = new_param(scheme.einsum(per_capsules), (num_classes, class_dim, first), param_dtype, rngs)
+        fan_in = num_classes * class_dim
+        self.from_capsules = new_param(scheme.einsum(fan_in), (num_classes, class_dim, first), param_dtype, rngs)
         self.hidden_weight = new_param(scheme.kernel(first), (first, second), param_dtype, rngs)
         self.hidden_bias = new_param(scheme.bias(first), (second,), param_dtype, rngs)
         self.to_pixels = new_param(scheme.einsum(second), (second, *image_shape), param_dtype, rngs)
         self.outer_bias = outer_bias
         if outer_bias:
-            self.first_bias = new_param(scheme.bias(per_capsules), (first,), param_dtype, rngs)
+            self.first_bias = new_param(scheme.bias(fan_in), (first,), param_dtype, rngs)
             self.pixel_bias = new_param(scheme.bias(second), image_shape, param_dtype, rngs)
 
     def __call__(self, poses: Float[Array, "b o h"]) -> Float[Array, "b height width channels"]:
@@ -370,7 +394,7 @@ class Decoder(nnx.Module):
         return jax.nn.sigmoid(pixels)
 
     def hidden_features(self, poses: Float[Array, "b o h"]) -> tuple[Float[Array, "b first"], Float[Array, "b second"]]:
-        """What comes of each of the two hidden layers."""
+        """Compute the features of the two hidden layers."""
         from_capsules, hidden = self.from_capsules[...], self.hidden_weight[...]
         first = jnp.einsum("boh,ohf->bf", poses.astype(from_capsules.dtype), from_capsules)
         if self.outer_bias:
@@ -380,14 +404,14 @@ class Decoder(nnx.Module):
 
 
 def is_captured(module: nnx.Module) -> bool:
-    """Whether `nnx.capture` is collecting intermediates of this module; outside it, `sow` would keep them for good."""
+    """Tell whether `nnx.capture` is active. Outside it, `sow` would keep the arrays in the module."""
     return hasattr(module, "__captures__")
 
 
 def new_routing_weights(
     routing: Routing, in_capsules: int, in_dim: int, out_capsules: int, out_dim: int, dtype: DTypeLike
 ) -> dict[str, nnx.Param]:
-    """The weights that a routing of these sizes learns, each full of the constant that it starts from."""
+    """Create the learned weights of a routing algorithm, each filled with its initial value."""
     sizes = {"i": in_capsules, "d": in_dim, "o": out_capsules, "h": out_dim}
     return {
         name: nnx.Param(jnp.full([sizes[axis] for axis in weight.axes], weight.initial, dtype))

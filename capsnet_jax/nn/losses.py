@@ -1,4 +1,4 @@
-"""What capsule networks minimise."""
+"""Losses of capsule networks; each returns one value per example."""
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +19,29 @@ def margin_loss(
     absent: float = 0.1,
     absent_weight: float = 0.5,
 ) -> Float[Array, " b"]:
-    r"""Wants the capsules of the labels longer than one margin, and all others shorter than another.
+    r"""Compute the margin loss: push activations of labelled classes above one margin, and all others below another.
 
     $$\sum_o T_o \max(0, m^+ - a_o)^2 + \lambda (1 - T_o) \max(0, a_o - m^-)^2$$
 
     Args:
         activations: $a_o$, in [0, 1].
-        labels: class indices in [0, o), one or several for each example; $T_o$ is 1 for each of them and 0 elsewhere.
-        present: $m^+$, the margin of a label's capsule.
-        absent: $m^-$, the margin of all others.
-        absent_weight: $\lambda$, the weight of the others.
+        labels: class indices in [0, o), one or several per example; $T_o$ is 1 for these classes and 0 for the others.
+        present: margin $m^+$ of labelled classes.
+        absent: margin $m^-$ of the other classes.
+        absent_weight: $\lambda$, weight of the other classes.
 
     Returns:
         The loss of each example, summed over classes.
 
     References:
         Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules" (2017), eq. 4. https://arxiv.org/abs/1710.09829
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from capsnet_jax import margin_loss
+        >>> activations = jnp.array([[0.95, 0.05], [0.4, 0.3]])
+        >>> [round(float(loss), 3) for loss in margin_loss(activations, jnp.array([0, 0]))]  # 0.5^2 + 0.5 * 0.2^2
+        [0.0, 0.27]
     """
     targets = multi_hot(labels, activations.shape[1], activations.dtype)
     too_short = jnp.square(jax.nn.relu(present - activations))
@@ -45,23 +52,30 @@ def margin_loss(
 def spread_loss(
     activations: Float[Array, "b o"], labels: Labels, *, margin: Float[Array, ""] | float = 0.9
 ) -> Float[Array, " b"]:
-    r"""Wants the capsule of the label more active than every other, by a margin.
+    r"""Compute the spread loss: push the activation of the label above all others by a margin.
 
     $$\sum_{o \ne t} \max(0, m - (a_t - a_o))^2$$
 
     Args:
         activations: $a_o$, in [0, 1].
-        labels: class indices $t$ in [0, o), one for each example.
-        margin: $m$; see `spread_margin`.
+        labels: class indices $t$ in [0, o), one per example.
+        margin: $m$; training schedules it with `spread_margin`.
 
     Returns:
         The loss of each example, summed over the other classes.
 
     Raises:
-        UsageError: examples have several labels, for which this loss is not defined.
+        UsageError: there are several labels per example, for which this loss is not defined.
 
     References:
         Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing" (2018), eq. 3.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from capsnet_jax import spread_loss
+        >>> loss = spread_loss(jnp.array([[0.9, 0.4, 0.1]]), jnp.array([0]), margin=0.7)
+        >>> round(float(loss[0]), 3)  # (0.7 - 0.5)^2; class 2 is further away than the margin
+        0.04
     """
     if labels.ndim > 1:
         raise UsageError(
@@ -74,15 +88,33 @@ def spread_loss(
 
 
 def spread_margin(step: Int[Array, ""] | int) -> Float[Array, ""]:
-    r"""The margin of the spread loss in a training step, $0.2 + 0.79\,\sigma(\min(10, t / 50000 - 4))$.
+    r"""Compute the margin of the spread loss at a training step, $0.2 + 0.79\,\sigma(\min(10, t / 50000 - 4))$.
 
-    A small one at first, so that no capsules die; the authors' schedule,
-    https://github.com/google-research/google-research/tree/master/capsule_em
+    A small margin early in training keeps capsules from dying.
+
+    References:
+        The authors' schedule, https://github.com/google-research/google-research/tree/master/capsule_em
     """
-    done = jnp.asarray(step, float)  # an int32 would become float32, where everything else is float64
+    done = jnp.asarray(step, float)  # an int32 would become float32 even where everything else is float64
     return 0.2 + 0.79 * jax.nn.sigmoid(jnp.minimum(10.0, done / 50000 - 4))
 
 
 def reconstruction_loss(reconstructions: Images, images: Images, *, error: str = "mean") -> Float[Array, " b"]:
-    """Squared error of each example: the "mean" over its pixels and channels, or their "sum"."""
+    """Compute the squared error of reconstructed images.
+
+    Args:
+        reconstructions: images made by the decoder.
+        images: original images, with pixels in [0, 1].
+        error: "mean" over the pixels and channels of an image, or their "sum".
+
+    Returns:
+        The error of each example.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from capsnet_jax import reconstruction_loss
+        >>> loss = reconstruction_loss(jnp.zeros((2, 28, 28, 1)), jnp.full((2, 28, 28, 1), 0.5))
+        >>> loss.tolist()
+        [0.25, 0.25]
+    """
     return reduce(jnp.square(reconstructions - images), "b height width channels -> b", error)

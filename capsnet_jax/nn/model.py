@@ -1,4 +1,4 @@
-"""The capsule network: from images to class capsules, and back to images."""
+"""The capsule network: images to class capsules (the encoder), and class capsules to images (the decoder)."""
 
 import math
 from typing import Any, NamedTuple
@@ -22,16 +22,23 @@ from capsnet_jax.presets import get_preset
 from capsnet_jax.routing import get_routing
 
 Images = Float[Array | np.ndarray, "b height width channels"]
-Indices = Shaped[Array | np.ndarray, "..."]  # of any shape and dtype here, as `check_labels` words what is wrong
+Indices = Shaped[Array | np.ndarray, "..."]  # any shape and dtype, because `check_labels` explains what is wrong
 
 
 class Output(NamedTuple):
     """The result of a forward pass.
 
     Attributes:
-        poses: of the class capsules.
-        activations: how present each class is, in [0, 1]; the predicted class has the largest.
-        reconstructions: images with pixels in (0, 1), or None for a model without a decoder.
+        poses: poses of the class capsules.
+        activations: how present each class is, in [0, 1]. The predicted class has the largest activation.
+        reconstructions: images with pixels in (0, 1), or None if the model has no decoder.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from capsnet_jax import Output
+        >>> output = Output(jnp.ones((2, 3, 16)), jnp.array([[0.1, 0.9, 0.2], [0.7, 0.1, 0.3]]), reconstructions=None)
+        >>> output.activations.argmax(axis=1).tolist()  # predicted classes
+        [1, 0]
     """
 
     poses: Float[Array, "b o h"]
@@ -40,29 +47,37 @@ class Output(NamedTuple):
 
 
 class CapsNet(nnx.Module):
-    """A capsule network; the defaults are the reference model, 8.2 million weights on MNIST.
+    """A capsule network: stem, primary capsules, capsule layers and an optional decoder.
 
-        model = CapsNet(image_shape=(28, 28, 1), num_classes=10, rngs=nnx.Rngs(0))
-        poses, activations, reconstructions = model(images)
-
-    A new model is in evaluation mode; `model.train()` lets batch normalisation, where there is any, see the batch.
+    The defaults are the reference model, a dynamic-routing network of 8.2 million parameters on MNIST. A new model is
+    in evaluation mode; `model.train()` and `model.eval()` matter for batch normalisation only.
 
     Args:
-        sizes: `image_shape` and `num_classes`, if they are given by position.
-        fields: those of `ModelConfig`, by name. `routing` may also be a function, as `get_routing` takes it.
-        param_dtype: dtype of the weights.
-        rngs: source of the initial weights.
+        sizes: `image_shape` and `num_classes`, if given by position.
+        fields: fields of `ModelConfig`, by name. `routing` may also be a function; see `get_routing`.
+        param_dtype: dtype of the parameters.
+        rngs: source of the initial parameters.
 
     Attributes:
         config: the `ModelConfig`.
 
     Raises:
-        UsageError: a field is unknown or has a wrong value, the images are smaller than what the convolutions need, or
-            the routing is unknown, raises an error, or returns what it should not.
+        UsageError: a field is unknown or has a wrong value, the images are too small for the convolutions, or the
+            routing is unknown, raises an error or returns wrong shapes.
 
     References:
-        Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules" (2017), section 4; in the variant of
+        Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules" (2017), section 4, as implemented in
         https://github.com/arogozhnikov/readable_capsnet
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from capsnet_jax import CapsNet
+        >>> model = CapsNet(image_shape=(12, 12, 3), num_classes=5, stem_kernel=3, primary_kernel=3, rngs=nnx.Rngs(0))
+        >>> images = jnp.ones((2, 12, 12, 3))  # pixels in [0, 1]
+        >>> poses, activations, reconstructions = nnx.jit(model)(images)
+        >>> poses.shape, activations.shape, reconstructions.shape
+        ((2, 5, 16), (2, 5), (2, 12, 12, 3))
     """
 
     def __init__(self, *sizes: Any, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32, **fields: Any):
@@ -88,30 +103,25 @@ class CapsNet(nnx.Module):
             **common,
         )
         self.capsule_layers = nnx.List(_new_capsule_layers(config, **common))
-        self.decoder = (
-            None
-            if config.decoder_hidden is None
-            else Decoder(
-                config.num_classes,
-                config.class_dim,
-                config.decoder_hidden,
-                config.image_shape,
-                outer_bias=config.decoder_bias,
-                **common,
-            )
-        )
+        classes, hidden = (config.num_classes, config.class_dim), config.decoder_hidden
+        common["outer_bias"] = config.decoder_bias
+        self.decoder = None if hidden is None else Decoder(*classes, hidden, config.image_shape, **common)
         self.eval()
-        # Traced once, so that a routing that fails or returns wrong shapes is found here, not in the first step.
+        # An abstract evaluation, so that a routing that fails or returns wrong shapes is reported here.
         jax.eval_shape(self.encode, jax.ShapeDtypeStruct((1, *config.image_shape), param_dtype))
 
     @classmethod
     def from_config(cls, config: ModelConfig, **options: Any) -> "CapsNet":
-        """Creates the network of a config; `options` are `rngs` and `param_dtype`."""
+        """Create the network of a config; `options` are `rngs` and `param_dtype`."""
         return cls(**vars(config), **options)
 
     @classmethod
     def from_preset(cls, name: str, **options: Any) -> "CapsNet":
-        """Creates a published network, by its name in `PRESETS`; `options` are as for the constructor, and go first.
+        """Create a published network by its name in `PRESETS`.
+
+        Args:
+            name: name of the preset.
+            options: `rngs`, `param_dtype`, and fields of `ModelConfig` that replace values of the preset.
 
         Raises:
             UsageError: there is no such preset, or as for the constructor.
@@ -119,15 +129,14 @@ class CapsNet(nnx.Module):
         return cls(**vars(get_preset(name).model) | options)
 
     def __call__(self, images: Images, labels: Indices | None = None) -> Output:
-        """Classifies and reconstructs images with pixels in [0, 1].
+        """Classify and reconstruct images.
 
         Args:
-            images: of the shape that the model was made for.
-            labels: classes whose capsules the images are reconstructed from, one or several for each image; by default
-                the predicted class.
+            images: pixels in [0, 1], of the shape that the model was made for.
+            labels: classes to reconstruct each image from, one or several per image; by default the predicted class.
 
         Raises:
-            UsageError: images or labels are of a wrong shape or, outside `jax.jit`, labels are out of range.
+            UsageError: images or labels have a wrong shape, or (outside `jax.jit`) labels are out of range.
         """
         capsules = self.encode(images)
         if self.decoder is None:
@@ -136,10 +145,10 @@ class CapsNet(nnx.Module):
         return Output(*capsules, self.decode(capsules.poses, labels))
 
     def encode(self, images: Images) -> Capsules:
-        """The class capsules of images with pixels in [0, 1].
+        """Compute the class capsules of images with pixels in [0, 1].
 
         Raises:
-            UsageError: the images are not of the shape that the model was made for.
+            UsageError: the images do not have the shape that the model was made for.
         """
         capsules = self._primary(images)
         for layer in self.capsule_layers:
@@ -147,7 +156,7 @@ class CapsNet(nnx.Module):
         return capsules
 
     def route(self, images: Images) -> list[Routed]:
-        """The output capsules and couplings of each capsule layer; the class capsules are the last."""
+        """Compute the output capsules and couplings of each capsule layer; the last item has the class capsules."""
         capsules, routed = self._primary(images), []
         for layer in self.capsule_layers:
             routed.append(layer.route(capsules))
@@ -155,14 +164,14 @@ class CapsNet(nnx.Module):
         return routed
 
     def decode(self, poses: Float[Array, "b o h"], labels: Indices) -> Float[Array, "b height width channels"]:
-        """The images that the capsules of the labels stand for, with pixels in (0, 1).
+        """Reconstruct images with pixels in (0, 1) from class capsules.
 
         Args:
-            poses: those of the class capsules.
-            labels: class indices, one or several for each image.
+            poses: poses of the class capsules.
+            labels: classes to reconstruct from, one or several per image; all other capsules are masked.
 
         Raises:
-            UsageError: the model has no decoder, or labels are of a wrong shape or, outside `jax.jit`, out of range.
+            UsageError: the model has no decoder, or labels have a wrong shape or (outside `jax.jit`) are out of range.
         """
         if self.decoder is None:
             raise UsageError("The model has no decoder; decoder_hidden is None.")
@@ -170,7 +179,7 @@ class CapsNet(nnx.Module):
         return self.decoder(mask_by_label(poses, jnp.asarray(labels)))
 
     def implementations(self, batch_size: int) -> dict[str, Choice]:
-        """How each layer is computed for batches of this size on this machine, and why; see `nn.fast.choice`."""
+        """Tell how each layer is computed for this batch size on this machine, and why; see `nn/fast/choice.py`."""
         choices, shape = {}, (batch_size, *self.config.image_shape)
         convolutions = {f"stem {number}": each for number, each in enumerate(self.stem.convolutions)}
         for name, convolution in (convolutions | {"primary capsules": self.primary_capsules.convolution}).items():
@@ -188,26 +197,26 @@ class CapsNet(nnx.Module):
 
 
 def _new_capsule_layers(config: ModelConfig, **common: Any) -> list[CapsuleLayer | ConvCapsules]:
-    """The layers above the primary capsules, each made for the grid, groups and pose size of the one below."""
+    """Create the layers above the primary capsules; each takes its input sizes from the layer below."""
     common["routing"] = get_routing(config.routing, num_iterations=config.num_iterations)
     common["recompute"] = config.recompute_routing
+    matrix, implementation = config.matrix_poses, config.routing_implementation
     layers: list[CapsuleLayer | ConvCapsules] = []
-    grid, groups, dim = config.primary_grid, config.primary_groups, config.primary_dim
-    for out_groups, out_dim, kernel, stride in config.conv_capsules:
-        options: dict[str, Any] = {"kernel_size": kernel, "stride": stride, "matrix_poses": config.matrix_poses}
-        layer = ConvCapsules(grid, groups, dim, out_groups, out_dim, **options, **common)
+    below = config.primary_grid, config.primary_groups, config.primary_dim
+    for groups, dim, kernel, stride in config.conv_capsules:
+        layer = ConvCapsules(*below, groups, dim, kernel_size=kernel, stride=stride, matrix_poses=matrix, **common)
         layers.append(layer)
-        grid, groups, dim = layer.out_grid, out_groups, out_dim
-    dense = [*config.hidden_capsules, (config.num_classes, config.class_dim)]
-    for number, (out_capsules, out_dim) in enumerate(dense, 1):
+        below = layer.out_grid, groups, dim
+    dense = (*config.hidden_capsules, (config.num_classes, config.class_dim))
+    for number, (capsules, dim) in enumerate(dense, 1):
+        grid, groups, in_dim = below
         shared = config.shared_class_transform and number == len(dense)
-        if shared or config.matrix_poses:  # a dense layer is a convolutional one whose kernel covers the grid
-            options = {"matrix_poses": config.matrix_poses, "shared_transform": shared, "coordinate_addition": shared}
-            layers.append(ConvCapsules(grid, groups, dim, out_capsules, out_dim, kernel_size=grid, **options, **common))
+        if shared or matrix:  # a dense layer as a convolutional one whose kernel covers the grid
+            options: dict[str, Any] = {"shared_transform": shared, "coordinate_addition": shared}
+            options |= common | {"kernel_size": grid, "matrix_poses": matrix}
+            layers.append(ConvCapsules(*below, capsules, dim, **options))
         else:
-            in_capsules, implementation = math.prod(grid) * groups, config.routing_implementation
-            layers.append(
-                CapsuleLayer(in_capsules, dim, out_capsules, out_dim, implementation=implementation, **common)
-            )
-        grid, groups, dim = (1, 1), out_capsules, out_dim
+            sizes = math.prod(grid) * groups, in_dim, capsules, dim
+            layers.append(CapsuleLayer(*sizes, implementation=implementation, **common))
+        below = (1, 1), capsules, dim
     return layers

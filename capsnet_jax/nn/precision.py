@@ -1,29 +1,33 @@
-"""Mixed precision: products in a small dtype such as bfloat16, everything else in float32.
+"""Mixed precision: matrix products and convolutions in a small dtype such as bfloat16, everything else in float32.
 
-A layer casts the operands of a product to the dtype of its weight, and the result back up before anything that sums
-many numbers or has exponents, roots or quotients: norms, squash, softmax, batch normalisation, sigmoid. What precision
-a model computes in is therefore said by its weights alone; one of float32 or float64 weights has no casts at all.
+Each layer casts its input to the dtype of its weight, and casts the product back to float32 before anything that sums
+many numbers or has exponents, roots or quotients: norms, squash, softmax, batch normalisation, sigmoid. The dtype of
+the weights alone therefore sets the precision. A model of float32 or float64 weights has no casts at all.
 """
 
 from flax import nnx
 from jax.typing import DTypeLike
 
 PRODUCTS = {"kernel", "weight", "from_capsules", "hidden_weight", "to_pixels"}
-"""Names of weights that something is multiplied by: of convolutions, capsule layers and the decoder."""
+"""Names of the weights of convolutions, capsule layers and dense layers."""
 
 
 def for_products(params: nnx.State, dtype: DTypeLike) -> nnx.State:
-    """Casts the weights of products, and leaves biases, batch normalisation and what routings learn as they are.
+    """Cast the weights of matrix products and convolutions; other parameters keep their dtype.
 
-    It is differentiable: gradients come in the dtype that the weights had.
+    Biases, batch normalisation and learned weights of routings are not cast. The cast is differentiable: gradients
+    have the dtype of the original weights.
 
     Args:
-        params: those of a model, or of layers of it.
-        dtype: of the products, such as bfloat16.
+        params: parameters of a model or of some of its layers.
+        dtype: dtype of the products, such as bfloat16.
+
+    Returns:
+        The parameters, in the same structure.
     """
 
     def cast(path: tuple[str | int, ...], variable: nnx.Variable) -> nnx.Variable:
-        # A routing may call what it learns as it likes.
+        # A learned weight of a routing may have any of these names.
         if path[-1] in PRODUCTS and "routing_weights" not in path:
             return variable.replace(variable[...].astype(dtype))
         return variable

@@ -1,1 +1,1 @@
-"""Other ways to compute what the layers compute, for speed and memory; each is proved equal to the plain way."""
+"""Faster implementations of layers, each tested to be equal to the plain one."""

@@ -1,7 +1,7 @@
-"""Which implementation computes a layer: decided here, once, from shapes, platform and options.
+"""Choose the implementation of each layer from shapes, platform and options.
 
-Plain implementations (a convolution of XLA, votes and then routing) are the reference; the others compute the same
-values faster or in less memory, and each is tested against the plain one.
+The plain implementations, XLA's convolution and routing from votes, are the reference. All others compute the same
+values faster or in less memory, and are tested against the plain ones.
 """
 
 import math
@@ -20,25 +20,24 @@ from capsnet_jax.nn.fast.fused_dynamic import FUSED
 from capsnet_jax.ops import positions_after
 from capsnet_jax.routing import Routing
 
-# Cost of a multiplication of spectra, or in their transforms, relative to one in a large matrix product: fitted to
-# times of a dozen sizes on two cores with AVX2, rounded up, as many small tiles cost more than is counted here.
+# Cost of a multiplication of spectra, or in their transforms, relative to one in a large matrix product. Fitted to the
+# times of a dozen sizes on two cores with AVX2, and rounded up because many small tiles cost more than is counted here.
 COST_OF_SPECTRA = 1.5
 COST_OF_TRANSFORMS = 1.0
 
 ROUTING_IMPLEMENTATIONS = ("auto", "votes", "fused")
-FEWEST_EXAMPLES = 16  # with fewer, votes are faster on CPU; with more, they are slower; see docs/performance.md
+FEWEST_EXAMPLES = 16  # smallest batch for which "fused" is faster than "votes" on CPU; see docs/performance.md
 
-
-Size = Any  # an int; or a symbol, as the batch size of a program that is exported for all of them
+Size = Any  # an int, or a symbolic dimension in a program that is exported for any batch size
 
 
 class Choice(NamedTuple):
-    """An implementation of a layer, and why it was chosen.
+    """The implementation of a layer, and the reason for it.
 
     Attributes:
-        name: "xla", "patches" or "fourier" for a convolution; "votes" or "fused" for routing.
-        reason: in words, to follow "because".
-        tilings: how "fourier" cuts height and width; None for all others.
+        name: "xla", "patches", "fourier" or "taps" for a convolution; "votes" or "fused" for routing.
+        reason: the reason, to be printed after "because".
+        tilings: how "fourier" divides height and width into tiles; None for all others.
     """
 
     name: str
@@ -52,14 +51,14 @@ class Choice(NamedTuple):
 def choose_convolution(
     images: Sequence[Size], kernel: Sequence[int], stride: int, dtype: DTypeLike, *, platform: str | None = None
 ) -> Choice:
-    """The implementation of a convolution without padding.
+    """Choose the implementation of a convolution without padding.
 
     Args:
-        images: shape `[b height width channels]`; b may be symbolic, of a program exported for all batch sizes.
+        images: shape `[b height width channels]`; b may be a symbolic dimension.
         kernel: shape `[kernel_height kernel_width channels features]`.
-        stride: step of the kernel along both axes.
-        dtype: of the operands.
-        platform: "cpu", "gpu" ...; by default the one that JAX uses.
+        stride: stride of the kernel along both axes.
+        dtype: dtype of images and kernel.
+        platform: "cpu", "gpu" and so on; by default the one that JAX uses.
     """
     if (platform or jax.default_backend()) != "cpu":
         return Choice("xla", "the platform has convolutions of its own")
@@ -69,7 +68,7 @@ def choose_convolution(
     if jnp.finfo(dtype).bits < 32:
         return Choice("patches", "Fourier transforms in less than float32 lose too much")
     if jax.device_count() > 1:
-        # The gradient of each spectrum would be summed over devices by itself, not that of the kernel.
+        # Devices would sum the gradient of each spectrum, not the smaller gradient of the kernel.
         return Choice("patches", f"the batch is shared by {jax.device_count()} devices")
     rows, columns = positions_after((height, width), kernel[:2], stride)
 
@@ -87,15 +86,15 @@ def choose_convolution(
 
 
 def choose_routing(routing: Routing, option: str, num_examples: Size) -> Choice:
-    """The implementation of a capsule layer's routing.
+    """Choose the implementation of the routing of a dense capsule layer.
 
     Args:
-        routing: of the layer.
-        option: "votes", "fused", or "auto" for the better one.
+        routing: routing algorithm of the layer.
+        option: "votes", "fused", or "auto" for the faster one.
         num_examples: batch size.
 
     Raises:
-        UsageError: there is no such option, or the routing has no fused implementation.
+        UsageError: the option is unknown, or the routing has no fused implementation.
     """
     if option not in ROUTING_IMPLEMENTATIONS:
         raise UsageError(f"routing_implementation is {option!r}; expected {', '.join(ROUTING_IMPLEMENTATIONS)}.")
@@ -107,7 +106,7 @@ def choose_routing(routing: Routing, option: str, num_examples: Size) -> Choice:
     if routing.function not in FUSED:
         return Choice("votes", f"routing {routing.name} has no other implementation")
     if jax.device_count() > 1:
-        # The gradient of each chunk of the weight would be summed over devices by itself.
+        # Devices would sum the gradient of each chunk of the weight separately.
         return Choice("votes", f"the batch is shared by {jax.device_count()} devices")
     if num_examples < FEWEST_EXAMPLES:
         return Choice("votes", f"{num_examples} < {FEWEST_EXAMPLES} examples")

@@ -1,8 +1,8 @@
-"""Convolutions in the implementation that is fast where they run.
+"""Convolutions, by the fastest implementation on each platform.
 
-XLA's own convolution is what a GPU wants. On CPU, its gradient with respect to the input of a large strided kernel is
-two orders of magnitude slower than the same sums written as one matrix product; and for many channels and large
-kernels, products of spectra are faster still.
+XLA's own convolution is best on GPU. On CPU, its gradient with respect to the images is two orders of magnitude slower
+for large strided kernels than the same sums as one matrix product. For many channels and large kernels, Fourier
+transforms are faster still.
 """
 
 from collections.abc import Callable
@@ -22,19 +22,19 @@ Images = Float[Array, "b height width channels"]
 Kernel = Float[Array, "kernel_height kernel_width channels features"]
 Features = Float[Array, "b out_height out_width features"]
 
-FEW_CHANNELS = 8  # too few for a row of a patch to be copied as one
+FEW_CHANNELS = 8  # below this, copying patches is slower than copying rows of the image
 
 
 def convolve(images: Images, kernel: Kernel, stride: int) -> Features:
-    """Cross-correlates images with a kernel, without padding; equal to `ops.convolution`.
+    """Convolve images without padding; equal to `ops.convolution`.
 
     Args:
-        images: at least as high and wide as the kernel.
-        kernel: one filter for each output feature.
-        stride: step of the kernel, in pixels, along both axes.
+        images: at least as large as the kernel.
+        kernel: one filter per output feature.
+        stride: stride of the kernel, in pixels, along both axes.
 
     Returns:
-        The features where the kernel fits: out_height = (height - kernel_height) // stride + 1.
+        The features; out_height = (height - kernel_height) // stride + 1.
     """
     choice = choose_convolution(images.shape, kernel.shape, stride, kernel.dtype, platform="cpu")
     on_cpu: Callable[[Images, Kernel], Features]
@@ -44,8 +44,8 @@ def convolve(images: Images, kernel: Kernel, stride: int) -> Features:
         on_cpu = partial(fourier, stride=stride, tilings=choice.tilings)
     elsewhere = partial(convolution, stride=stride)
 
-    # A backward pass of our own, as differentiating through the choice of platform would keep both implementations'
-    # intermediates. The patches, 32 times the images for the reference model, are cheaper to cut again than to keep.
+    # Differentiating through `platform_dependent` would store the intermediates of both implementations. The patches,
+    # 32 times the size of the images for the reference model, are also cheaper to recompute than to store.
     def backward(operands: tuple[Images, Kernel], cotangent: Features) -> tuple[Images, Kernel]:
         return jax.lax.platform_dependent(*operands, cotangent, cpu=_pullback(on_cpu), default=_pullback(elsewhere))
 
@@ -57,10 +57,10 @@ def convolve(images: Images, kernel: Kernel, stride: int) -> Features:
 
 
 def matrix_product(images: Images, kernel: Kernel, stride: int) -> Features:
-    """All patches under the kernel as the rows of one matrix, times the kernel as another."""
+    """Convolve by one matrix product: all patches under the kernel as rows, times the flattened kernel."""
     taps = _taps(images, kernel, stride)
     if images.shape[3] < FEW_CHANNELS:
-        # One tap after the other is copied in rows of the image; patches would be put together from single numbers.
+        # Each tap is a copy of rows of the image; a patch would be assembled from single numbers.
         filters = rearrange(kernel, "height width channels features -> (height width) channels features")
         return jnp.einsum("tbhwc,tcf->bhwf", jnp.stack(taps), filters)
     filters = rearrange(kernel, "height width channels features -> (height width channels) features")
@@ -70,14 +70,14 @@ def matrix_product(images: Images, kernel: Kernel, stride: int) -> Features:
 def depthwise(
     images: Images, kernel: Float[Array, "kernel_height kernel_width 1 channels"], stride: int
 ) -> Float[Array, "b out_height out_width channels"]:
-    """Cross-correlates each channel with a filter of its own, without padding.
+    """Convolve each channel with its own filter, without padding.
 
     Args:
-        images: at least as high and wide as the kernel.
-        kernel: one filter for each channel.
-        stride: step of the kernel, in pixels, along both axes.
+        images: at least as large as the kernel.
+        kernel: one filter per channel.
+        stride: stride of the kernel, in pixels, along both axes.
     """
-    # A channel sees too little for a matrix product.
+    # One input channel is too little for a matrix product.
     taps = jnp.stack(_taps(images, kernel, stride))
     weights = rearrange(kernel, "height width 1 channels -> (height width) channels")
     return jnp.einsum("tbhwc,tc->bhwc", taps, weights)
@@ -86,7 +86,7 @@ def depthwise(
 def _taps(
     images: Images, kernel: Float[Array, "kernel_height kernel_width ..."], stride: int
 ) -> list[Float[Array, "b out_height out_width channels"]]:
-    """What each position of the kernel sees of the image under each of its taps, row by row."""
+    """The pixel under each tap of the kernel, at all output positions; taps are in row-major order."""
     height, width = kernel.shape[:2]
     out_height, out_width = positions_after((images.shape[1], images.shape[2]), (height, width), stride)
 

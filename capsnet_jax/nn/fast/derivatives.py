@@ -1,8 +1,8 @@
-"""A function with a backward pass of its own that keeps its derivatives in forward mode.
+"""Functions with a custom backward pass that can still be differentiated in forward mode.
 
-`jax.custom_vjp` gives up `jax.jvp`, `jax.linearize` and `jax.hessian`. Here the tangents go through a primitive that
-knows both directions: in forward mode it applies JAX' own derivative of the function, and transposed, for reverse mode,
-the given backward pass.
+`jax.custom_vjp` does not support `jax.jvp`, `jax.linearize` and `jax.hessian`. Here a custom JVP rule passes tangents
+to a primitive. In forward mode, the primitive applies JAX's own derivative of the function; its transpose, which
+reverse mode uses, is the custom backward pass. `jax.custom_derivatives.linear_call` is similar, but cannot be batched.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,14 +18,14 @@ Function = Callable[..., Any]
 
 
 def with_backward(backward: Function) -> Callable[[Function], Function]:
-    """Decorates a function of arrays so that reverse-mode differentiation calls `backward`.
+    """Decorate a function of arrays so that reverse-mode differentiation calls `backward`.
 
     Args:
-        backward: `(arguments, cotangent) -> cotangents of the arguments`, of the same structure as the tuple of
-            arguments. It must be linear in the cotangent, and differentiable for second derivatives.
+        backward: `(arguments, cotangent) -> cotangents of the arguments`, in the structure of the tuple of arguments.
+            It must be linear in the cotangent, and differentiable if second derivatives are needed.
 
     Returns:
-        A decorator. The function takes and returns pytrees of floating-point arrays, by position.
+        A decorator for functions that take and return pytrees of floating-point arrays, by position.
     """
 
     def decorate(function: Function) -> Function:
@@ -47,12 +47,12 @@ def with_backward(backward: Function) -> Callable[[Function], Function]:
 
 
 def linear_map(apply: Function, transpose: Function, constants: Any, operands: Any) -> Any:
-    """Calls `apply(constants, operands)`, a linear function of the operands with a known transpose.
+    """Call `apply(constants, operands)`, a linear function of the operands with a custom transpose.
 
     Args:
-        apply: linear in its second argument.
+        apply: function that is linear in its second argument.
         transpose: `(constants, cotangent of the result) -> cotangent of the operands`.
-        constants: pytree of arrays that the function is not linear in.
+        constants: pytree of arrays in which the function need not be linear.
         operands: pytree of arrays.
     """
     flat_constants, constants_tree = jax.tree.flatten(constants)
@@ -97,7 +97,7 @@ mlir.register_lowering(linear_map_p, mlir.lower_fun(_evaluate, multiple_results=
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[list[Any], list[Any]]:
-    """The product rule: d(A x) = A dx + (dA) x, where A is what the constants make of the map."""
+    """The product rule d(A x) = A dx + (dA) x, where the matrix A depends on the constants and x are the operands."""
     n = params["num_constants"]
     constants, operands = primals[:n], primals[n:]
     results = linear_map_p.bind(*primals, **params)
@@ -124,7 +124,7 @@ def _batch(arrays: Sequence[Any], axes: Sequence[int | None], **params: Any) -> 
 
     def transpose(constants: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
         each = jax.vmap(params["transpose"], (in_axes[0], 0))(list(constants), list(cotangents))
-        # What all examples share gets the sum of their cotangents.
+        # The cotangent of an operand that is shared by all examples is a sum.
         return [
             part.sum(axis=0) if axis is None else jnp.moveaxis(part, 0, axis)
             for part, axis in zip(each, in_axes[1], strict=True)

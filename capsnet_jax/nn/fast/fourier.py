@@ -1,9 +1,9 @@
-r"""A convolution as products of spectra: fewer multiplications than the sums that define it.
+r"""Convolution by Fourier transforms, which needs fewer multiplications than the sums that define it.
 
-A stride of s splits images and kernel into s x s phases, between which a convolution has stride 1. Features are
-computed in tiles, for each of which a tile of n x n pixels of each phase is needed; what a circular convolution of that
-size wraps around is none of the features of the tile. The Fourier transform makes of it one product of channels by
-features for each frequency.
+A stride of s splits images and kernel into s x s phases; between phases, the convolution has stride 1. The features are
+computed in tiles. Each needs a tile of n x n pixels of each phase, chosen so that the wrap-around of a circular
+convolution of that size does not reach the features. In the Fourier domain, the circular convolution is one matrix
+product of channels by features for each frequency.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,17 +22,17 @@ Images = Float[Array, "b height width channels"]
 Kernel = Float[Array, "kernel_height kernel_width channels features"]
 Features = Float[Array, "b out_height out_width features"]
 
-LARGEST_TILE = 24  # in pixels of a phase, as the cost of the transforms grows with the fourth power
-SPECTRA_BYTES = 32 * 2**20  # of what is multiplied at once: it is best found in a cache
+LARGEST_TILE = 24  # in pixels of a phase; the cost of the transforms grows with the fourth power
+SPECTRA_BYTES = 32 * 2**20  # size of the spectra that are multiplied at once, which should fit into a cache
 
 
 class Tiling(NamedTuple):
-    """How an axis is cut.
+    """How one axis is divided into tiles.
 
     Attributes:
-        outputs: number of features of a tile.
+        outputs: number of features per tile.
         tiles: number of tiles.
-        taps: number of taps of the kernel in each phase.
+        taps: number of kernel taps per phase.
     """
 
     outputs: int
@@ -41,17 +41,17 @@ class Tiling(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Number of pixels of a tile in each phase."""
+        """Number of pixels of each phase per tile."""
         return self.outputs + self.taps - 1
 
 
 class Transforms(NamedTuple):
-    r"""Real matrices with which the features of a tile are $C^\top (A x \odot B k)$.
+    r"""Real matrices A, B, C that compute the features of a tile as $C^\top (A x \odot B k)$.
 
     Attributes:
-        images: A, from the pixels of a tile.
-        kernel: B, from the taps of a phase of the kernel.
-        features: C, to the features of the tile.
+        images: A, applied to the pixels x of a tile.
+        kernel: B, applied to the taps k of one phase of the kernel.
+        features: C, whose transpose computes the features.
     """
 
     images: Float[Array | np.ndarray, "*parts products pixels"]
@@ -60,15 +60,15 @@ class Transforms(NamedTuple):
 
 
 def fourier(images: Images, kernel: Kernel, stride: int, tilings: tuple[Tiling, Tiling]) -> Features:
-    """Cross-correlates images with a kernel, without padding.
+    """Convolve images without padding.
 
     Args:
-        images: at least as high and wide as the kernel.
-        kernel: one filter for each feature.
-        stride: step of the kernel, in pixels, along both axes.
-        tilings: how height and width are cut; see `possible_tilings`.
+        images: at least as large as the kernel.
+        kernel: one filter per feature.
+        stride: stride of the kernel, in pixels, along both axes.
+        tilings: how height and width are divided into tiles; see `possible_tilings`.
     """
-    # A backward pass of our own: the one derived would keep all spectra, and transpose what it adds up.
+    # The derived backward pass would store all spectra, and transpose every term of its sums.
     forward = with_backward(partial(_backward, stride, tilings))(partial(_forward, stride, tilings))
     return forward(images, kernel)
 
@@ -112,7 +112,7 @@ def _backward(
 
 
 def possible_tilings(outputs: int, kernel: int, stride: int) -> Iterator[Tiling]:
-    """The ways to cut an axis of so many features, for a kernel of this size."""
+    """Yield the ways to divide an axis of this many features into tiles, for a kernel of this size."""
     taps = -(-kernel // stride)
     for tiles in range(1, outputs + 1):
         tiling = Tiling(-(-outputs // tiles), tiles, taps)
@@ -121,7 +121,7 @@ def possible_tilings(outputs: int, kernel: int, stride: int) -> Iterator[Tiling]
 
 
 def num_products(rows: Tiling, columns: Tiling) -> int:
-    """Number of real products of a spectrum: 3 for two mirrored frequencies, 1 for one that is its own mirror image."""
+    """Count real products per spectrum: 3 for a pair of mirrored frequencies, 1 for a self-mirrored frequency."""
     height, width = rows.pixels, columns.pixels
     unpaired = (2 - height % 2) * (2 - width % 2)
     return unpaired + 3 * (height * width - unpaired) // 2
@@ -130,7 +130,7 @@ def num_products(rows: Tiling, columns: Tiling) -> int:
 def multiplications(
     batch_size: int, channels: int, num_features: int, stride: int, tilings: tuple[Tiling, Tiling]
 ) -> tuple[int, int]:
-    """How many `fourier` does, in products of spectra and in transforms."""
+    """Count the multiplications of `fourier`: those of spectra, and those of the transforms."""
     rows, columns = tilings
     tiles, inputs = rows.tiles * columns.tiles * batch_size, stride**2 * channels
     transforms = (
@@ -143,12 +143,12 @@ def multiplications(
 
 @cache
 def make_transforms(rows: Tiling, columns: Tiling) -> Transforms:
-    """The discrete Fourier transforms of real images, of a real kernel, and back, as real matrices."""
+    """Write the discrete Fourier transforms of real images and kernels, and the inverse, as real matrices."""
     size = (rows.pixels, columns.pixels)
     triples = []
     for frequency in np.ndindex(*size):
         mirrored = tuple(-index % length for index, length in zip(frequency, size, strict=True))
-        if mirrored < frequency:  # the spectrum of real numbers there is the conjugate of the one here
+        if mirrored < frequency:  # the conjugate of a frequency that was already added, as the input is real
             continue
         turns = sum(
             index * np.arange(length).reshape(shape) / length
@@ -160,7 +160,7 @@ def make_transforms(rows: Tiling, columns: Tiling) -> Transforms:
         if mirrored == frequency:
             triples.append((wave.real, tap.real, back.real))
             continue
-        # A complex product in three real ones: (a + bi) (c + di) = t - b (c + d) + (t + a (d - c)) i, t = c (a + b).
+        # A complex product as three real ones: (a + bi) (c + di) = t - b (c + d) + (t + a (d - c)) i, t = c (a + b).
         real, imaginary = 2 * back.real, -2 * back.imag
         triples += [
             (wave.real + wave.imag, tap.real, real + imaginary),
@@ -173,7 +173,7 @@ def make_transforms(rows: Tiling, columns: Tiling) -> Transforms:
 def _parts(
     tilings: tuple[Tiling, Tiling], pixels: Float[Array, "pixels b c"], taps: Float[Array, "taps c f"]
 ) -> Transforms:
-    """The matrices, in parts of equal size that make no more than `SPECTRA_BYTES` of spectra; filled up with zeros."""
+    """Split the matrices into zero-padded parts of equal size, each with at most `SPECTRA_BYTES` of spectra."""
     matrices = make_transforms(*tilings)
     bytes_of_product = taps.dtype.itemsize * taps.shape[1] * (pixels.shape[1] + taps.shape[2])
     products = len(matrices.images)
@@ -187,7 +187,7 @@ def _parts(
 
 
 def _sum_over_parts(function: Callable[[Transforms], Any], parts: Transforms) -> Any:
-    """The sum of what a function gives for each part; the first by itself, as adding to zeros takes longer."""
+    """Sum a function over all parts. The first part is outside the loop, because adding to zeros takes time."""
     first, others = (jax.tree.map(lambda matrices, at=at: matrices[at], parts) for at in (0, slice(1, None)))
 
     def add(total: Any, part: Transforms) -> tuple[Any, None]:
@@ -206,7 +206,7 @@ def _spectra(
 def _phases_of_images(
     images: Images, stride: int, rows: Tiling, columns: Tiling
 ) -> Float[Array, "pixels tiles_b phases_c"]:
-    """Tiles along the batch axis, the pixels of a tile as one axis, and the phases as channels."""
+    """Arrange images with tiles along the batch axis, the pixels of a tile along one axis, and phases as channels."""
     height, width = (axis.outputs * axis.tiles + axis.taps - 1 for axis in (rows, columns))
     phases = rearrange(
         _fit(images, (1, 2), (stride * height, stride * width)),
@@ -228,7 +228,7 @@ def _phases_of_kernel(kernel: Kernel, stride: int, rows: Tiling, columns: Tiling
 
 
 def _fit(array: Array, axes: tuple[int, int], sizes: tuple[int, int]) -> Array:
-    """Cuts off or appends zeros along two axes."""
+    """Crop or zero-pad two axes at their end."""
     padding = [(0, 0, 0)] * array.ndim
     for axis, size in zip(axes, sizes, strict=True):
         padding[axis] = (0, size - array.shape[axis], 0)

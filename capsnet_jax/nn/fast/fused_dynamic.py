@@ -1,13 +1,14 @@
-r"""Dynamic routing without votes: what `dynamic` computes, from the poses and the weight that votes are made of.
+r"""Dynamic routing without storing votes: the same function as `dynamic`, of poses and capsule weight.
 
-A vote $u_{io} = x_i W_{io}$ is only ever multiplied by an output pose, or summed over the input capsules, and
+Routing only multiplies votes $u_{io} = x_i W_{io}$ by output poses, and sums them over input capsules. Both are matrix
+products that need no votes:
 
 $$u_{io} \cdot v_o = x_i \cdot (W_{io} v_o), \quad \sum_i c_{io} u_{io} = \sum_i (c_{io} x_i) W_{io}$$
 
-take two matrix products for each output capsule. Nor are logits kept from one iteration to the next: they are the
-prior plus $u_{io} \cdot a_o$, with $a_o$ the sum of all output poses so far. What lies between is made of a chunk of
-the input capsules at a time, and made again in the backward pass: beyond arguments, gradients and transposed copies of
-the poses and of theirs, the memory needed does not depend on the number of input capsules.
+Logits are not stored between iterations either: they are the prior plus $u_{io} \cdot a_o$, where $a_o$ is the sum of
+all earlier output poses. All intermediates are computed for one chunk of input capsules at a time, and recomputed in
+the backward pass. Apart from arguments, gradients, and transposed copies of the poses and their gradient, the memory
+does not depend on the number of input capsules.
 """
 
 from collections.abc import Callable
@@ -25,14 +26,14 @@ from capsnet_jax.nn.fast.derivatives import with_backward
 from capsnet_jax.ops import capsule_norm, squash
 from capsnet_jax.routing.dynamic import dynamic
 
-CHUNK_ON_CPU = 640 * 2**10  # bytes of the largest array of a chunk: a few of them stay in the caches
-CHUNK_ELSEWHERE = 64 * 2**20  # keeps a GPU busy
+CHUNK_ON_CPU = 640 * 2**10  # bytes of the largest array of a chunk, so that a few of them fit into the caches
+CHUNK_ELSEWHERE = 64 * 2**20  # enough work to keep a GPU busy
 
 CoupledSum = Callable[[Any, Array], Float[Array, "o h b"]]
 
 
 class Operands(NamedTuple):
-    """What there is of each input capsule; examples come last, as they fill vectors however small the capsules are."""
+    """Arrays with an axis of input capsules. Examples are the last axis, which fills vectors at any pose size."""
 
     poses: Float[Array, "i d b"]
     weight: Float[Array, "i d o h"]
@@ -49,23 +50,23 @@ def fused_dynamic(
     prior_logits: Float[Array, "i o"] | float | None = None,
     capsule_bias: Float[Array, "o h"] | float | None = None,
 ) -> Routed:
-    """Dynamic routing of a batch, equal to `dynamic` of each example's votes; options are explained there.
+    """Dynamic routing of a batch; equal to `dynamic` of the votes of each example, with the same options.
 
     Args:
-        poses: those of the input capsules.
-        weight: that of the votes. Products are of operands of its dtype; all else is in float32 at least.
+        poses: poses of the input capsules.
+        weight: capsule weight. Products are in its dtype, everything else in float32 or float64.
         num_iterations: number of times the output capsules are computed.
-        leaky: each input capsule may send a share to nowhere.
-        detach: gradients pass through the last iteration only.
-        prior_logits: what the logits start from; learned.
-        capsule_bias: added before squash in every iteration; learned.
+        leaky: let input capsules send a share nowhere.
+        detach: treat all but the last iteration as constants in the gradient.
+        prior_logits: learned initial logits.
+        capsule_bias: learned bias, added before squash in every iteration.
 
     Returns:
-        Output capsules and couplings of each example. Under `jax.jit`, couplings that are not used are not computed;
-        if they are, they take memory for each example, input and output capsule, as elsewhere.
+        Output capsules and couplings of each example. Under `jax.jit`, unused couplings are not computed. Used ones
+        need memory for each example, input capsule and output capsule.
 
     Raises:
-        UsageError: `num_iterations` is less than 1, or poses and weight are not of the same input capsules.
+        UsageError: `num_iterations` is less than 1, or poses and weight have different input capsules.
     """
     if poses.shape[1:] != weight.shape[:2]:
         raise UsageError(
@@ -91,20 +92,20 @@ def fused_dynamic(
 
 
 FUSED: dict[Callable[..., Routed], Callable[..., Routed]] = {dynamic: fused_dynamic}
-"""Routings that have an implementation without votes: `(poses [b i d], weight [i d o h]) -> Routed` of a batch."""
+"""Implementations without votes, `(poses [b i d], weight [i d o h], **options) -> Routed` of a batch, by algorithm."""
 
 
 def _uniform_sum(leaky: bool, operands: Operands, agreed: Float[Array, "o h b"]) -> Float[Array, "o h b"]:
-    """The coupled sum of the first iteration, without a prior: no input capsule prefers any output."""
+    """Sum the votes of these input capsules with uniform couplings: the first iteration without a prior."""
     poses, weight, _ = operands
     votes = jnp.einsum("idoh,idb->ohb", weight, poses, preferred_element_type=agreed.dtype)
     return votes / (weight.shape[2] + leaky)
 
 
 def _coupled_sum(leaky: bool, detach: bool) -> CoupledSum:
-    """The function `(operands, agreed) -> sum of the votes of these input capsules, times their couplings`."""
+    """Make the function `(operands, agreed) -> sum over input capsules of couplings times votes`."""
 
-    # A backward pass of our own, for the order of the axes in every product: transposing takes as long as multiplying.
+    # A custom backward pass fixes the order of axes in all products, because transposing takes as long as multiplying.
     @with_backward(partial(_coupled_sum_backward, leaky, detach))
     def coupled_sum(operands: Operands, agreed: Float[Array, "o h b"]) -> Float[Array, "o h b"]:
         couplings = _couplings(leaky, detach, operands, _project(operands.weight, agreed))
@@ -141,19 +142,19 @@ def _coupled_sum_backward(
 
 
 def _project(weight: Float[Array, "i d o h"], outputs: Float[Array, "o h b"]) -> Float[Array, "o i d b"]:
-    """Each input pose times this is its vote times the output."""
+    """Multiply the weight by output poses; the product with an input pose is the vote times the output pose."""
     weight = rearrange(weight, "i d o h -> o i d h")
     return jnp.einsum("oidh,ohb->oidb", weight, outputs.astype(weight.dtype), preferred_element_type=outputs.dtype)
 
 
 def _sum_of_votes(weight: Float[Array, "i d o h"], poses: Float[Array, "o i d b"]) -> Float[Array, "o h b"]:
-    """The votes of poses that are others for each output."""
+    """Sum the votes of input poses that differ between output capsules."""
     weight = rearrange(weight, "i d o h -> o i d h")
     return jnp.einsum("oidh,oidb->ohb", weight, poses.astype(weight.dtype), preferred_element_type=poses.dtype)
 
 
 def _outer(poses: Float[Array, "o i d b"], outputs: Float[Array, "o h b"], dtype: Any) -> Float[Array, "o i d h"]:
-    """The gradient of a weight, from those of both its sides."""
+    """Sum outer products over the batch: the gradient of the weight."""
     operands = poses.astype(dtype), outputs.astype(dtype)
     return jnp.einsum("oidb,ohb->oidh", *operands, preferred_element_type=outputs.dtype)
 
@@ -174,10 +175,10 @@ def _couplings(
 def _sum_over_inputs(
     summed: CoupledSum, operands: Operands, agreed: Float[Array, "o h b"]
 ) -> tuple[Float[Array, "o h b"], Operands]:
-    """The sum of a function over all chunks of input capsules, and the operands as they are.
+    """Sum a function over all chunks of input capsules; also return the operands, unchanged.
 
-    The operands are to be used after this in their place. Their gradients so come in here from what is done later, and
-    this adds its own to them, chunk by chunk: one array for the gradient of the weight, however many iterations.
+    Later iterations must use the returned operands. Their gradient then arrives here as a cotangent, to which each
+    chunk adds its own gradient in place. One array holds the gradient of the weight, for any number of iterations.
     """
 
     @with_backward(partial(_backward, summed))
@@ -214,13 +215,13 @@ def _chunk(operands: Operands, start: Any, length: int) -> Operands:
 
 
 def _over_chunks(step: Callable[[Any, Any, int], Any], initial: Any, operands: Operands) -> Any:
-    """Calls a step with what the one before returned, for every chunk's first input capsule and number of them."""
+    """Loop over chunks: call `step(carry, start, length)` with the first input capsule and the length of each chunk."""
     (inputs, dim, outputs, size), batch_size = operands.weight.shape, operands.poses.shape[2]
-    bytes_of_capsule = 4 * dim * outputs * (batch_size + size)  # of its share of the projections and of the weight
+    bytes_of_capsule = 4 * dim * outputs * (batch_size + size)  # projections and weight of one input capsule
 
     def run(chunk_bytes: int, initial: Any) -> Any:
         most = min(max(chunk_bytes // bytes_of_capsule, 1), inputs)
-        # Chunks of one length, if there is a fair one, need no second program for what is left over.
+        # A length that divides the number of capsules saves a second program for the remainder.
         length = next((length for length in range(most, most // 2, -1) if inputs % length == 0), most)
         whole = inputs // length
         carry = jax.lax.fori_loop(0, whole, lambda chunk, carry: step(carry, chunk * length, length), initial)
