@@ -1,8 +1,8 @@
-"""Routing algorithms, each a pure function of one example; layers `jax.vmap` them, so no example can see another.
+"""Routing algorithms, each a pure function of one example, which layers map over the batch with `jax.vmap`.
 
-A routing is any callable `(votes [i o h], activations [i]) -> Routed(poses [o h], activations [o], couplings [i o])`.
-Its keyword arguments are what it needs beyond that; see `Routing`. To add one: write its file, and name it in
-`registry.py`.
+A routing algorithm is a function `(votes [i o h], activations [i]) -> Routed(poses [o h], activations [o],
+couplings [i o])`. `Routing` lists the keyword arguments that a layer passes. To add an algorithm to this package, write
+its file and name it in `registry.py`; your own functions need no registration.
 """
 
 from capsnet_jax.routing.arguments import learns

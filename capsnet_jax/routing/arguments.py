@@ -1,4 +1,4 @@
-"""The arguments of a routing: which of them are learned weights, and a check of the others' shapes."""
+"""Arguments of routing algorithms: the declaration of learned weights, and the check of votes and activations."""
 
 import inspect
 from collections.abc import Callable
@@ -9,24 +9,24 @@ from jaxtyping import Array, Float
 from capsnet_jax.capsules import Routed
 from capsnet_jax.errors import UsageError
 
-GIVEN = ("poses", "softmax", "num_iterations")  # by the layer, to a routing that has them
+GIVEN = ("poses", "softmax", "num_iterations")  # passed by the layer to functions that accept them
 
 Function = TypeVar("Function", bound=Callable[..., Routed])
 
 
 def learns(**axes: str) -> Callable[[Function], Function]:
-    """Declare which keyword arguments of a routing are weights that a layer learns.
+    """Declare keyword arguments of a routing algorithm as learned weights.
 
         @learns(gain="i o", bias="")
         def my_routing(votes, activations, *, gain=1.0, bias=0.0): ...
 
-    The function stays as it is, with its defaults. A layer makes one array for each weight, full of the default, and
-    passes the learned values by name. A weight whose default is None is learned only if the user gives a number to
-    start from, as an option.
+    The decorator returns the function itself. A layer creates one parameter per weight, filled with the default, and
+    passes the learned values by name. A weight whose default is None is learned only if the user sets an initial value
+    as an option.
 
     Args:
-        axes: for each weight the axes of its array, letters with spaces between: i (input capsules), o (output
-            capsules), d (input pose size), h (output pose size). An empty string is a single number.
+        axes: axes of each weight, as letters separated by spaces: i (input capsules), o (output capsules), d (input
+            pose size), h (output pose size). An empty string declares a scalar.
 
     Raises:
         UsageError: the function has no such keyword argument with a default, or an axis is unknown. Arguments that the
@@ -54,7 +54,7 @@ def learns(**axes: str) -> Callable[[Function], Function]:
 
 
 def learned_axes(function: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
-    """The axes of each weight that a routing declared by `learns`."""
+    """The axes of each weight that was declared with `learns`."""
     return getattr(function, "learned_axes", {})
 
 
@@ -66,17 +66,17 @@ def check_arguments(
     num_iterations: int = 1,
     positions: int = 0,
 ) -> None:
-    """Refuses votes and activations that are not of one example, and a number of iterations below 1.
+    """Check the shapes of votes and activations of one example, and the number of iterations.
 
     Args:
         routing: name of the algorithm, for the message.
         votes: expected to be `[i o h]`.
         activations: expected to be `[i]`.
         num_iterations: expected to be at least 1.
-        positions: number of axes that may come before these.
+        positions: number of leading axes that are allowed.
 
     Raises:
-        UsageError: names the routing, the argument, what was got and what was expected.
+        UsageError: an argument is wrong.
     """
     if not 3 <= votes.ndim <= 3 + positions:
         raise UsageError(f"Routing {routing}: votes are {votes.shape}; expected three axes, [i o h], of one example.")

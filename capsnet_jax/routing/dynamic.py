@@ -1,4 +1,4 @@
-"""Dynamic routing between capsules."""
+"""Dynamic routing: routing by agreement."""
 
 import jax
 import jax.numpy as jnp
@@ -21,29 +21,29 @@ def dynamic(
     prior_logits: Float[Array, "i o"] | float | None = None,
     capsule_bias: Float[Array, "o h"] | float | None = None,
 ) -> Routed:
-    r"""Routing by agreement: an input capsule sends more to those outputs that its vote agrees with.
+    r"""Dynamic routing: an input capsule sends more to the output capsules whose poses agree with its votes.
 
-    From logits $b_{io} = 0$, `num_iterations` times:
+    Starting from logits $b_{io} = 0$, repeat `num_iterations` times:
 
     $$c_{io} = \frac{e^{b_{io}}}{\sum_k e^{b_{ik}}}, \quad
       v_o = \mathrm{squash}\Bigl(\sum_i c_{io} u_{io}\Bigr), \quad
       b_{io} \leftarrow b_{io} + u_{io} \cdot v_o$$
 
     Args:
-        votes: $u_{io}$, what input capsule i predicts for output capsule o, for one example.
-        activations: not used: a squashed capsule's activation is already in the length of its votes.
-        num_iterations: number of times the output capsules are computed; 1 is `uniform`.
-        leaky: each input capsule may send a share to nowhere: the softmax has one more term, of logit zero, and the
-            couplings sum to less than 1.
-        detach: gradients pass through the last iteration only, the earlier ones count as constants.
-        prior_logits: what the logits start from, in place of zero; learned. Note 3 of section 2 of the paper.
-        capsule_bias: added before squash in every iteration; learned, as in the authors' code.
+        votes: $u_{io}$, vote of input capsule i for output capsule o, of one example.
+        activations: not used; the activation of a squashed capsule is already in the norm of its votes.
+        num_iterations: number of times the output capsules are computed. 1 is the same as `uniform`.
+        leaky: add one more term of logit zero to the softmax, so that an input capsule may send a share nowhere. The
+            couplings then sum to less than 1.
+        detach: treat all but the last iteration as constants in the gradient.
+        prior_logits: learned initial logits, instead of zero; section 2 of the paper.
+        capsule_bias: learned bias, added before squash in every iteration, as in the authors' code.
 
     Returns:
         The squashed output capsules, their norms as activations, and the couplings of the last iteration.
 
     Raises:
-        UsageError: votes or activations are of a wrong shape, or `num_iterations` is less than 1.
+        UsageError: votes or activations have a wrong shape, or `num_iterations` is less than 1.
 
     References:
         Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules" (2017), procedure 1. https://arxiv.org/abs/1710.09829
@@ -57,7 +57,7 @@ def dynamic(
     logits = jnp.zeros_like(votes[..., 0])
     if prior_logits is None:
         couplings = jnp.full_like(logits, 1 / (num_outputs + leaky))
-        # Written as a sum: as an einsum with constant couplings, XLA folds constants at length during compilation.
+        # A sum, because XLA spends long on folding constants in an einsum with constant couplings.
         poses = squash(reduce(votes, "i o h -> o h", "sum") / (num_outputs + leaky) + bias)
     else:
         logits += prior_logits

@@ -1,4 +1,4 @@
-"""EM routing of matrix capsules: a mixture of Gaussians fitted to the votes."""
+"""EM routing: a mixture of Gaussians, one per output capsule, fitted to the votes."""
 
 import math
 from collections.abc import Callable
@@ -26,9 +26,9 @@ def em(
     epsilon: float = 1e-7,
     softmax: Callable[[Float[Array, "*positions i o"]], Float[Array, "*positions i o"]] = jax.nn.softmax,
 ) -> Routed:
-    r"""Output capsules are Gaussians; each explains the votes that come near to it, and is active if it pays.
+    r"""EM routing: output capsules are Gaussians fitted to the votes, active where they describe them cheaply.
 
-    M step, with $r_{io} = 1 / O$ at first, and in iteration $t = 1, 2, \dots$
+    M step in iteration $t = 1, 2, \dots$, with $r_{io} = 1 / O$ initially and
     $\lambda_t = \lambda (1 - \mathrm{annealing}^t)$:
 
     $$R_o = \sum_i a_i r_{io}, \quad
@@ -38,8 +38,8 @@ def em(
     $$a_o = \mathrm{sigmoid}\Bigl(\lambda_t
       \bigl(\beta_a - \tfrac{O}{I} \sum_h (\beta_u + \ln \sigma_{oh}) R_o\bigr)\Bigr)$$
 
-    The paper is without $O / I$, one over the number of votes that an output of a dense layer gets if all are shared
-    out evenly. It only sets the units of $\lambda$ and $\beta_a$, so that the same values suit any size of such layers.
+    The factor $O / I$ is not in the paper. It is the inverse of the number of votes per output capsule of a dense
+    layer, and makes the same $\lambda$ and $\beta_a$ suit dense layers of any size.
 
     E step, between two M steps:
 
@@ -47,31 +47,30 @@ def em(
       + \frac{(u_{ioh} - \mu_{oh})^2}{2 \sigma^2_{oh}}\bigr)\Bigr)$$
 
     Args:
-        votes: $u_{io}$, for one example; in a convolutional layer, for each position of the output.
+        votes: $u_{io}$ of one example; in a convolutional layer, with a leading axis of output positions.
         activations: $a_i$ of the input capsules, in [0, 1].
         num_iterations: number of M steps.
-        beta_u: cost of describing a vote; learned.
-        beta_a: gain of not having to describe it otherwise; learned.
-        inverse_temperature: $\lambda$, reached after many iterations. The authors' code has 0.01, without $O / I$, and
-            multiplies beta_a by 5000.
-        annealing: how slowly it is reached; 0.95 in the authors' code.
-        min_variance: added to $\sigma^2$. The smaller it is against the squares of the votes, the sooner a Gaussian
-            collapses onto the few votes it fits; networks of several layers want about a tenth of them. The authors'
-            code has 0.0005.
-        epsilon: added to $R_o$ where it divides.
-        softmax: shares out each input capsule among its parents; the default, over the last axis, has them all there.
-            A convolutional capsule has parents at several positions, which its layer's softmax sees together.
+        beta_u: learned $\beta_u$, the constant part of the cost of a vote.
+        beta_a: learned $\beta_a$, the cost at which a capsule has activation 0.5.
+        inverse_temperature: final $\lambda$. The authors' code uses 0.01, without $O / I$, and multiplies beta_a by
+            5000.
+        annealing: rate at which the inverse temperature approaches its final value; 0.95 in the authors' code.
+        min_variance: added to $\sigma^2$. If it is small compared with the squared votes, a Gaussian collapses onto few
+            votes; networks with several layers need about a tenth of the squared votes. The authors' code uses 0.0005.
+        epsilon: added to $R_o$ in denominators.
+        softmax: softmax over the parents of each input capsule. The default, over the last axis, is for dense layers;
+            convolutional layers pass one that spans output positions.
 
     Returns:
         The means as poses, the activations, and the couplings $r$ of the last M step.
 
     Raises:
-        UsageError: votes or activations are of a wrong shape, or `num_iterations` is less than 1.
+        UsageError: votes or activations have a wrong shape, or `num_iterations` is less than 1.
 
     References:
         Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing" (2018), procedure 1.
-        Constants: https://github.com/google-research/google-research/tree/master/capsule_em, which also moves the means
-        by 0.9 of the way only, and divides the inverse temperature of the last layer by 4; this does not.
+        Constants: https://github.com/google-research/google-research/tree/master/capsule_em. Unlike here, that code
+        moves the means by only 0.9 of the way, and divides the inverse temperature of the last layer by 4.
     """
     check_arguments("em", votes, activations, num_iterations=num_iterations, positions=1)
     num_inputs, num_outputs, size = votes.shape[-3:]

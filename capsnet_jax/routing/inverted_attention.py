@@ -22,34 +22,34 @@ def inverted_attention(
     readout_bias: Float[Array, ""] | float = 0.0,
     epsilon: float = 1e-5,
 ) -> Routed:
-    r"""Attention with the softmax over the queries: inputs are shared out among outputs, whose poses are normalised.
+    r"""Inverted dot-product attention: attention with a softmax over the queries, which are the output capsules.
 
-    From $v_o = \mathrm{LN}(\sum_i u_{io} / O)$, `num_iterations` - 1 times:
+    Starting from $v_o = \mathrm{LN}(\sum_i u_{io} / O)$, repeat `num_iterations` - 1 times:
 
     $$c_{io} = \mathrm{softmax}_o \frac{u_{io} \cdot v_o}{\sqrt h}, \quad
       v_o = \mathrm{LN}\Bigl(\sum_i c_{io} u_{io}\Bigr)$$
 
     Args:
-        votes: $u_{io}$, for one example.
+        votes: $u_{io}$ of one example.
         activations: not used.
         num_iterations: number of times the output capsules are computed; the paper counts one fewer.
-        gain: factor of the layer norm LN; learned.
-        offset: offset of the layer norm; learned.
-        readout: weight $w$ of the activations; learned.
-        readout_bias: bias $\beta$ of the activations; learned.
+        gain: learned gain of the layer norm LN.
+        offset: learned offset of the layer norm.
+        readout: learned weight $w$ of the activations.
+        readout_bias: learned bias $\beta$ of the activations.
         epsilon: added to the variance in the layer norm.
 
     Returns:
         The normalised output capsules, the activations $\sigma(w \cdot v_o + \beta)$, and the couplings of the last
-        iteration. All normalised poses are of one length, so that it can tell nothing; the paper reads logits of
-        class capsules with one linear function shared by all of them, and so does this.
+        iteration. The norms of normalised poses are all alike, so they cannot serve as activations; like the paper,
+        this reads activations with one linear function shared by all output capsules.
 
     Raises:
-        UsageError: votes or activations are of a wrong shape, or `num_iterations` is less than 1.
+        UsageError: votes or activations have a wrong shape, or `num_iterations` is less than 1.
 
     References:
         Tsai, Srivastava, Goh, Salakhutdinov, "Capsules with Inverted Dot-Product Attention Routing" (2020),
-        algorithm 1, one layer after the other ("sequential"). https://arxiv.org/abs/2002.04764
+        algorithm 1, sequential rather than concurrent routing. https://arxiv.org/abs/2002.04764
     """
     check_arguments("inverted_attention", votes, activations, num_iterations=num_iterations)
     num_outputs, size = votes.shape[1:]

@@ -1,4 +1,4 @@
-"""Routing as clustering of directions."""
+"""Routing by soft spherical k-means."""
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +11,24 @@ from capsnet_jax.routing.arguments import check_arguments
 
 
 def kmeans(votes: Float[Array, "i o h"], activations: Float[Array, " i"], *, num_iterations: int = 3) -> Routed:
-    r"""Soft spherical k-means: as dynamic routing, with logits that are cosines, replaced and not added up.
+    r"""Soft spherical k-means: dynamic routing whose logits are cosines, recomputed instead of accumulated.
 
-    From $s_o = \sum_i u_{io} / O$, `num_iterations` - 1 times:
+    Starting from $s_o = \sum_i u_{io} / O$, repeat `num_iterations` - 1 times:
 
     $$c_{io} = \mathrm{softmax}_o \frac{u_{io} \cdot s_o}{\|u_{io}\| \|s_o\|}, \quad s_o = \sum_i c_{io} u_{io}$$
 
-    and in the end $v_o = \mathrm{squash}(s_o)$.
+    and finally $v_o = \mathrm{squash}(s_o)$.
 
     Args:
-        votes: $u_{io}$, for one example.
+        votes: $u_{io}$ of one example.
         activations: not used.
-        num_iterations: number of times the output capsules are computed; 1 is `uniform`.
+        num_iterations: number of times the output capsules are computed. 1 is the same as `uniform`.
 
     Returns:
         The squashed output capsules, their norms as activations, and the couplings of the last iteration.
 
     Raises:
-        UsageError: votes or activations are of a wrong shape, or `num_iterations` is less than 1.
+        UsageError: votes or activations have a wrong shape, or `num_iterations` is less than 1.
 
     References:
         https://github.com/leftthomas/CapsuleLayer, k_means_routing with the cosine similarity.

@@ -1,7 +1,7 @@
-"""The property suite: what every routing promises, checked on the registered ones and on the user's own.
+"""Checks of the properties that every routing algorithm must have, for registered algorithms and your own.
 
-A check is a function of a `Subject`, the routing compiled once, and a `Case`, the numbers to try it on. It raises
-`Finding`, in plain words, if the promise is broken. The first line of its docstring is the promise.
+A check is a function of a `Subject`, the compiled algorithm, and a `Case`, the input to try it on. It raises `Finding`
+if the property does not hold. The first line of its docstring states the property.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,25 +17,29 @@ from capsnet_jax.capsules import Routed
 from capsnet_jax.errors import UsageError, in_words
 from capsnet_jax.routing.registry import Routing, get_routing
 
-INPUTS, OUTPUTS, IN_SIZE, OUT_SIZE = 11, 5, 4, 6  # all different, so that no two axes can be mixed up unnoticed
+INPUTS, OUTPUTS, IN_SIZE, OUT_SIZE = 11, 5, 4, 6  # all different, so that swapped axes are noticed
 BATCH = 3
-# Fractions of the largest value. Measured on the registered routings, with 200 cases of votes of 0.1 to 3 times normal
-# ones plus -1 to 1: rounding in float32 is 1.4e-5 at most; steps in float64 are off by 7e-5, and by 2e-2 or more where
-# something is rounded to float32.
+# Fractions of the largest value. Over 200 cases of the registered algorithms, with votes of 0.1 to 3 times a standard
+# normal plus -1 to 1, the rounding error in float32 is at most 1.4e-5. Small steps in float64 are off by 7e-5, and by
+# 2e-2 or more if something is rounded to float32.
 TOLERANCE = 1e-4
 STEP, STEP_TOLERANCE = 1e-7, 1e-3
-ROUNDING = 1e-5  # of sums of shares, and of activations, above 1
+ROUNDING = 1e-5  # by which couplings may sum to more than 1, and activations exceed 1
 FACTORS = (0, 1e-30, 1e-10, 1e5, 1e10)
 
 
 class Finding(Exception):
-    """A promise that a routing breaks: a sentence that says what was got and what was expected."""
+    """A property does not hold; the message says what was found and what is expected."""
 
 
 class Case(NamedTuple):
-    """Numbers to try a routing on: one example, and the weights that the routing learns, by name.
+    """Input of a routing algorithm: one example, or a batch with a leading axis on all but the weights.
 
-    A batch of examples has one more axis in front, but for the weights.
+    Attributes:
+        votes: votes of the input capsules.
+        activations: activations of the input capsules.
+        poses: poses of the input capsules.
+        weights: values of the learned weights, by name.
     """
 
     votes: Float[Array, "*batch i o h"]
@@ -45,7 +49,7 @@ class Case(NamedTuple):
 
 
 class Subject:
-    """A routing to be checked; values and gradients compile once for each shape and dtype."""
+    """A routing algorithm under test; values and gradients are compiled once per shape and dtype."""
 
     def __init__(self, routing: Routing):
         self.routing = routing
@@ -55,14 +59,13 @@ class Subject:
         self.gradients_batch = jax.jit(jax.grad(lambda case: _readout(self.call_batch(case))))
 
     def call(self, case: Case) -> Routed:
-        """The routing of one example, not compiled."""
+        """Route one example without compilation."""
         return self.routing(case.votes, case.activations, poses=case.poses, **case.weights)
 
     def call_batch(self, case: Case) -> Routed:
-        """The routing of a batch, as a layer calls it."""
-        votes, activations, poses, weights = case
-        call = jax.vmap(lambda votes, activations, poses: self.call(Case(votes, activations, poses, weights)))
-        return call(votes, activations, poses)
+        """Route a batch, as a layer does."""
+        *arrays, weights = case
+        return jax.vmap(lambda *arrays: self.call(Case._make([*arrays, weights])))(*arrays)
 
 
 Check = Callable[[Subject, Case], None]
@@ -77,7 +80,7 @@ def draw_case(
     scale: float = 1.0,
     offset: float = 0.0,
 ) -> Case:
-    """Random numbers, in float32: votes of this scale and offset, activations in [0, 1], poses and weights."""
+    """Draw random input in float32: normal votes of this scale and offset, activations in [0, 1], poses and weights."""
     rng = np.random.default_rng(seed)
     sizes = {"i": inputs, "o": OUTPUTS, "d": IN_SIZE, "h": OUT_SIZE}
 
@@ -96,38 +99,33 @@ def draw_case(
 
 
 def result(subject: Subject, case: Case) -> None:
-    """It returns Routed(poses, activations, couplings), of the right shapes and the dtype of the votes."""
-    routed: Any = subject.call(case)
-    if not isinstance(routed, Routed):
-        raise Finding(f"The result is {type(routed).__name__}; expected Routed(poses, activations, couplings).")
-    _expect_dtype(routed, case)
+    """It returns Routed(poses, activations, couplings), with the right shapes and the dtype of the votes."""
+    _expect_dtype(subject.call(case), case)  # `Routing` checks the type and the shapes
 
 
 def repeatable(subject: Subject, case: Case) -> None:
-    """Called twice with the same numbers, it returns the same result."""
+    """It returns the same result when called twice with the same input."""
     _compare("The second call", subject.call(case), subject.call(case), tolerance=0.0)
 
 
 def compiled(subject: Subject, case: Case) -> None:
-    """Under jax.jit, it returns what it returns without."""
+    """It returns the same result with and without jax.jit."""
     _compare("The function under jax.jit", subject.route(case), subject.call(case))
 
 
 def couplings(subject: Subject, case: Case) -> None:
-    """With weights at their initial values, an input capsule's couplings are 0 or more and sum to 1, or less."""
-    # With few inputs, a softmax over them cannot hide: each would send much more than 1.
-    initial = {
-        name: jnp.full_like(case.weights[name], weight.initial) for name, weight in subject.routing.weights.items()
-    }
+    """With initial weights, couplings are not negative, and those of an input capsule sum to at most 1."""
+    weights = subject.routing.weights.items()
+    case = case._replace(weights={name: jnp.full_like(case.weights[name], weight.initial) for name, weight in weights})
+    # A softmax over the wrong axis shows with few input capsules: each then sends much more than 1.
     for inputs in (INPUTS, 2):
-        few = _pick(subject, case._replace(weights=initial), "i", np.arange(inputs))
-        shares = np.asarray(subject.route(few).couplings)
-        for i in range(inputs):
-            capsule, total = f"With {inputs} input capsules, capsule {i} sends", shares[i].sum()
+        shares = np.asarray(subject.route(_pick(subject, case, "i", np.arange(inputs))).couplings)
+        for i, (smallest, total) in enumerate(zip(shares.min(axis=1), shares.sum(axis=1), strict=True)):
+            capsule = f"With {inputs} input capsules, capsule {i} sends"
             if not np.isfinite(total):
                 raise Finding(f"{capsule} {total} in all; expected finite shares.")
-            if shares[i].min() < 0:
-                raise Finding(f"{capsule} {shares[i].min():.3g} to an output capsule; expected shares of 0 or more.")
+            if smallest < 0:
+                raise Finding(f"{capsule} {smallest:.3g} to an output capsule; expected shares of 0 or more.")
             if total > 1 + ROUNDING:
                 raise Finding(f"{capsule} {total:.3g} to the output capsules in all; expected shares that sum to 1.")
 
@@ -140,42 +138,36 @@ def activations(subject: Subject, case: Case) -> None:
 
 
 def order_of_inputs(subject: Subject, case: Case) -> None:
-    """When input capsules change places, their couplings follow, and nothing else changes."""
+    """Permuting the input capsules permutes their couplings, and changes nothing else."""
     order = np.random.default_rng(2).permutation(INPUTS)
     routed = subject.route(case)
     expected = routed._replace(couplings=routed.couplings[order])
-    permuted = _pick(subject, case, "i", order)
-    _compare("With inputs in another order", subject.route(permuted), expected)
+    _compare("With inputs in another order", subject.route(_pick(subject, case, "i", order)), expected)
 
 
 def order_of_outputs(subject: Subject, case: Case) -> None:
-    """When output capsules change places, all results follow."""
+    """Permuting the output capsules permutes all results."""
     order = np.random.default_rng(3).permutation(OUTPUTS)
     routed = subject.route(case)
     expected = Routed(routed.poses[order], routed.activations[order], routed.couplings[:, order])
-    permuted = _pick(subject, case, "o", order)
-    _compare("With outputs in another order", subject.route(permuted), expected)
+    _compare("With outputs in another order", subject.route(_pick(subject, case, "o", order)), expected)
 
 
 def batch(subject: Subject, case: Case) -> None:
-    """Under jax.vmap, an example gets the result that it gets alone, whatever the other examples are."""
+    """Under jax.vmap, an example gets the same result as alone, whatever the other examples are."""
 
-    def together(mate: float) -> Routed:
-        def stack(array: Array) -> Array:
-            return jnp.stack([array, mate * array, mate**2 * array])
+    def first_of_batch(mate: float) -> Routed:
+        stacked = [jnp.stack([array, mate * array, mate**2 * array]) for array in case[:3]]
+        return Routed(*(array[0] for array in subject.route_batch(Case._make([*stacked, case.weights]))))
 
-        examples = Case(stack(case.votes), stack(case.activations), stack(case.poses), case.weights)
-        return Routed(*(array[0] for array in subject.route_batch(examples)))
-
-    _compare("An example under jax.vmap", together(0.5), subject.route(case))
-    _compare("An example whose batch changes", together(0.3), together(0.5), tolerance=0.0)
+    _compare("An example under jax.vmap", first_of_batch(0.5), subject.route(case))
+    _compare("An example whose batch changes", first_of_batch(0.3), first_of_batch(0.5), tolerance=0.0)
 
 
 def positions(subject: Subject, case: Case) -> None:
-    """If it has an argument softmax, it gives for many positions at once what it gives for each."""
+    """With an argument softmax, one call for several positions returns the same as a call for each."""
     if subject.routing.takes("softmax"):
-        votes, activations, poses = (jnp.stack([array, array[::-1]]) for array in case[:3])
-        both = Case(votes, activations, poses, case.weights)
+        both = Case._make([*(jnp.stack([array, array[::-1]]) for array in case[:3]), case.weights])
         _compare("One call for two positions", subject.route(both), subject.route_batch(both))
 
 
@@ -185,35 +177,35 @@ def finite(subject: Subject, case: Case) -> None:
     tried["activations of 0"] = case._replace(activations=jnp.zeros_like(case.activations))
     tried["poses of 0"] = case._replace(poses=jnp.zeros_like(case.poses))
     for words, extreme in tried.items():
+        gradients = subject.gradients(extreme)._asdict()
+        gradients |= gradients.pop("weights")
         arrays: dict[str, Array] = subject.route(extreme)._asdict()
-        *gradients, of_weights = subject.gradients(extreme)
-        of_inputs = dict(zip(Case._fields, gradients, strict=False))
-        arrays |= {f"gradient of {name}": array for name, array in (of_inputs | of_weights).items()}
+        arrays |= {f"gradient of {name}": array for name, array in gradients.items()}
         for name, array in arrays.items():
             if wrong := int(np.sum(~np.isfinite(array))):
                 raise Finding(f"With {words}, {name}: {wrong} of {array.size} values are NaN or infinite.")
 
 
 def float32(subject: Subject, case: Case) -> None:
-    """In float32, it returns what it returns in float64, to 0.0001 of the largest value."""
+    """It returns the same in float32 as in float64, to 0.0001 of the largest value."""
     single = subject.route(case)
     with jax.enable_x64(True):
         _compare("float32", single, subject.route(to_float64(case)))
 
 
 def float64(subject: Subject, case: Case) -> None:
-    """In float64, nothing is rounded to float32 on the way."""
+    """In float64, no intermediate value is rounded to float32."""
     with jax.enable_x64(True):
         case = to_float64(case)
         start = subject.route(case)
         _expect_dtype(start, case)
-        # Tiny steps change a smooth function in proportion. Rounded to float32, it stands still, and then it jumps.
+        # Small steps change a smooth function in proportion; a value rounded to float32 stays the same, and then jumps.
         step = STEP * jnp.abs(case.votes).max() * np.random.default_rng(4).normal(size=case.votes.shape)
         one, two = (subject.route(case._replace(votes=case.votes + n * step)) for n in (1, 2))
         for name, at_start, at_one, at_two in zip(Routed._fields, start, one, two, strict=True):
             far = np.abs(at_two - at_start).max()
             error = np.abs(at_two - at_start - 2 * (at_one - at_start)).max()
-            # A change of some units in the last place only says nothing.
+            # Changes of a few units in the last place are not informative.
             if error > STEP_TOLERANCE * far + 1e-13 * np.abs(at_start).max():
                 raise Finding(
                     f"{name} jump when the votes change by {STEP:.0e} in float64; expected a smooth change: is "
@@ -222,29 +214,19 @@ def float64(subject: Subject, case: Case) -> None:
 
 
 CHECKS: tuple[Check, ...] = (
-    result,
-    repeatable,
-    compiled,
-    couplings,
-    activations,
-    order_of_inputs,
-    order_of_outputs,
-    batch,
-    positions,
-    finite,
-    float32,
-    float64,
+    *(result, repeatable, compiled, couplings, activations, order_of_inputs, order_of_outputs),
+    *(batch, positions, finite, float32, float64),
 )
 
 
 class Outcome(NamedTuple):
-    """The result of one check.
+    """The outcome of one check.
 
     Attributes:
-        name: of the check.
-        promise: what was checked.
+        name: name of the check.
+        promise: the property that it checks.
         status: "ok", "FAILED" or "not run".
-        finding: what failed, or why the check was not run; empty if all is well.
+        finding: what failed, or why the check was not run; empty if the property holds.
     """
 
     name: str
@@ -260,16 +242,17 @@ def check_routing(
     extra_checks: Sequence[Check] = (),
     seed: int = 0,
 ) -> list[Outcome]:
-    """Runs all checks on a routing. A check that fails does not keep the others from running.
+    """Run all checks on a routing algorithm.
 
     Args:
-        routing: as for `get_routing`.
-        num_iterations: for routings that iterate.
-        extra_checks: run after those in `CHECKS`.
-        seed: of the random votes, activations, poses and weights.
+        routing: the algorithm, as for `get_routing`.
+        num_iterations: number of iterations, for algorithms that iterate.
+        extra_checks: checks to run after those in `CHECKS`.
+        seed: seed of the random votes, activations, poses and weights.
 
     Returns:
-        The outcome of each check. Where the routing cannot be called or compiled at all, the others are not run.
+        The outcome of each check. If the algorithm cannot be called or compiled at all, later checks are not run; any
+        other failure does not stop them.
 
     Raises:
         UsageError: the routing is unknown or refuses its options.
@@ -286,10 +269,13 @@ def check_routing(
             except Finding as error:
                 status, finding = "FAILED", str(error)
             except Exception as error:  # the user's function may raise anything
-                status, finding = "FAILED", _told(error)
+                status, finding = (
+                    "FAILED",
+                    str(error) if isinstance(error, UsageError) else f"It raises {in_words(error)}",
+                )
                 if check in (result, compiled):
                     obstacle = f"The check '{name_of(check)}' must pass first."
-        outcomes.append(Outcome(name_of(check), promise_of(check), status, finding))
+        outcomes.append(Outcome(name_of(check), (check.__doc__ or "").partition("\n")[0], status, finding))
     return outcomes
 
 
@@ -298,13 +284,8 @@ def name_of(check: Check) -> str:
     return check.__name__.replace("_", " ")
 
 
-def promise_of(check: Check) -> str:
-    """The first line of a check's docstring."""
-    return (check.__doc__ or "").partition("\n")[0]
-
-
 def verdict(routing: str, outcomes: list[Outcome]) -> str:
-    """The outcomes in one sentence."""
+    """Summarise the outcomes in one sentence."""
     failed = [outcome.name for outcome in outcomes if outcome.status == "FAILED"]
     skipped = sum(outcome.status == "not run" for outcome in outcomes)
     if not failed:
@@ -314,15 +295,15 @@ def verdict(routing: str, outcomes: list[Outcome]) -> str:
 
 
 def to_float64(case: Case) -> Case:
-    """The same numbers in float64; to be called where JAX has it."""
+    """Convert a case to float64; call it under `jax.enable_x64`."""
     return jax.tree.map(lambda array: jnp.asarray(np.asarray(array), jnp.float64), case)
 
 
 def compare(who: str, name: str, actual: Any, expected: Any, tolerance: float) -> None:
-    """Compares arrays of one shape; the error is a fraction of the largest expected value.
+    """Compare arrays of one shape; the error is relative to the largest expected value.
 
     Raises:
-        Finding: it is larger than tolerated, or something is NaN or infinite.
+        Finding: the error exceeds the tolerance, or a value is NaN or infinite.
     """
     actual, expected = np.asarray(actual), np.asarray(expected)
     if not (np.isfinite(actual).all() and np.isfinite(expected).all()):
@@ -335,7 +316,7 @@ def compare(who: str, name: str, actual: Any, expected: Any, tolerance: float) -
 
 
 def _readout(routed: Routed) -> Float[Array, ""]:
-    """Poses and activations as one number; each counts differently, so that no gradients cancel."""
+    """A sum of poses and activations with different coefficients, so that no gradients cancel."""
     outputs = jnp.concatenate([rearrange(routed.poses, "... o h -> ... (o h)"), routed.activations], axis=-1)
     return jnp.sum(outputs * jnp.cos(jnp.arange(outputs.shape[-1])))
 
@@ -351,18 +332,13 @@ def _expect_dtype(routed: Routed, case: Case) -> None:
             raise Finding(f"{name} of {case.votes.dtype} votes are {array.dtype}; expected the dtype of the votes.")
 
 
-def _pick(subject: Subject, case: Case, letter: str, indices: Any) -> Case:
-    """These input capsules (letter i) or output capsules (letter o) of a case, in this order."""
+def _pick(subject: Subject, case: Case, letter: str, indices: np.ndarray) -> Case:
+    """Select these input capsules (letter i) or output capsules (letter o) of a case, in this order."""
 
     def pick(array: Array, axes: Sequence[str]) -> Array:
-        picked = np.asarray(array)
         for axis, found in enumerate(axes):
-            picked = np.take(picked, indices, axis) if found == letter else picked
-        return jnp.asarray(picked)
+            array = jnp.asarray(np.asarray(array).take(indices, axis)) if found == letter else array
+        return array
 
     weights = {name: pick(case.weights[name], weight.axes) for name, weight in subject.routing.weights.items()}
     return Case(pick(case.votes, "ioh"), pick(case.activations, "i"), pick(case.poses, "id"), weights)
-
-
-def _told(error: Exception) -> str:
-    return str(error) if isinstance(error, UsageError) else f"It raises {in_words(error)}"

@@ -1,4 +1,4 @@
-"""Routing by chance: a baseline whose couplings differ, and mean nothing."""
+"""Random routing: a baseline whose couplings carry no information."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,21 +11,21 @@ from capsnet_jax.routing.arguments import check_arguments
 
 
 def random(votes: Float[Array, "i o h"], activations: Float[Array, " i"], *, seed: int = 0) -> Routed:
-    r"""Couplings drawn once, the same for every example: $v_o = \mathrm{squash}(\sum_i c_{io} u_{io})$.
+    r"""Random couplings, the same for every example: $v_o = \mathrm{squash}(\sum_i c_{io} u_{io})$.
 
-    Each input capsule's couplings are uniform on the simplex. They belong to the number of a capsule, so that this is
-    the one routing here to which the order of capsules matters.
+    The couplings of each input capsule are drawn uniformly from the simplex. They depend on the index of the capsule,
+    so unlike all other algorithms here, this one depends on the order of the capsules.
 
     Args:
-        votes: $u_{io}$, for one example.
+        votes: $u_{io}$ of one example.
         activations: not used.
-        seed: of the draw, by NumPy, so that both frameworks draw alike.
+        seed: seed of the draw, which NumPy makes, so that JAX and PyTorch draw the same couplings.
 
     Returns:
         The squashed output capsules, their norms as activations, and the couplings.
 
     Raises:
-        UsageError: votes or activations are of a wrong shape, or the seed is negative.
+        UsageError: votes or activations have a wrong shape, or the seed is negative.
     """
     check_arguments("random", votes, activations)
     if seed < 0:

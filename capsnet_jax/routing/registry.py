@@ -1,11 +1,11 @@
-"""From the name of a routing to what a layer calls: options bound, weights known, results checked, errors named."""
+"""Routing algorithms by name, with their options bound, their learned weights listed and their results checked."""
 
+import ast
 import functools
 import importlib
 import inspect
 import math
 import traceback
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,21 +28,38 @@ from capsnet_jax.routing.uniform import uniform
 from capsnet_jax.routing.variational import variational
 
 ROUTINGS: dict[str, Callable[..., Routed]] = {
-    "dynamic": dynamic,
-    "em": em,
-    "variational": variational,
-    "self_attention": self_attention,
-    "inverted_attention": inverted_attention,
-    "self_routing": self_routing,
-    "kmeans": kmeans,
-    "uniform": uniform,
-    "random": random,
+    function.__name__: function
+    for function in (
+        dynamic,
+        em,
+        variational,
+        self_attention,
+        inverted_attention,
+        self_routing,
+        kmeans,
+        uniform,
+        random,
+    )
 }
-OPTION_TYPES = (bool, int, float, str)
+"""The routing algorithms of this package, by name.
+
+Each is a function `(votes [i o h], activations [i]) -> Routed` of one example. Layers take them by name.
+
+Examples:
+    >>> import jax.numpy as jnp
+    >>> from capsnet_jax import ROUTINGS
+    >>> sorted(ROUTINGS)[:3]
+    ['dynamic', 'em', 'inverted_attention']
+    >>> ROUTINGS["uniform"](jnp.ones((6, 3, 4)), jnp.ones(6)).poses.shape
+    (3, 4)
+"""
+
+
+EXPECTED: dict[type, str] = {bool: "true or false", int: "int", float: "a finite number"}  # of an option, in messages
 
 
 class Weight(NamedTuple):
-    """A weight that a routing learns: its axes, as letters i, o, d and h, and the constant it starts from."""
+    """A learned weight of a routing algorithm: its axes, as letters i, o, d and h, and its initial value."""
 
     axes: tuple[str, ...]
     initial: float
@@ -50,22 +67,22 @@ class Weight(NamedTuple):
 
 @dataclass(frozen=True)
 class Routing:
-    """A routing algorithm as a layer calls it, for one example. Equal routings are equal, and hash alike.
+    """A routing algorithm with its options bound, as layers call it. Hashable; equal if all attributes are.
 
-    A layer gives a routing the votes and activations, and what else it has an argument for:
+    A layer passes votes and activations by position, and these keyword arguments to functions that accept them:
 
-    - `poses`: those of the input capsules, `[i d]`;
+    - `poses`: poses of the input capsules, `[i d]`;
     - `num_iterations`;
-    - the weights that it declares by `learns`;
-    - `softmax`: the softmax over all parents of an input capsule, from `[positions i o]` to the same. A convolutional
-      layer calls a routing with this argument once, with votes `[positions i o h]`; one without, for each position.
+    - the weights declared with `learns`;
+    - `softmax`: the softmax over all parents of an input capsule, of logits `[positions i o]`. A convolutional layer
+      calls a function with this argument once, with votes `[positions i o h]`, and any other once per position.
 
-    All other keyword arguments are options, which the user may set.
+    All other keyword arguments are options of the user.
 
     Attributes:
-        name: that of the algorithm, without options, for messages.
+        name: name of the algorithm without options, for messages.
         function: the algorithm.
-        options: keyword arguments that are bound.
+        options: bound keyword arguments, sorted by name.
     """
 
     name: str
@@ -75,22 +92,22 @@ class Routing:
     def __call__(
         self, votes: Float[Array, "*positions i o h"], activations: Float[Array, "*positions i"], **given: Any
     ) -> Routed:
-        """The output capsules of one example.
+        """Route one example.
 
         Args:
-            votes: what each input capsule predicts for each output capsule.
-            activations: those of the input capsules.
-            given: weights, and poses and softmax, which are passed on if the routing has an argument for them.
+            votes: vote of each input capsule for each output capsule.
+            activations: activations of the input capsules.
+            given: weights, poses and softmax; ignored if the function does not accept them.
 
         Raises:
-            UsageError: the function raises an error, which is the cause of this one; or the result is not a `Routed`
-                of the right shapes.
+            UsageError: the function raises an error, which becomes the cause of this one, or does not return a
+                `Routed` of the right shapes.
         """
         given = {name: value for name, value in given.items() if self.takes(name)}
         try:
             routed = self.function(votes, activations, **(dict(self.options) | given))
         except (UsageError, jax.errors.JaxRuntimeError, Warning):
-            raise  # in words already; an error of the device, such as too little memory; or a warning made an error
+            raise  # already explained, an error of the device such as out of memory, or a warning turned into an error
         except Exception as error:  # the user's function may raise anything
             place = _place(self.function, error)
             raise UsageError(f"Routing {self.name} raises {in_words(error)}{place}.") from error
@@ -99,66 +116,56 @@ class Routing:
                 f"Routing {self.name} returned {type(routed).__name__}; expected Routed(poses, activations, couplings)."
             )
         *positions, inputs, outputs, size = votes.shape
-        expected = {
-            "poses": (*positions, outputs, size),
-            "activations": (*positions, outputs),
-            "couplings": (*positions, inputs, outputs),
-        }
-        for field, shape in expected.items():
-            array = getattr(routed, field)
-            if not isinstance(array, jax.Array) or array.shape != shape:
-                got = array.shape if isinstance(array, jax.Array) else f"of type {type(array).__name__}"
+        shapes = (*positions, outputs, size), (*positions, outputs), (*positions, inputs, outputs)
+        for field, array, shape in zip(Routed._fields, routed, shapes, strict=True):
+            got = array.shape if isinstance(array, jax.Array) else f"of type {type(array).__name__}"
+            if got != shape:
                 raise UsageError(
                     f"Routing {self.name}: {field} are {got}; expected {shape} from votes of shape {votes.shape}."
                 )
         return routed
 
     def takes(self, argument: str) -> bool:
-        """Whether the function has an argument of this name."""
+        """Tell whether the function has an argument of this name."""
         return argument in _parameters(self.function)
 
     @property
     def weights(self) -> dict[str, Weight]:
-        """The weights to be learned; those that start from None are not there."""
-        defaults = {name: parameter.default for name, parameter in _parameters(self.function).items()}
-        initial = defaults | dict(self.options)
+        """The weights that a layer creates and learns: those declared with `learns` whose initial value is not None."""
+        initial = {name: parameter.default for name, parameter in _parameters(self.function).items()}
+        initial |= dict(self.options)
         axes = learned_axes(self.function)
         return {name: Weight(axes[name], initial[name]) for name in axes if initial[name] is not None}
 
 
 def get_routing(routing: str | Callable[..., Routed] | Routing, *, num_iterations: int = 3) -> Routing:
-    """The routing of a name, with its options bound.
+    """Look up a routing algorithm and bind its options.
 
     Args:
-        routing: a name in `ROUTINGS`, the user's own as `package.module:function`, or the function itself. Options
-            follow a name after commas: "dynamic,leaky=true,capsule_bias=0.1"; those of a function are bound by
+        routing: a name in `ROUTINGS`, your own function as `package.module:function`, or the function itself. Options
+            follow a name after commas, as in "dynamic,leaky=true,capsule_bias=0.1". Bind the options of a function with
             `functools.partial`.
-        num_iterations: passed to functions that take an argument of this name, unless it is among the options.
+        num_iterations: number of iterations, for functions with this argument; an option of this name overrides it.
 
     Raises:
-        UsageError: the name is unknown, cannot be imported or is not callable, or has no such option.
+        UsageError: the name is unknown, cannot be imported or is not callable, or it has no such option.
     """
     if isinstance(routing, Routing):
         return routing
-    options: dict[str, Any] = {}
-    if isinstance(routing, str):
-        name, *settings = routing.split(",")
-        function = _find(name)
-        options = _options(name, function, settings)
-    else:
-        function = routing
-        if isinstance(routing, functools.partial):
-            function, options = routing.func, dict(routing.keywords)
-            unknown = [name for name in options if name not in _parameters(function)]
-            if unknown or routing.args:
-                raise UsageError(
-                    f"Routing {routing} binds {[*routing.args, *unknown]}; expected keywords among "
-                    f"{describe_options(function)}."
-                )
-        name = getattr(function, "__name__", str(function))
-        _check_callable(name, function)
-    parameters = _parameters(function)
-    if "num_iterations" in parameters:
+    name, *settings = routing.split(",") if isinstance(routing, str) else [str(routing)]
+    found = _find(name) if isinstance(routing, str) else routing
+    if not callable(found):
+        kind = type(found).__name__
+        raise UsageError(f"Routing {name!r} is of type {kind}; expected a function of votes and activations.")
+    bound = functools.partial(found)  # of a partial, it has the same function and keywords
+    function, options = bound.func, bound.keywords
+    if not isinstance(routing, str):
+        name = getattr(function, "__name__", name)
+    unknown = [*bound.args, *(option for option in options if option not in _parameters(function))]
+    if unknown:
+        raise UsageError(f"Routing {routing} binds {unknown}; expected keywords among {describe_options(function)}.")
+    options |= _parse_options(name, function, settings)
+    if "num_iterations" in _parameters(function):
         options = {"num_iterations": num_iterations} | options
         if options["num_iterations"] < 1:
             raise UsageError(f"Routing {name}: num_iterations is {options['num_iterations']}, and must be at least 1.")
@@ -166,92 +173,83 @@ def get_routing(routing: str | Callable[..., Routed] | Routing, *, num_iteration
 
 
 def describe_options(function: Callable[..., Routed]) -> str:
-    """The options of a routing with types and defaults, for help and messages."""
-    described = []
-    for name, parameter in _parameters(function).items():
-        if name not in GIVEN or name == "num_iterations":
-            learned = ", learned" if name in learned_axes(function) else ""
-            described.append(f"{name} ({_option_type(function, parameter).__name__}, {parameter.default}{learned})")
+    """List the options of a routing with their types and defaults, for help texts and error messages."""
+    learned = learned_axes(function)
+    described = [
+        f"{name} ({kind.__name__}, {_parameters(function)[name].default}{', learned' if name in learned else ''})"
+        for name, kind in _option_types(function).items()
+    ]
     return ", ".join(described) or "none"
 
 
-def _find(name: str) -> Callable[..., Routed]:
+def _find(name: str) -> Any:
     if name in ROUTINGS:
         return ROUTINGS[name]
-    module, _, function = name.partition(":")
-    if not function:
+    module, _, attribute = name.partition(":")
+    if not attribute:
         raise UsageError(
             f"Unknown routing {name!r}; expected {', '.join(ROUTINGS)} or your own as package.module:function."
         )
     try:
-        found = getattr(importlib.import_module(module), function)
-    except UsageError:  # of `learns`, in words already
+        return getattr(importlib.import_module(module), attribute)
+    except UsageError:  # raised by `learns`
         raise
-    except Exception as error:  # whatever the user's module does when it is imported
+    except Exception as error:  # importing the user's module may raise anything
         raise UsageError(f"Routing {name!r} cannot be imported: {in_words(error)}.") from error
-    _check_callable(name, found)
-    return typing.cast(Callable[..., Routed], found)
 
 
-def _check_callable(name: str, function: object) -> None:
-    if not callable(function):
-        kind = type(function).__name__
-        raise UsageError(f"Routing {name!r} is of type {kind}; expected a function of votes and activations.")
-
-
-def _options(name: str, function: Callable[..., Routed], settings: list[str]) -> dict[str, Any]:
-    options = {}
+def _parse_options(name: str, function: Callable[..., Routed], settings: list[str]) -> dict[str, Any]:
+    types = _option_types(function)
+    options: dict[str, Any] = {}
     for setting in settings:
         option, _, text = (part.strip() for part in setting.partition("="))
-        parameter = _parameters(function).get(option)
-        if parameter is None or (option in GIVEN and option != "num_iterations"):
+        if option not in types:
             raise UsageError(f"Routing {name} has no option {option!r}; expected {describe_options(function)}.")
         if option in options:
             raise UsageError(f"Routing {name}: {option} is given twice.")
-        options[option] = _value(name, function, parameter, text)
+        value = options[option] = _parse(text, types[option])
+        expected = EXPECTED.get(types[option])
+        if expected is not None and (type(value) is not types[option] or value in (math.inf, -math.inf)):
+            raise UsageError(f"Routing {name}: {option} is {text!r}; expected {expected}.")
     return options
 
 
-def _value(
-    name: str, function: Callable[..., Routed], parameter: inspect.Parameter, text: str
-) -> bool | int | float | str:
-    kind = _option_type(function, parameter)
+def _parse(text: str, kind: type) -> Any:
+    """Parse a number, true or false, or else return the text itself."""
+    if kind is str:
+        return text
     try:
-        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-        if kind is float and not math.isfinite(value):
-            raise ValueError
-        return typing.cast(bool | int | float | str, value)
-    except (KeyError, ValueError) as error:
-        expected = "true or false" if kind is bool else "a finite number" if kind is float else kind.__name__
-        raise UsageError(f"Routing {name}: {parameter.name} is {text!r}; expected {expected}.") from error
+        value = ast.literal_eval(text.capitalize())
+    except (SyntaxError, ValueError):
+        return text
+    return float(value) if kind is float and type(value) is int else value
 
 
-def _option_type(function: Callable[..., Routed], parameter: inspect.Parameter) -> type:
-    """What an option is written as; a weight is written as the number that it starts from."""
-    if parameter.name in learned_axes(function):
-        return float
-    for kind in (parameter.annotation, *typing.get_args(parameter.annotation)):  # int, and the int of int | None
-        if kind in OPTION_TYPES:
-            return typing.cast(type, kind)
-    return type(parameter.default) if type(parameter.default) in OPTION_TYPES else str
+def _option_types(function: Callable[..., Routed]) -> dict[str, type]:
+    """The type of each option: that of its default, and float for the initial value of a learned weight."""
+    return {
+        name: float if name in learned_axes(function) else type(parameter.default)
+        for name, parameter in _parameters(function).items()
+        if name not in GIVEN or name == "num_iterations"
+    }
 
 
 @functools.cache
 def _parameters(function: Callable[..., Routed]) -> dict[str, inspect.Parameter]:
-    """The arguments after votes and activations, which come first whatever they are called."""
+    """The arguments after votes and activations, which come first whatever their names are."""
     try:
-        _, _, *others = inspect.signature(function, eval_str=True).parameters.values()
-    except Exception as error:  # too few arguments, a function in C, or annotations that only type checkers know
+        _, _, *others = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:  # too few arguments, or a function in C
         raise UsageError(
             f"Routing {getattr(function, '__name__', function)}: its arguments cannot be told ({error}); expected "
-            "votes, activations and keyword arguments, with annotations of what is imported."
+            "votes, activations and keyword arguments."
         ) from error
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {parameter.name: parameter for parameter in others if parameter.kind not in kinds}
 
 
 def _place(function: Callable[..., Routed], error: Exception) -> str:
-    """The last line of the function's file that an error passed through, as " (file, line n)"; empty if none."""
+    """Tell the last line of the function's file that an error passed through, as " (file, line n)"; empty if none."""
     function = inspect.unwrap(function)
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
     file = code.co_filename if code else ""

@@ -1,4 +1,4 @@
-"""Self-routing: every input capsule decides by itself where it sends its vote."""
+"""Self-routing: each input capsule computes its own couplings, without agreement."""
 
 import jax
 import jax.numpy as jnp
@@ -19,25 +19,25 @@ def self_routing(
     route_bias: Float[Array, "i o"] | float = 0.0,
     epsilon: float = 1e-8,
 ) -> Routed:
-    r"""A small linear classifier for each input capsule takes the place of agreement.
+    r"""Self-routing: a linear classifier per input capsule computes its couplings from its pose.
 
     $$c_{io} = \mathrm{softmax}_o(x_i W_i + b_i), \quad
       a_o = \frac{\sum_i a_i c_{io}}{\sum_i a_i}, \quad
       v_o = \frac{\sum_i a_i c_{io} u_{io}}{\sum_i a_i c_{io}}$$
 
     Args:
-        votes: $u_{io}$, for one example.
-        activations: $a_i$, of the input capsules.
-        poses: $x_i$, of the input capsules.
-        route_weight: $W_i$; learned, from zero, as by the authors.
-        route_bias: $b_i$; learned.
-        epsilon: added to both denominators, so that inputs of activation zero give zeros.
+        votes: $u_{io}$ of one example.
+        activations: $a_i$ of the input capsules.
+        poses: $x_i$ of the input capsules.
+        route_weight: learned $W_i$, initially zero as in the authors' code.
+        route_bias: learned $b_i$.
+        epsilon: added to both denominators, so that inputs of activation zero give zero.
 
     Returns:
-        The output capsules, activations that sum to 1 over the outputs, and the couplings.
+        The output capsules, activations that sum to 1 over the output capsules, and the couplings.
 
     Raises:
-        UsageError: votes, activations or poses are of a wrong shape.
+        UsageError: votes, activations or poses have a wrong shape.
 
     References:
         Hahn, Pyeon, Kim, "Self-Routing Capsule Networks" (2019), eq. 4 to 6.

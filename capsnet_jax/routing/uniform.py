@@ -1,4 +1,4 @@
-"""No routing: the baseline that every routing has to beat."""
+"""Uniform routing: the baseline without routing, which every algorithm has to beat."""
 
 import jax.numpy as jnp
 from einops import reduce
@@ -10,17 +10,17 @@ from capsnet_jax.routing.arguments import check_arguments
 
 
 def uniform(votes: Float[Array, "i o h"], activations: Float[Array, " i"]) -> Routed:
-    r"""Every input capsule sends the same share to every output capsule: $v_o = \mathrm{squash}(\sum_i u_{io} / O)$.
+    r"""Uniform couplings: $v_o = \mathrm{squash}(\sum_i u_{io} / O)$.
 
     Args:
-        votes: $u_{io}$, for one example.
+        votes: $u_{io}$ of one example.
         activations: not used.
 
     Returns:
         The squashed output capsules, their norms as activations, and couplings of 1 / O.
 
     Raises:
-        UsageError: votes or activations are of a wrong shape.
+        UsageError: votes or activations have a wrong shape.
 
     References:
         Gu, Tresp, "Improving the Robustness of Capsule Networks to Image Affine Transformations" (2019), section 4.

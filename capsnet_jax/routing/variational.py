@@ -1,4 +1,4 @@
-"""Capsule routing by variational Bayes: a mixture of Gaussians whose parameters have distributions, too."""
+"""Variational Bayes routing: EM routing with priors on the parameters of the Gaussians."""
 
 import math
 
@@ -27,9 +27,9 @@ def variational(
     epsilon: float = 1e-7,
     norm_epsilon: float = 1e-5,
 ) -> Routed:
-    r"""As EM routing, but with priors, so that no Gaussian's variance can collapse onto a single vote.
+    r"""Variational Bayes routing: a mixture of Gaussians with priors, so that no variance collapses onto a single vote.
 
-    Parameters, with $r_{io} = 1 / O$ at first, $\nu_0 = h + 1$ and a prior mean of zero:
+    Parameters, with $r_{io} = 1 / O$ initially, $\nu_0 = h + 1$ and a prior mean of zero:
 
     $$R_o = \sum_i a_i r_{io}, \quad \alpha_o = \alpha_0 + R_o, \quad \kappa_o = \kappa_0 + R_o, \quad
       \nu_o = \nu_0 + R_o, \quad \bar u_o = \frac{1}{R_o} \sum_i a_i r_{io} u_{io}, \quad
@@ -46,38 +46,38 @@ def variational(
     $$r_{io} = \mathrm{softmax}_o \Bigl(E_o + \tfrac12 L_o - \tfrac12 \bigl(\frac{h}{\kappa_o}
       + \nu_o \sum_h \psi_{oh} (u_{ioh} - m_{oh})^2\bigr)\Bigr)$$
 
-    In the end, the less entropy a Gaussian has, the more active it is, compared with those of the other outputs:
+    After the last iteration, activations compare entropies: the lower the entropy of a Gaussian, the more active it is.
 
     $$a_o = \mathrm{sigmoid}\Bigl(\gamma_o \mathrm{LN}_o \bigl(-e^{E_o}
       (\tfrac{h}{2} \ln 2 \pi e - \tfrac12 L_o)\bigr) + \beta_o\Bigr)$$
 
-    where LN subtracts the mean over the outputs and divides by the deviation.
+    where LN subtracts the mean over the output capsules and divides by the standard deviation.
 
     Args:
-        votes: $u_{io}$, for one example.
+        votes: $u_{io}$ of one example.
         activations: $a_i$ of the input capsules, in [0, 1].
         num_iterations: number of times the parameters are computed.
-        gain: $\gamma_o$; learned.
-        beta: $\beta_o$; learned.
+        gain: learned $\gamma_o$.
+        beta: learned $\beta_o$.
         alpha0: prior of the mixing proportions.
-        kappa0: how many votes the prior mean counts for.
-        psi0: prior of the inverse scale. The larger against the squares of the votes, the softer the assignments; the
-            authors have 1, and batch-normalise.
-        epsilon: added to $R_o$ where it divides.
+        kappa0: weight of the prior mean, as a number of votes.
+        psi0: prior of the inverse scale. The larger it is compared with the squared votes, the softer the assignments.
+            The authors use 1, and batch normalisation.
+        epsilon: added to $R_o$ in denominators.
         norm_epsilon: added to the variance in LN.
 
     Returns:
         The posterior means $m$ as poses, the activations, and the couplings $r$ of the last iteration.
 
     Raises:
-        UsageError: votes or activations are of a wrong shape, or `num_iterations` is less than 1.
+        UsageError: votes or activations have a wrong shape, or `num_iterations` is less than 1.
 
     References:
         Ribeiro, Leontidis, Kollias, "Capsule Routing via Variational Bayes" (2020), algorithm 1, with diagonal
         precision matrices. https://arxiv.org/abs/1905.11455
         The authors' code, https://github.com/fabio-deep/Variational-Capsule-Routing, leaves $E_o$ out of the numerator
-        of the softmax, and batch-normalises means and activations, by which an example sees its batch. LN takes the
-        place of the latter; with neither, all activations stay near to each other and training is slow.
+        of the softmax, and batch-normalises means and activations, which couples the examples of a batch. LN replaces
+        the normalisation of activations; without it, all activations stay close to each other and training is slow.
     """
     check_arguments("variational", votes, activations, num_iterations=num_iterations)
     num_outputs, size = votes.shape[1:]
@@ -91,7 +91,7 @@ def variational(
         means = mass / kappa * mean_votes
         scatter = jnp.einsum("io,ioh->oh", shares, jnp.square(votes - mean_votes))
         inverse_psi = psi0 + scatter + kappa0 * mass / kappa * jnp.square(mean_votes)
-        # what the assignments need of them
+        # their expectations under the posterior
         log_share = (digamma(alpha) - digamma(alpha.sum()))[:, 0]
         log_precision = (
             reduce(digamma((nu - jnp.arange(size)) / 2), "o h -> o", "sum")

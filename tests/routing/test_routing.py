@@ -1,4 +1,4 @@
-"""What every routing promises, on dynamic routing; and how routings are found."""
+"""Dynamic routing by hand; how routing algorithms are looked up; learned weights, options and errors."""
 
 import inspect
 import sys
@@ -24,7 +24,7 @@ ACTIVATIONS = jnp.asarray(np.random.default_rng(1).uniform(size=INPUTS), jnp.flo
 
 
 @pytest.mark.parametrize("num_iterations", [1, 2, 4])
-def test_couplings_are_shares_and_activations_are_norms_below_1(num_iterations):
+def test_couplings_sum_to_one_and_activations_are_norms(num_iterations):
     routed = dynamic(VOTES, ACTIVATIONS, num_iterations=num_iterations)
     np.testing.assert_allclose(routed.couplings.sum(axis=1), 1, rtol=1e-6)
     assert np.all(routed.couplings > 0)
@@ -32,7 +32,7 @@ def test_couplings_are_shares_and_activations_are_norms_below_1(num_iterations):
     assert np.all(routed.activations < 1)
 
 
-def test_one_iteration_is_a_squashed_mean():
+def test_one_iteration_is_a_squashed_mean_of_votes():
     total = np.asarray(VOTES, np.float64).sum(axis=0) / OUTPUTS
     norm = np.linalg.norm(total, axis=1, keepdims=True)
     np.testing.assert_allclose(
@@ -41,14 +41,14 @@ def test_one_iteration_is_a_squashed_mean():
 
 
 def test_a_capsule_gets_more_of_the_votes_that_agree():
-    """Two inputs vote alike for output 0, a third against them; it turns to output 1."""
+    """Two input capsules agree on output 0. The third disagrees, and sends its vote to output 1."""
     votes = jnp.array([[[3.0, 0], [1, 0]], [[3, 0], [1, 0]], [[-3, 0], [1, 0]]])
     couplings = dynamic(votes, jnp.ones(3)).couplings
     assert np.all(couplings[:2, 0] > 0.8)
     assert couplings[2, 0] < 0.1
 
 
-def test_order_of_inputs_does_not_matter_and_outputs_follow_theirs():
+def test_permuted_capsules_give_permuted_results():
     inputs, outputs = np.random.default_rng(2).permutation(INPUTS), np.random.default_rng(3).permutation(OUTPUTS)
     routed = dynamic(VOTES, ACTIVATIONS)
     permuted = dynamic(VOTES[inputs][:, outputs], ACTIVATIONS[inputs])
@@ -62,7 +62,7 @@ def test_gradients_are_finite_at_any_scale(scale):
     assert np.all(np.isfinite(grads))
 
 
-def test_an_example_does_not_see_its_batch_mates():
+def test_examples_of_a_batch_are_independent():
     layer = CapsuleLayer(INPUTS, 4, OUTPUTS, SIZE, rngs=nnx.Rngs(0))
     poses = jnp.asarray(np.random.default_rng(4).normal(size=(3, INPUTS, 4)), jnp.float32)
     together = layer(Capsules(poses, jnp.linalg.norm(poses, axis=-1))).poses
@@ -77,7 +77,7 @@ def test_no_iteration_is_an_error(num_iterations):
         dynamic(VOTES, ACTIVATIONS, num_iterations=num_iterations)
 
 
-def test_a_routing_is_found_by_name_by_module_or_given():
+def test_a_routing_is_a_name_or_a_module_path_or_a_function():
     for routing in ("dynamic", "capsnet_jax.routing.dynamic:dynamic", dynamic):
         found = get_routing(routing, num_iterations=2)
         np.testing.assert_array_equal(
@@ -85,7 +85,7 @@ def test_a_routing_is_found_by_name_by_module_or_given():
         )
 
 
-def test_a_routing_without_iterations_is_called_without():
+def test_num_iterations_is_passed_to_functions_that_take_it():
     assert get_routing(partial(dynamic, num_iterations=1), num_iterations=5) is not None
     plain = get_routing(lambda votes, activations: dynamic(votes, activations, num_iterations=1), num_iterations=5)
     np.testing.assert_array_equal(
@@ -94,7 +94,7 @@ def test_a_routing_without_iterations_is_called_without():
 
 
 @pytest.mark.parametrize("name", ["dynamo", "capsnet_jax.ops:nothing", "no_such_module:dynamic"])
-def test_an_unknown_routing_is_an_error_that_names_it(name):
+def test_an_unknown_routing_is_refused_by_name(name):
     with pytest.raises(UsageError, match=name):
         get_routing(name, num_iterations=3)
 
@@ -104,7 +104,7 @@ def test_the_error_lists_the_names():
         get_routing("dynamo", num_iterations=3)
 
 
-def test_learned_weights_are_what_is_declared():
+def test_only_declared_arguments_are_learned():
     @learns(mix="h h")
     def mixed(u, a, *, mix=0.5, shift: Float[Array, " h"] | float = 0.0, top: int | None = None, **others):
         return dynamic(u @ jnp.broadcast_to(mix, (SIZE, SIZE)) + shift, a)
@@ -117,8 +117,8 @@ def test_learned_weights_are_what_is_declared():
     np.testing.assert_array_equal(layer.routing_weights["mix"][...], np.full((SIZE, SIZE), 0.5, np.float32))
 
 
-def test_a_declaration_leaves_the_function_as_it_is():
-    """Without the weight, the default is used, which is what a layer starts from."""
+def test_learns_returns_the_function_itself():
+    """The default is used without the weight, and is the initial value in a layer."""
 
     def scaled(votes, activations, *, scale=2.0):
         return dynamic(scale * votes, activations)
@@ -130,14 +130,14 @@ def test_a_declaration_leaves_the_function_as_it_is():
     assert layer.routing_weights["scale"][...] == 2
 
 
-def test_a_weight_that_starts_from_none_is_learned_if_a_number_is_given():
+def test_a_weight_without_default_is_learned_if_an_option_sets_it():
     assert get_routing("dynamic").weights == {}
     routing = get_routing("dynamic,capsule_bias=0.1,prior_logits=0")
     assert routing.weights == {"prior_logits": (("i", "o"), 0.0), "capsule_bias": (("o", "h"), 0.1)}
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
-def test_declared_axes_are_those_of_the_annotations(name):
+def test_declared_axes_match_the_annotations(name):
     parameters = inspect.signature(ROUTINGS[name]).parameters
     for weight, axes in learned_axes(ROUTINGS[name]).items():
         array, *_ = get_args(parameters[weight].annotation)
@@ -161,7 +161,7 @@ NO_DEFAULT = "is not a keyword argument with a default to start from; expected o
         ({"gain": "io"}, "'gain' has the axes 'io'; expected i, o, d or h, with spaces between."),
     ],
 )
-def test_a_wrong_declaration_is_an_error_where_it_stands(axes, words):
+def test_a_wrong_declaration_is_refused(axes, words):
     def f(votes, activations, *, must, poses=None, gain=1.0, bias=None): ...
 
     with pytest.raises(UsageError) as caught:
@@ -169,7 +169,7 @@ def test_a_wrong_declaration_is_an_error_where_it_stands(axes, words):
     assert str(caught.value) == f"Routing f: the learned weight {words}"
 
 
-def test_a_wrong_declaration_is_told_by_the_command_as_it_is(tmp_path, monkeypatch):
+def test_a_wrong_declaration_in_a_module_is_reported_as_it_is(tmp_path, monkeypatch):
     (tmp_path / "misdeclared.py").write_text(
         "from capsnet_jax.routing import learns\n@learns(gain='x')\ndef f(votes, activations, *, gain=1.0): ...\n"
     )
@@ -242,7 +242,7 @@ def faulty(tmp_path, monkeypatch):
         ("called", "IndexError: ", IndexError),
     ],
 )
-def test_an_error_of_a_routing_is_told_with_its_place_and_has_the_original_as_its_cause(faulty, name, words, cause):
+def test_an_error_in_a_routing_is_reported_with_its_line_and_cause(faulty, name, words, cause):
     with pytest.raises(UsageError) as caught:
         get_routing(f"{faulty}:{name}")(VOTES, ACTIVATIONS)
     assert str(caught.value).startswith(f"Routing {faulty}:{name} raises {words}")
@@ -254,7 +254,7 @@ def test_an_error_of_a_routing_is_told_with_its_place_and_has_the_original_as_it
         assert str(caught.value).endswith(f" (faulty_routing.py, line {inside[-1].lineno}).")
 
 
-def test_an_error_of_a_routing_is_told_alike_by_a_layer_with_the_traceback_of_the_function(faulty):
+def test_an_error_in_a_routing_is_reported_the_same_by_a_layer(faulty):
     layer = CapsuleLayer(INPUTS, 4, OUTPUTS, SIZE, routing=f"{faulty}:divides", rngs=nnx.Rngs(0))
     capsules = Capsules(jnp.ones((2, INPUTS, 4)), jnp.ones((2, INPUTS)))
     words = "Routing faulty_routing:divides raises ZeroDivisionError: division by zero (faulty_routing.py, line 8)."
@@ -266,21 +266,21 @@ def test_an_error_of_a_routing_is_told_alike_by_a_layer_with_the_traceback_of_th
         assert "share = 1 / 0" in "".join(traceback.format_exception(caught.value))
 
 
-def test_an_error_that_is_in_words_or_of_the_device_is_passed_on(faulty):
+def test_usage_errors_and_device_errors_pass_unchanged(faulty):
     with pytest.raises(UsageError, match=r"^Votes are cold.$"):
         get_routing(f"{faulty}:refuses")(VOTES, ACTIVATIONS)
     with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
         get_routing(f"{faulty}:exhausts")(VOTES, ACTIVATIONS)
 
 
-def test_an_error_outside_the_routing_is_not_blamed_on_it(monkeypatch):
+def test_an_error_outside_the_routing_passes_unchanged(monkeypatch):
     monkeypatch.setattr(CapsuleLayer, "votes", lambda layer, poses: 1 / 0)
     layer = CapsuleLayer(INPUTS, 4, OUTPUTS, SIZE, routing="uniform", rngs=nnx.Rngs(0))
     with pytest.raises(ZeroDivisionError, match=r"^division by zero$"):
         layer(Capsules(jnp.ones((2, INPUTS, 4)), jnp.ones((2, INPUTS))))
 
 
-def test_options_are_of_the_type_of_their_annotation(tmp_path, monkeypatch):
+def test_options_have_the_type_of_their_default(tmp_path, monkeypatch):
     (tmp_path / "typed.py").write_text(
         "def f(votes, activations, *, top: int | None = None, sharp=2.0, name: str = 'a', flag: bool = False): ...\n"
     )
@@ -290,6 +290,6 @@ def test_options_are_of_the_type_of_their_annotation(tmp_path, monkeypatch):
     assert [type(options[name]) for name in ("top", "sharp")] == [int, float]
 
 
-def test_a_partial_with_unknown_keywords_is_an_error():
+def test_a_partial_with_unknown_keywords_is_refused():
     with pytest.raises(UsageError, match=r"binds \['leak'\]; expected keywords among num_iterations"):
         get_routing(partial(dynamic, leak=True))

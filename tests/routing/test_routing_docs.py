@@ -1,4 +1,4 @@
-"""docs/routing.md is true: its example runs as written, its output is the command's, its tables are complete."""
+"""docs/routing.md: the example runs as written, the output is the command's, and the tables are complete."""
 
 import re
 import sys
@@ -32,7 +32,7 @@ def test_the_example_is_under_20_lines():
     assert 10 < len(EXAMPLE.splitlines()) < 20
 
 
-def test_the_weights_of_the_declaration_are_as_told(tmp_path, monkeypatch):
+def test_the_declaration_has_the_documented_weights(tmp_path, monkeypatch):
     (tmp_path / "declared_routing.py").write_text(DECLARATION)
     monkeypatch.syspath_prepend(tmp_path)
     found = get_routing("declared_routing:my_routing").weights
@@ -40,7 +40,7 @@ def test_the_weights_of_the_declaration_are_as_told(tmp_path, monkeypatch):
     assert get_routing("declared_routing:my_routing,offset=0.5").weights == found | {"offset": (("o", "h"), 0.5)}
 
 
-def test_the_error_of_a_routing_is_told_as_shown(tmp_path, monkeypatch):
+def test_the_error_of_a_routing_is_as_documented(tmp_path, monkeypatch):
     (tmp_path / "my_routing.py").write_text("def sharpened(votes, activations):\n    return 1 / 0\n")
     monkeypatch.delitem(sys.modules, "my_routing", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
@@ -50,13 +50,13 @@ def test_the_error_of_a_routing_is_told_as_shown(tmp_path, monkeypatch):
     assert str(caught.value) == told.replace("line 12", "line 2")
 
 
-def test_the_command_prints_about_the_example_what_the_document_shows(example, capsys):
+def test_the_output_of_the_check_is_as_documented(example, capsys):
     shown = re.search(rf"```console\n\$ capsnet check-routing {NAME}\n(.*?)```", DOCUMENT, re.DOTALL)[1]
     assert main(["check-routing", NAME]) == 0
     assert capsys.readouterr().out == shown
 
 
-def test_the_mistake_in_the_document_is_reported_as_shown(tmp_path, monkeypatch, capsys):
+def test_the_report_of_the_mistake_is_as_documented(tmp_path, monkeypatch, capsys):
     (tmp_path / "wrong_routing.py").write_text(EXAMPLE.replace("axis=1", "axis=0"))
     monkeypatch.syspath_prepend(tmp_path)
     assert main(["check-routing", "wrong_routing:sharpened"]) == 1

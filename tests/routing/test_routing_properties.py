@@ -1,4 +1,4 @@
-"""What every routing promises, on drawn values; and that each check catches what it is for."""
+"""The property checks pass for all routing algorithms on random input, and each catches its mistake."""
 
 import functools
 
@@ -32,16 +32,16 @@ from capsnet_jax.routing.properties import (
     result,
 )
 
-# Its couplings belong to the number of a capsule; that is what it is for.
+# The couplings of random routing depend on the index of a capsule.
 BROKEN_PROMISES = {"random": {"order of inputs", "order of outputs"}}
 
-subject_of = functools.cache(lambda name: Subject(get_routing(name)))  # compiled once, not once for each example
+subject_of = functools.cache(lambda name: Subject(get_routing(name)))  # compiled once, not for each example
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
 @settings(derandomize=True, deadline=None, max_examples=15, database=None, phases=[Phase.generate])  # no shrinking
 @given(seed=st.integers(0, 2**32 - 1), scale=st.floats(0.1, 3), offset=st.floats(-1, 1))
-def test_every_routing_keeps_its_promises(name, seed, scale, offset):
+def test_every_routing_has_the_properties(name, seed, scale, offset):
     subject = subject_of(name)
     case = draw_case(subject.routing, seed, scale=scale, offset=offset)
     findings = {}
@@ -54,7 +54,7 @@ def test_every_routing_keeps_its_promises(name, seed, scale, offset):
 
 
 def route(votes, couplings):
-    """What most of the routings below end with, and as it should be."""
+    """The correct last step of most of the routings below."""
     poses = squash(jnp.einsum("io,ioh->oh", couplings, votes))
     return Routed(poses, capsule_norm(poses), couplings)
 
@@ -186,7 +186,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("routing", WRONG, ids=lambda routing: routing.__name__)
-def test_a_wrong_routing_is_caught_by_the_check_that_it_should_be(routing):
+def test_a_wrong_routing_fails_the_right_check(routing):
     check, words = WRONG[routing]
     subject = Subject(get_routing(routing))
     with pytest.raises(Finding) as caught:
@@ -194,12 +194,11 @@ def test_a_wrong_routing_is_caught_by_the_check_that_it_should_be(routing):
     assert words in str(caught.value)
 
 
-def test_every_check_has_a_wrong_routing_that_it_catches():
+def test_every_check_has_a_wrong_routing():
     assert {check for check, _ in WRONG.values()} == set(CHECKS)
 
 
-def test_the_wrong_routings_are_wrong_in_one_way_only():
-    """What they have in common keeps all promises."""
+def test_the_common_part_of_the_wrong_routings_is_correct():
     assert [outcome.finding for outcome in check_routing(faultless)] == [""] * len(CHECKS)
 
 
@@ -213,14 +212,14 @@ def test_the_wrong_routings_are_wrong_in_one_way_only():
         (branching, "Routing branching raises TracerBoolConversionError: Attempted boolean conversion", 2),
     ],
 )
-def test_what_cannot_be_called_or_compiled_at_all_is_checked_no_further(routing, words, number):
+def test_checks_stop_if_the_routing_cannot_be_called_or_compiled(routing, words, number):
     outcomes = check_routing(routing)
     assert [outcome.status for outcome in outcomes] == ["ok"] * number + ["FAILED"] + ["not run"] * (11 - number)
     assert words in outcomes[number].finding
     assert outcomes[-1].finding == f"The check '{name_of(CHECKS[number])}' must pass first."
 
 
-def test_a_check_that_fails_does_not_keep_the_others_from_running():
+def test_a_failed_check_does_not_stop_the_others():
     outcomes = check_routing(long_activations)
     assert [outcome.name for outcome in outcomes if outcome.status != "ok"] == ["activations"]
     assert len(outcomes) == len(CHECKS)
