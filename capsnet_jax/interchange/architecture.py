@@ -15,6 +15,7 @@ from capsnet_jax.interchange.state_files import CONFIG
 Shapes = Mapping[str, tuple[int, ...]]
 STEM, HIDDEN, CLASSES = "encoder.image2primary_capsules", "encoder.hidden_capsules", "encoder.primary2digit_capsules"
 FROM_CAPSULES, TO_PIXELS = "decoder.0.weight", "decoder.4.weight"
+ACTIVATIONS: tuple[Literal["norm", "sigmoid"], ...] = ("norm", "sigmoid")
 
 
 def infer_architecture(
@@ -23,19 +24,19 @@ def infer_architecture(
     *,
     image_shape: tuple[int, int, int] | None = None,
 ) -> ModelConfig:
-    """Infer the config of a model from its weights: dense capsule layers above convolutions.
+    """Infer the config of a model with dense capsule layers from the shapes of its weights.
 
-    The weights tell the sizes of all layers, the number of classes and, by the decoder, the shape of the images. The
-    stride of the primary capsules, and whether they have a channel for the activation, follow from the number of
-    capsules. What no weight tells is taken from the given config: strides of the stem, scale, squash and routing.
+    Shapes tell the sizes of all layers, the number of classes and, by the decoder, the shape of the images. The number
+    of primary capsules then tells their stride, and whether they have a channel for the activation. Everything else is
+    taken from the given config: strides of the stem, scale, squash and routing.
 
     Args:
         state: an array for each name of the PyTorch model's state_dict.
-        config: that of a preset, say.
+        config: source of what shapes do not tell, such as the config of a preset.
         image_shape: height, width and number of channels of the images, for weights without a decoder.
 
     Raises:
-        UsageError: the weights do not tell enough, or contradict each other; the message names the entry.
+        UsageError: the shapes are not sufficient, or contradict each other.
     """
     shapes = {name: array.shape for name, array in state.items()}
     if not any(name.startswith("encoder.") for name in shapes):
@@ -43,42 +44,39 @@ def infer_architecture(
             f"The weights have no entry that begins with 'encoder.', but {next(iter(shapes), 'none at all')}; expected "
             "the names of the PyTorch model, or two files, encoder and decoder."
         )
-    *stem, primary = _convolutions(shapes)
+    *below, (stem_channels, _, stem_kernel), (primary_channels, seen, primary_kernel) = _convolutions(shapes)
     layers = _capsule_layers(shapes)
-    first_layer, (*_, num_classes, class_dim) = layers[0], layers[-1]
-    image_shape = _image_shape(shapes, image_shape)
+    first, last = layers[0], layers[-1]
+    has_decoder = any(name.startswith("decoder.") for name in shapes)
     model = replace(
         config,
-        image_shape=image_shape,
-        num_classes=num_classes,
-        stem_below=tuple((outputs, kernel) for outputs, _, kernel in stem[:-1]),
-        stem_channels=stem[-1][0],
-        stem_kernel=stem[-1][2],
+        image_shape=_image_shape(shapes, has_decoder, image_shape),
+        num_classes=last[2],
+        stem_below=tuple((outputs, kernel) for outputs, _, kernel in below),
+        stem_channels=stem_channels,
+        stem_kernel=stem_kernel,
         batch_norm=any(name.startswith(STEM) and name.endswith(".running_mean") for name in shapes),
-        primary_dim=first_layer[1],
-        primary_kernel=primary[2],
-        # With one channel there is no difference.
-        primary_depthwise=primary[1] < stem[-1][0] or (stem[-1][0] == 1 and config.primary_depthwise),
+        primary_dim=first[1],
+        primary_kernel=primary_kernel,
+        # A depthwise kernel sees one channel; if there is only one, both kinds are the same.
+        primary_depthwise=seen < stem_channels or (stem_channels == 1 and config.primary_depthwise),
         conv_capsules=(),
         matrix_poses=False,
         hidden_capsules=tuple((outputs, size) for _, _, outputs, size in layers[:-1]),
-        class_dim=class_dim,
+        class_dim=last[3],
         shared_class_transform=False,
-        decoder_hidden=None,
+        decoder_hidden=(_shape(shapes, FROM_CAPSULES, 3)[-1], _shape(shapes, TO_PIXELS, 4)[0]) if has_decoder else None,
+        decoder_bias="decoder.0.bias" in shapes if has_decoder else config.decoder_bias,
     )
-    if _has_decoder(shapes):
-        widths = _shape(shapes, FROM_CAPSULES, 3)[-1], _shape(shapes, TO_PIXELS, 4)[0]
-        model = replace(model, decoder_hidden=widths, decoder_bias="decoder.0.bias" in shapes)
-    return _with_primary_capsules(model, primary[0], first_layer[0])
+    return _with_primary_capsules(model, primary_channels, first[0])
 
 
 def _convolutions(shapes: Shapes) -> list[tuple[int, int, int]]:
-    """Outputs, inputs and kernel size of each convolution, up to the one of the primary capsules."""
-    # Those of a batch normalisation have one axis.
+    """Output channels, input channels and kernel size of each convolution, up to that of the primary capsules."""
     names = [f"{STEM}.{number}.weight" for number in _numbers(STEM, shapes)]
-    names = [name for name in names if len(shapes.get(name, ())) != 1]
+    names = [name for name in names if len(shapes.get(name, ())) != 1]  # weights of batch normalisation have one axis
     if len(names) < 2:
-        names = [f"{STEM}.{number}.weight" for number in (0, 2)]  # the fewest, of which one is told to be missing
+        names = [f"{STEM}.{number}.weight" for number in (0, 2)]  # the least that a model has, to name what is missing
     convolutions = []
     for name in names:
         outputs, inputs, height, width = _shape(shapes, name, 4)
@@ -89,7 +87,7 @@ def _convolutions(shapes: Shapes) -> list[tuple[int, int, int]]:
 
 
 def _capsule_layers(shapes: Shapes) -> list[tuple[int, ...]]:
-    """Input capsules, their pose size, output capsules and theirs, of each layer up to the class capsules."""
+    """Number and pose size of the input and of the output capsules of each layer, up to the class capsules."""
     names = [*(f"{HIDDEN}.{number}" for number in _numbers(HIDDEN, shapes)), CLASSES]
     for name in names:
         if f"{name}.weight" in shapes:
@@ -100,39 +98,39 @@ def _capsule_layers(shapes: Shapes) -> list[tuple[int, ...]]:
     return [_shape(shapes, f"{name}.input_caps2U.weight", 4) for name in names]
 
 
-def _image_shape(shapes: Shapes, given: tuple[int, int, int] | None) -> tuple[int, int, int]:
-    told = given
-    if _has_decoder(shapes):
+def _image_shape(shapes: Shapes, has_decoder: bool, given: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    found = given
+    if has_decoder:
         _, channels, height, width = _shape(shapes, TO_PIXELS, 4)
-        told = (height, width, channels)
-    if told is None:
+        found = (height, width, channels)
+    if found is None:
         raise UsageError(
             "The weights have no decoder, and do not tell the shape of the images; expected --image-shape HEIGHT WIDTH "
             f"CHANNELS, or a {CONFIG} beside them."
         )
-    if given not in (None, told):
-        raise UsageError(f"The weight {TO_PIXELS} is of images of shape {told}; --image-shape is {given}.")
+    if given not in (None, found):
+        raise UsageError(f"The weight {TO_PIXELS} is of images of shape {found}; --image-shape is {given}.")
     channels = _convolutions(shapes)[0][1]
-    if channels != told[-1]:
-        raise UsageError(f"The weight {STEM}.0.weight is of {channels} channels; the images are of shape {told}.")
-    return told
+    if channels != found[-1]:
+        raise UsageError(f"The weight {STEM}.0.weight is of {channels} channels; the images are of shape {found}.")
+    return found
 
 
 def _with_primary_capsules(model: ModelConfig, channels: int, capsules: int) -> ModelConfig:
-    """The model with as many primary capsules, in groups that have so many channels together.
+    """Find groups, activation and stride of the primary capsules from their number and that of their channels.
 
-    What the config says of stride and activation is kept if it can be.
+    Activation and stride of the given config are preferred.
     """
-    activations: list[Literal["norm", "sigmoid"]] = ["norm", "sigmoid"]
-    activations.sort(key=lambda activation: activation != model.primary_activation)
-    for activation in activations:
+    for activation in sorted(ACTIVATIONS, key=lambda activation: activation != model.primary_activation):
         groups, rest = divmod(channels, model.primary_dim + (activation == "sigmoid"))
-        strides = []
-        for stride in (model.primary_stride, *range(1, max(model.image_shape[:2]))):
-            grid = replace(model, primary_stride=stride).primary_grid
-            if rest == 0 and math.prod(grid) * groups == capsules:
-                strides.append(stride)
-        if strides and strides[0] != model.primary_stride and len(strides) > 1 and capsules > groups:
+        grids = {
+            stride: replace(model, primary_stride=stride).primary_grid
+            for stride in (model.primary_stride, *range(1, max(model.image_shape[:2])))
+        }
+        strides = [stride for stride, grid in grids.items() if rest == 0 and math.prod(grid) * groups == capsules]
+        if model.primary_stride in strides:
+            strides = [model.primary_stride]
+        if len(strides) > 1 and capsules > groups:  # at a single position, any stride is the same
             raise UsageError(
                 f"The weights do not tell the stride of the primary capsules: {', '.join(map(str, strides))} make "
                 f"{capsules} of images of shape {model.image_shape}; expected a {CONFIG} beside them."
@@ -145,10 +143,6 @@ def _with_primary_capsules(model: ModelConfig, channels: int, capsules: int) -> 
     )
 
 
-def _has_decoder(shapes: Shapes) -> bool:
-    return any(name.startswith("decoder.") for name in shapes)
-
-
 def _numbers(prefix: str, shapes: Shapes) -> list[int]:
     """The numbers that follow a prefix in names."""
     parts = {name.removeprefix(f"{prefix}.").partition(".")[0] for name in shapes if name.startswith(f"{prefix}.")}
@@ -156,7 +150,7 @@ def _numbers(prefix: str, shapes: Shapes) -> list[int]:
 
 
 def _shape(shapes: Shapes, name: str, axes: int) -> tuple[int, ...]:
-    """The shape of an entry that must be there, with so many axes."""
+    """The shape of an entry that must be there, with this number of axes."""
     if name not in shapes:
         raise UsageError(f"The weights lack {name}.")
     if len(shapes[name]) != axes or 0 in shapes[name]:

@@ -1,4 +1,4 @@
-"""Weights under the names and shapes of the PyTorch model: one explicit table, no guesses, no torch, no pickle."""
+"""Weights under the names and shapes of the PyTorch model: one explicit table, without torch or pickle."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ StateDict = dict[str, Shaped[np.ndarray, "..."]]
 
 
 class Row(NamedTuple):
-    """One weight: its name in the state_dict, its path in the model, and the order of its axes on both sides."""
+    """One weight: its name in the state_dict, its path in the JAX model, and the order of its axes in either."""
 
     name: str
     path: tuple[str | int, ...]
@@ -31,42 +31,39 @@ class Row(NamedTuple):
 
 CONVOLUTION = ("outputs inputs height width", "height width inputs outputs")
 BIAS = ("outputs", "outputs")
-# PyTorch's names of the variables of a batch normalisation, and Flax'. PyTorch also counts batches, for nothing.
-NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
-UNUSED = ".num_batches_tracked"
+NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}  # PyTorch's names and Flax's
+UNUSED = ".num_batches_tracked"  # PyTorch counts batches in every batch normalisation, and does not use the count
 FLOATS = "float16, float32 or float64"
-LISTED = 4  # names in a message, of those that may be as many as a model has
+LISTED = 4  # number of names in a message
 
 
 def weight_table(model: CapsNet) -> list[Row]:
-    """A row for each weight of a model, and each running mean; capsule layers below the last are `hidden_capsules`."""
-    decoder = model.decoder
+    """List a row for each parameter and running average of a model."""
     rows = []
-    number = 0  # in the Sequential of convolution, ReLU and normalisation, over and over
+    number = 0  # index in PyTorch's Sequential, where convolution, ReLU and batch normalisation alternate
     for k in range(len(model.stem.convolutions)):
         rows += _convolution(f"encoder.image2primary_capsules.{number}", ("stem", "convolutions", k))
         number += 2
         if model.stem.norms:
-            rows += [
-                Row(f"encoder.image2primary_capsules.{number}.{name}", ("stem", "norms", k, ours), *BIAS)
-                for name, ours in NORM.items()
-            ]
+            norm = f"encoder.image2primary_capsules.{number}"
+            rows += [Row(f"{norm}.{name}", ("stem", "norms", k, flax), *BIAS) for name, flax in NORM.items()]
             number += 1
     rows += _convolution(f"encoder.image2primary_capsules.{number}", ("primary_capsules", "convolution"))
-    for k, layer in enumerate(model.capsule_layers):
-        last = k == len(model.capsule_layers) - 1
-        name = "encoder.primary2digit_capsules" if last else f"encoder.hidden_capsules.{k}"
-        rows += _capsule_layer(name, ("capsule_layers", k), layer)
-    if decoder is not None:
-        rows.append(Row("decoder.0.weight", ("decoder", "from_capsules"), "o h outputs", "o h outputs"))
-        if decoder.outer_bias:
-            rows.append(Row("decoder.0.bias", ("decoder", "first_bias"), "1 outputs", "outputs"))
-        rows.append(Row("decoder.2.weight", ("decoder", "hidden_weight"), "outputs inputs", "inputs outputs"))
-        rows.append(Row("decoder.2.bias", ("decoder", "hidden_bias"), *BIAS))
-        torch_axes, jax_axes = "channels height width", "height width channels"
-        rows.append(Row("decoder.4.weight", ("decoder", "to_pixels"), f"inputs {torch_axes}", f"inputs {jax_axes}"))
-        if decoder.outer_bias:
-            rows.append(Row("decoder.4.bias", ("decoder", "pixel_bias"), f"1 {torch_axes}", jax_axes))
+    names = [f"encoder.hidden_capsules.{k}" for k in range(len(model.capsule_layers) - 1)]
+    for k, name in enumerate([*names, "encoder.primary2digit_capsules"]):
+        rows += _capsule_layer(name, ("capsule_layers", k), model.capsule_layers[k])
+    if model.decoder is not None:
+        pixels = "channels height width", "height width channels"
+        decoder = [
+            ("0.weight", "from_capsules", "o h outputs", "o h outputs"),
+            ("2.weight", "hidden_weight", "outputs inputs", "inputs outputs"),
+            ("2.bias", "hidden_bias", *BIAS),
+            ("4.weight", "to_pixels", *(f"inputs {axes}" for axes in pixels)),
+        ]
+        if model.decoder.outer_bias:
+            decoder.insert(1, ("0.bias", "first_bias", "1 outputs", "outputs"))
+            decoder.append(("4.bias", "pixel_bias", f"1 {pixels[0]}", pixels[1]))
+        rows += [Row(f"decoder.{name}", ("decoder", path), *axes) for name, path, *axes in decoder]
     return rows
 
 
@@ -75,23 +72,33 @@ def _convolution(name: str, path: tuple[str | int, ...]) -> list[Row]:
 
 
 def _capsule_layer(name: str, path: tuple[str | int, ...], layer: CapsuleLayer | ConvCapsules) -> list[Row]:
-    if isinstance(layer, CapsuleLayer):
-        rows = [Row(f"{name}.input_caps2U.weight", (*path, "weight"), "i d o h", "i d o h")]
-    else:
-        axes = "taps i inner o outer"
-        rows = [Row(f"{name}.weight", (*path, "weight"), axes, axes)]
-    for weight in layer.routing_weights:
-        # By number, as a weight may have an axis twice.
-        axes = " ".join(f"axis{number}" for number in range(layer.routing_weights[weight].ndim))
+    dense = isinstance(layer, CapsuleLayer)
+    suffix, axes = ("input_caps2U.weight", "i d o h") if dense else ("weight", "taps i inner o outer")
+    rows = [Row(f"{name}.{suffix}", (*path, "weight"), axes, axes)]
+    for weight, variable in layer.routing_weights.items():
+        axes = " ".join(f"axis{number}" for number in range(variable.ndim))  # numbered: a letter may occur twice
         rows.append(Row(f"{name}.routing_weights.{weight}", (*path, "routing_weights", weight), axes, axes))
     return rows
 
 
 def to_torch(model: CapsNet) -> StateDict:
-    """The weights as the PyTorch model names and shapes them.
+    """Convert the weights of a model to a state_dict of the PyTorch model, as NumPy arrays.
 
-    `capsnet_torch.CapsNet.load_state_dict` takes them as tensors; the entries that begin with "encoder." and with
-    "decoder.", without that prefix, are the two state_dicts of the reference model.
+    The entries whose names start with "encoder." and "decoder.", without these prefixes, are the two state_dicts of
+    the reference model.
+
+    Args:
+        model: any model.
+
+    Returns:
+        An array for each name; `capsnet_torch.CapsNet.load_state_dict` accepts them as tensors.
+
+    Examples:
+        >>> from flax import nnx
+        >>> from capsnet_jax import CapsNet, to_torch
+        >>> state = to_torch(CapsNet.from_preset("digits", rngs=nnx.Rngs(0)))
+        >>> state["encoder.primary2digit_capsules.input_caps2U.weight"].shape
+        (72, 8, 10, 16)
     """
     values = dict(nnx.to_flat_state(nnx.state(model)))
     return {
@@ -103,48 +110,52 @@ def to_torch(model: CapsNet) -> StateDict:
 
 
 def from_torch(model: CapsNet, state: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
-    """Sets the weights of a model, all or none of them; they keep the dtype that the model has.
+    """Set all weights of a model from a state_dict of the PyTorch model; if an entry is wrong, none is set.
 
     Args:
-        model: a model of the same sizes.
+        model: a model of the same sizes, changed in place. Its weights keep their dtype.
         state: an array for each name of the PyTorch model's state_dict.
 
     Raises:
-        UsageError: an entry is missing, unknown, of another shape, not floating-point or not finite; the message
-            names it.
+        UsageError: an entry is missing, unknown, not floating-point or not finite, or has another shape.
+
+    Examples:
+        >>> from flax import nnx
+        >>> from capsnet_jax import CapsNet, from_torch, to_torch
+        >>> trained, model = (CapsNet.from_preset("digits", rngs=nnx.Rngs(seed)) for seed in (0, 1))
+        >>> from_torch(model, to_torch(trained))
+        >>> bool((model.capsule_layers[0].weight[...] == trained.capsule_layers[0].weight[...]).all())
+        True
     """
     flat = dict(nnx.to_flat_state(nnx.state(model)))
     table = weight_table(model)
-    state = {name: array for name, array in state.items() if not name.endswith(UNUSED)}
+    state = {name: np.asarray(array) for name, array in state.items() if not name.endswith(UNUSED)}
     shapes = {
         row.name: rearrange(np.empty(flat[row.path].shape, bool), f"{row.jax_axes} -> {row.torch_axes}").shape
         for row in table
     }
     _check_names(state, shapes)
+    for name, array in state.items():
+        if array.shape != shapes[name]:
+            raise UsageError(f"The weight {name} is {array.shape}; this model expects {shapes[name]}.")
+    check_values(state)
     new: dict[Any, Any] = {}
     for row in table:
-        array, variable = np.asarray(state[row.name]), flat[row.path]
-        if array.shape != shapes[row.name]:
-            raise UsageError(f"The weight {row.name} is {array.shape}; this model expects {shapes[row.name]}.")
-        if not np.issubdtype(array.dtype, np.floating):
-            raise UsageError(f"The weight {row.name} is {array.dtype}; expected a floating-point type.")
-        if not np.isfinite(array).all():
-            raise UsageError(f"The weight {row.name} has values that are not finite.")
-        value = jnp.asarray(rearrange(array, f"{row.torch_axes} -> {row.jax_axes}"), variable.dtype)
-        new[row.path] = variable.replace(value)
+        value = rearrange(state[row.name], f"{row.torch_axes} -> {row.jax_axes}")
+        new[row.path] = flat[row.path].replace(jnp.asarray(value, flat[row.path].dtype))
     nnx.update(model, nnx.from_flat_state(new))
 
 
 def save_weights(path: Path, model: CapsNet) -> None:
-    """Writes a safetensors file, under the PyTorch model's names."""
-    path.write_bytes(safetensors.numpy.save(to_torch(model)))  # readable by those who may read its folder
+    """Write the weights of a model to a safetensors file, under the names of the PyTorch model."""
+    path.write_bytes(safetensors.numpy.save(to_torch(model)))  # unlike `save_file`, with the permissions of the folder
 
 
 def load_weights(path: Path, model: CapsNet) -> None:
-    """Sets the weights of a model to those of a safetensors file.
+    """Set the weights of a model from a safetensors file.
 
     Raises:
-        UsageError: the file does not exist or is no safetensors file, or its entries are not those of the model.
+        UsageError: the file does not exist or is not a safetensors file, or its entries do not fit the model.
     """
     state = read_safetensors(path)
     try:
@@ -154,23 +165,36 @@ def load_weights(path: Path, model: CapsNet) -> None:
 
 
 def read_safetensors(path: Path) -> StateDict:
-    """The entries of a safetensors file, whatever they are of.
+    """Read the entries of a safetensors file.
 
     Raises:
-        UsageError: the file does not exist or is no safetensors file, or an entry is of a type that NumPy lacks.
+        UsageError: the file does not exist or is not a safetensors file, or an entry has a type that NumPy lacks.
     """
     state = {}
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118  it is no mapping
+            for name in file.keys():  # noqa: SIM118  not a mapping
                 try:
                     state[name] = file.get_tensor(name)
-                except AttributeError as error:  # NumPy has no float8, say
+                except AttributeError as error:  # NumPy has no float8, for example
                     kind = file.get_slice(name).get_dtype()
                     raise UsageError(f"{path}: The entry {name} is {kind}; expected {FLOATS}.") from error
     except (OSError, safetensors.SafetensorError) as error:
         raise UsageError(f"{path} is not a safetensors file that can be read: {error}.") from error
     return state
+
+
+def check_values(state: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
+    """Check that all entries are finite floating-point numbers.
+
+    Raises:
+        UsageError: an entry is not.
+    """
+    for name, array in state.items():
+        if not np.issubdtype(array.dtype, np.floating):
+            raise UsageError(f"The entry {name} is {array.dtype}; expected {FLOATS}.")
+        if not np.isfinite(array).all():
+            raise UsageError(f"The entry {name} has values that are not finite; expected numbers only.")
 
 
 def _check_names(state: Mapping[str, Shaped[np.ndarray, "..."]], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -179,7 +203,7 @@ def _check_names(state: Mapping[str, Shaped[np.ndarray, "..."]], shapes: Mapping
     wrong = [f"lack {_listed(missing)}"] if missing else []
     wrong += [f"have unknown entries {_listed(unknown)}"] if unknown else []
     hint = ""
-    if len(missing) == len(unknown) == 1 and np.shape(state[unknown[0]]) == shapes[missing[0]]:
+    if len(missing) == len(unknown) == 1 and state[unknown[0]].shape == shapes[missing[0]]:
         hint = "; both are of one shape, and may be the same weight renamed"
     if wrong:
         raise UsageError(f"The weights {' and '.join(wrong)}{hint}.")

@@ -1,4 +1,4 @@
-"""Ten ways and more to damage a file of weights, each with what its refusal must name."""
+"""Ways to damage a file of weights, each with the words of the error message."""
 
 import os
 from collections.abc import Callable
@@ -54,7 +54,7 @@ DAMAGED_STATES: dict[str, tuple[Callable[[State], State], str]] = {
 
 
 class Bomb:
-    """Makes a folder wherever it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, trace: str):
         self.trace = trace

@@ -1,4 +1,4 @@
-"""What tells a model by its weights alone."""
+"""Model configs inferred from the shapes of weights."""
 
 import dataclasses
 import re
@@ -28,7 +28,7 @@ def state():
 
 
 @pytest.mark.parametrize("model", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_weights_tell_all_sizes_of_their_model(model):
+def test_all_sizes_are_inferred(model):
     run = new_run(model)
     state = random_state(run)
     told = {name: getattr(model, name) for name in FROM_CONFIG}
@@ -37,13 +37,13 @@ def test_weights_tell_all_sizes_of_their_model(model):
 
 
 @pytest.mark.parametrize("preset", ["readable", "digits", "official", "paper", "efficient"])
-def test_a_preset_is_found_again_from_its_weights(preset):
+def test_a_preset_is_inferred_from_its_weights(preset):
     config = PRESETS[preset]
     run = Run(Path("run"), config.with_sizes((28, 28, 1), 10), tuple("0123456789"))
     assert infer_architecture(random_state(run), config.model) == run.config.model
 
 
-def test_without_a_decoder_the_shape_of_images_must_be_given():
+def test_weights_without_a_decoder_need_the_image_shape():
     run = new_run(dataclasses.replace(PLAIN, decoder_hidden=None))
     state = random_state(run)
     with pytest.raises(UsageError, match=r"have no decoder.* expected --image-shape HEIGHT WIDTH CHANNELS, or a"):
@@ -53,7 +53,7 @@ def test_without_a_decoder_the_shape_of_images_must_be_given():
         infer_architecture(state, run.config.model, image_shape=(19, 22, 1))
 
 
-def test_a_stride_is_not_guessed():
+def test_an_ambiguous_stride_is_refused():
     """19 x 22 images: a stem of 3 leaves 17 x 20; under a kernel of 9, strides 6 to 8 all make 2 x 2."""
     run = new_run(dataclasses.replace(PLAIN, primary_kernel=9, primary_stride=6))
     state = random_state(run)
@@ -62,7 +62,7 @@ def test_a_stride_is_not_guessed():
         infer_architecture(state, ModelConfig())
 
 
-def test_where_two_activations_explain_the_weights_the_config_decides():
+def test_an_ambiguous_activation_is_taken_from_the_config():
     """Of 6 channels, 3 groups of 2 at 1 x 2 positions, or 2 groups of 2 + 1 at 1 x 3."""
     norm = dataclasses.replace(PLAIN, primary_groups=3, primary_dim=2, primary_stride=4)
     sigmoid = dataclasses.replace(norm, primary_groups=2, primary_activation="sigmoid", primary_stride=2)
@@ -74,7 +74,7 @@ def test_where_two_activations_explain_the_weights_the_config_decides():
 
 
 def change(state, **changes):
-    """The state with other shapes."""
+    """Replace entries by zeros of other shapes."""
     names = {"classes": "encoder.primary2digit_capsules.input_caps2U.weight", "pixels": "decoder.4.weight"}
     names |= {"stem": "encoder.image2primary_capsules.0.weight"}
     return state | {names[name]: np.zeros(shape, np.float32) for name, shape in changes.items()}
@@ -97,12 +97,12 @@ def change(state, **changes):
         ),
     ],
 )  # fmt: skip
-def test_weights_that_tell_no_model_are_refused_by_name(state, damage, message):
+def test_contradictory_weights_are_refused_by_name(state, damage, message):
     with pytest.raises(UsageError, match=message):
         infer_architecture(damage(state), PLAIN)
 
 
-def test_images_too_small_for_the_given_kernels_are_refused(state):
+def test_images_smaller_than_the_kernels_are_refused(state):
     small = change(state, pixels=(7, 2, 4, 22))
     with pytest.raises(UsageError, match=re.escape("Images of 4 x 22 are too small")):
         infer_architecture(small, PLAIN)

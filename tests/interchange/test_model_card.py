@@ -1,4 +1,4 @@
-"""The model card: the numbers of the run, and nothing that was not measured."""
+"""Model cards have the numbers of the run, and claim nothing that was not measured."""
 
 import dataclasses
 import re
@@ -58,12 +58,12 @@ def card(run: Run = RUN, epochs=EPOCHS) -> str:
 
 
 def rows(text: str) -> dict[str, str]:
-    """The tables of a card, by their first column."""
+    """The rows of all tables of a card, by their first column."""
     found = re.findall(r"^\| (.+?) *\| +(.+?) \|$", text, re.MULTILINE)
     return dict(found)
 
 
-def test_the_header_has_what_hugging_face_reads():
+def test_the_header_is_yaml_for_hugging_face():
     yaml = pytest.importorskip("yaml")
     start, header, _ = card().split("---\n", 2)
     assert start == ""
@@ -88,10 +88,10 @@ def test_the_header_has_what_hugging_face_reads():
     }
 
 
-def test_sizes_options_and_numbers_are_those_of_the_run():
+def test_sizes_options_and_metrics_of_the_run():
     text = card()
     assert "\n# kuzushiji\n" in text
-    assert "Images of 40 x 41 pixels and 3 channels to 3 classes: o, ki, su. 123,456 weights, running means" in text
+    assert "Images of 40 x 41 pixels and 3 channels to 3 classes: o, ki, su. 123,456 weights with running" in text
     assert "Routing: `em,min_variance=0.1`, 4 iterations.\n" in text
     assert text.count("| convolution ") == 2
     assert "7 channels, kernel 5 x 5, stride 1, ReLU, batch normalisation" in text
@@ -112,28 +112,28 @@ def test_sizes_options_and_numbers_are_those_of_the_run():
     assert told["peak memory, MB"] == "5"
     assert "[b 40 41 3]" in text
     assert "poses [b 3 23], activations [b 3]" in text
-    assert "Each image is standardised in the model." in text
+    assert "The model standardises each image." in text
 
 
-def test_a_preset_is_named():
+def test_the_preset_is_named():
     run = RUN._replace(config=PRESETS["digits"])
     assert "those of the preset `digits`." in card(run)
     assert "preset" not in card()
 
 
-def test_iterations_are_told_of_routings_that_iterate():
+def test_iterations_are_named_for_routings_that_iterate():
     model = dataclasses.replace(CONFIG.model, routing="self_attention")
     assert "Routing: `self_attention`.\n" in card(RUN._replace(config=dataclasses.replace(CONFIG, model=model)))
 
 
-def test_without_metrics_nothing_is_claimed():
+def test_a_card_without_metrics():
     text = card(epochs=())
     assert "Nothing was measured: no metrics came with these weights." in text
     assert "accuracy" not in text
     assert rows(text)["dataset"] == "kmnist"
 
 
-def test_of_weights_of_unknown_images_no_training_is_told():
+def test_a_card_of_weights_with_unknown_training():
     text = card(RUN._replace(data_checksum=0))
     assert "It is not known here how these weights were trained" in text
     assert "Nothing was measured" in text
@@ -142,14 +142,14 @@ def test_of_weights_of_unknown_images_no_training_is_told():
     assert "capsnet evaluate FOLDER --dataset YOUR_DATA_SET\n" in text
 
 
-def test_a_training_that_had_not_ended_has_no_result_in_the_header():
+def test_the_header_has_no_result_of_an_unfinished_training():
     text = card(epochs=EPOCHS[:2])
     assert "model-index" not in text
     assert "After epoch 2; training had not ended, and the weights may be of a later step." in text
     assert (rows(text)["epochs"], rows(text)["test accuracy"]) == ("2 of 3", "0.9900")
 
 
-def test_where_your_own_images_lay_is_not_told():
+def test_paths_of_data_are_not_in_the_card():
     data = dataclasses.replace(CONFIG.data, dataset="/somewhere/private/photos", data_dir=Path("/somewhere/private"))
     text = card(RUN._replace(config=dataclasses.replace(CONFIG, data=data)))
     assert "private" not in text
@@ -157,8 +157,8 @@ def test_where_your_own_images_lay_is_not_told():
     assert rows(text)["dataset"] == "photos"
 
 
-def test_the_lines_of_python_run(tmp_path):
-    """As they stand in the card, with a folder and images."""
+def test_the_python_example_runs(tmp_path):
+    """As written in the card, with a real folder and images."""
     import jax.numpy as jnp
 
     from capsnet_jax.interchange.weights import save_weights

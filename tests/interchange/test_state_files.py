@@ -1,4 +1,4 @@
-"""Weights in files of every kind, and what tells a model by its weights alone."""
+"""Weights in files of every kind: kept bit by bit, refused by name."""
 
 import json
 import stat
@@ -51,7 +51,7 @@ def test_a_pair_has_the_names_of_the_reference_model(state, tmp_path):
     assert set(safetensors.numpy.load_file(decoder)) == {"0.weight", "2.weight", "2.bias", "4.weight"}
 
 
-def test_the_number_of_batches_is_left_out(state, tmp_path):
+def test_the_counter_of_batches_is_ignored(state, tmp_path):
     counted = state | {"encoder.image2primary_capsules.2.num_batches_tracked": np.array(7)}
     safetensors.numpy.save_file(counted, tmp_path / "a.safetensors")
     assert_same(read_state([tmp_path / "a.safetensors"]), state)
@@ -64,7 +64,7 @@ def test_a_type_that_numpy_lacks_is_named(tmp_path):
         read_state([tmp_path / "a.safetensors"])
 
 
-def test_parts_of_a_pair_in_different_types_are_refused(state, tmp_path):
+def test_a_pair_of_files_with_different_dtypes_is_refused(state, tmp_path):
     paths = [tmp_path / "encoder.safetensors", tmp_path / "decoder.safetensors"]
     mixed = {name: array.astype(np.float64) if name.startswith("decoder") else array for name, array in state.items()}
     write_state(mixed, paths)
@@ -74,7 +74,7 @@ def test_parts_of_a_pair_in_different_types_are_refused(state, tmp_path):
         read_state(paths)
 
 
-def test_a_file_that_cannot_be_written_leaves_the_one_before(state, tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_existing_file(state, tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     write_state(state, [path])
     other = {name: 2 * array for name, array in state.items()}
@@ -106,7 +106,7 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(state, tmp_path, mo
         (["weights.bin"], r"weights.bin ends in '.bin'; expected .safetensors, .pt, .pth"),
     ],
 )
-def test_names_that_are_not_of_weights_are_refused(names, message, tmp_path):
+def test_wrong_paths_are_refused(names, message, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "weights.bin").write_bytes(b"weights")
     with pytest.raises(UsageError, match=message):

@@ -1,4 +1,4 @@
-"""Every wrong state_dict is an error that names the entry, and changes nothing."""
+"""State_dicts to and from the model: wrong ones are refused by entry and change nothing; files keep every bit."""
 
 import pickle
 
@@ -28,7 +28,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_state_is_an_error_that_names_the_entry(damage, message, small_model):
+def test_a_damaged_state_is_refused_by_entry_and_changes_nothing(damage, message, small_model):
     before = to_torch(small_model)
     doubled = {name: 2 * array for name, array in before.items()}
     with pytest.raises(UsageError, match=message):
@@ -54,7 +54,7 @@ def test_arrays_are_writable_copies(small_model):
 
 
 class Bomb:
-    """Leaves a trace if it is ever unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -74,7 +74,7 @@ def test_a_file_that_is_not_safetensors_is_refused_and_never_unpickled(small_mod
     assert not trace.exists()
 
 
-def test_the_error_of_a_file_names_file_and_entry(small_model, tmp_path):
+def test_a_wrong_file_is_refused_by_file_and_entry(small_model, tmp_path):
     from safetensors.numpy import save_file
 
     save_file(changed(to_torch(small_model), lambda state: state.pop(NAME)), tmp_path / "short.safetensors")
