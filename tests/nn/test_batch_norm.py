@@ -1,4 +1,4 @@
-"""Batch normalisation: the batch in training, running means in evaluation, and nothing in between."""
+"""Batch normalisation uses the batch in training mode, and running averages in evaluation mode."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def images(count: int) -> jnp.ndarray:
     return jnp.asarray(np.random.default_rng(1).random((count, *IMAGE_SHAPE)), jnp.float32)
 
 
-def test_features_of_a_batch_have_mean_0_and_deviation_1_in_training_alone(model):
+def test_features_are_normalised_over_the_batch_in_training_mode_only(model):
     features = np.asarray(model.stem(images(30)), np.float64)
     assert np.abs(features.mean(axis=(0, 1, 2))).max() > 0.01
     model.train()
@@ -39,7 +39,7 @@ def test_features_of_a_batch_have_mean_0_and_deviation_1_in_training_alone(model
     assert np.all((variance[alive] < 1) & (variance[alive] > 0.5))  # 1 but for the epsilon, as features vary little
 
 
-def test_running_means_follow_the_batches_as_documented(model):
+def test_running_averages_have_momentum_099(model):
     before = {name: to_torch(model)[name] for name in RUNNING}
     convolution = model.stem.convolutions[0]
     features = np.asarray(nnx.relu(convolution(images(30))), np.float64)
@@ -49,14 +49,14 @@ def test_running_means_follow_the_batches_as_documented(model):
         np.testing.assert_allclose(to_torch(model)[name], 0.99 * before[name] + 0.01 * batch, rtol=1e-4)
 
 
-def test_an_evaluated_example_does_not_see_its_batch_mates(model):
+def test_examples_are_independent_in_evaluation_mode(model):
     together = model.encode(images(5)).poses[0]
     alone = model.encode(images(5)[:1]).poses[0]
     np.testing.assert_allclose(alone, together, rtol=1e-5, atol=1e-7)
 
 
-def test_a_trained_model_evaluates_as_its_training_said(model, small_dataset):
-    """Running means come back from the compiled steps, and go through weights on disk."""
+def test_running_averages_are_saved_with_the_weights(model, small_dataset):
+    """A copy of a trained model, made from its state_dict, evaluates to the same result as at the end of training."""
     *_, last = fit(model, small_dataset, dataclasses.replace(CONFIG, epochs=3))
     state = to_torch(model)
     for name in RUNNING:
@@ -68,8 +68,8 @@ def test_a_trained_model_evaluates_as_its_training_said(model, small_dataset):
     assert again == last.seeds[0].test
 
 
-def test_evaluation_counts_what_running_means_predict_whatever_the_batch(model, small_dataset):
-    """Right answers are those of the evaluated model; in training mode, batches of two would give others."""
+def test_evaluation_does_not_depend_on_the_batch_size(model, small_dataset):
+    """In training mode, batches of two would be classified differently."""
     *_, _ = fit(model, small_dataset, dataclasses.replace(CONFIG, epochs=10))
     shown, labels = small_dataset.test_images, small_dataset.test_labels
     counted = [evaluate(model, shown, labels, batch_size=size) for size in (2, 23)]

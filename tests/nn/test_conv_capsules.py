@@ -1,4 +1,4 @@
-"""Convolutional capsules: what a position sees, what it votes, and among whom an input capsule is shared out."""
+"""Convolutional capsules: receptive fields, votes, and the softmax over the parents of an input capsule."""
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ def capsules(seed: int = 0) -> Capsules:
     return Capsules(poses, jnp.asarray(rng.uniform(size=(BATCH, count)), jnp.float32))
 
 
-def test_each_tap_sees_the_capsules_of_its_place_with_their_poses_whole():
-    """Poses that say which row, column, group and component they are: none may turn up elsewhere."""
+def test_each_tap_gathers_the_capsules_at_its_position():
+    """The poses encode their row, column, group and component, so any mix-up shows."""
     layer = new_layer()
     coded = np.array(
         [
@@ -50,8 +50,8 @@ def test_each_tap_sees_the_capsules_of_its_place_with_their_poses_whole():
 
 
 @pytest.mark.parametrize("routing", ["dynamic", "em", "self_routing"])
-def test_a_capsule_changes_what_sees_it_and_nothing_else(routing):
-    """EM shares an input out among positions: what sees a neighbour of it may change, too, but nothing further off."""
+def test_a_capsule_changes_only_the_positions_that_cover_it(routing):
+    """The kernels of this layer do not overlap, so that EM cannot couple positions either."""
     layer = new_layer(routing=routing, kernel_size=(2, 2), stride=2)
     before = capsules()
     row, column = 1, 4
@@ -66,7 +66,7 @@ def test_a_capsule_changes_what_sees_it_and_nothing_else(routing):
 
 @pytest.mark.parametrize("matrix", [False, True], ids=["vectors", "matrices"])
 @pytest.mark.parametrize("shared", [False, True], ids=["by tap", "shared"])
-def test_votes_are_those_of_explicit_loops(matrix, shared):
+def test_votes_equal_explicit_loops(matrix, shared):
     layer = new_layer(
         out_dim=IN_DIM if matrix else OUT_DIM, matrix_poses=matrix, shared_transform=shared, coordinate_addition=shared
     )
@@ -87,10 +87,10 @@ def test_votes_are_those_of_explicit_loops(matrix, shared):
         np.testing.assert_allclose(votes[0, position, tap, i, o], expected.ravel(), atol=1e-5)
 
 
-def test_the_softmax_sums_over_all_parents_of_an_input():
-    inputs = np.array([[0, 1, 2], [1, 2, 4], [2, 4, 0]])  # of three positions; nobody sees 3
+def test_the_softmax_is_over_all_parents_of_an_input():
+    inputs = np.array([[0, 1, 2], [1, 2, 4], [2, 4, 0]])  # at three positions, none of which covers capsule 3
     logits = 2 * np.random.default_rng(2).normal(size=(3, 3, 5))
-    logits[1] += 200  # would overflow without the maximum of all positions
+    logits[1] += 200  # overflows unless the maximum over all positions is subtracted
     shares = softmax_over_parents(jnp.asarray(logits, jnp.float32), inputs=inputs)
     for number in (0, 1, 2, 4):
         places = inputs == number
@@ -99,7 +99,7 @@ def test_the_softmax_sums_over_all_parents_of_an_input():
         assert shares[places].sum() == pytest.approx(1, rel=1e-5)
 
 
-def test_em_shares_a_capsule_out_among_all_positions_that_see_it():
+def test_em_divides_a_capsule_among_all_positions_that_cover_it():
     layer = new_layer(routing="em,inverse_temperature=1", kernel_size=3, stride=1)
     couplings = layer.route(capsules()).couplings
     totals = np.zeros((BATCH, GRID[0] * GRID[1], IN_GROUPS))
@@ -108,11 +108,11 @@ def test_em_shares_a_capsule_out_among_all_positions_that_see_it():
             of_tap = couplings[:, position, tap * IN_GROUPS : (tap + 1) * IN_GROUPS]
             totals[:, place] += of_tap.sum(axis=-1)
     np.testing.assert_allclose(totals, 1, rtol=1e-5)
-    # In the middle there are nine positions to share with, so no position has it all.
+    # Nine positions cover a capsule in the middle, so none of them has all of it.
     assert couplings.sum(axis=-1).min() < 0.5
 
 
-def test_a_routing_without_softmax_is_run_for_each_position():
+def test_a_routing_without_softmax_runs_separately_at_each_position():
     layer = new_layer(routing="dynamic")
     routed = layer.route(capsules())
     np.testing.assert_allclose(routed.couplings.sum(axis=-1), 1, rtol=1e-5)
@@ -123,7 +123,7 @@ def test_a_routing_without_softmax_is_run_for_each_position():
 
 
 @pytest.mark.parametrize("routing", ["dynamic", "em", "self_routing"])
-def test_a_kernel_of_the_size_of_the_grid_is_a_dense_layer(routing):
+def test_a_kernel_as_large_as_the_grid_equals_a_dense_layer(routing):
     conv = new_layer(kernel_size=GRID, routing=routing)
     dense = CapsuleLayer(GRID[0] * GRID[1] * IN_GROUPS, IN_DIM, OUT_GROUPS, OUT_DIM, routing=routing, rngs=nnx.Rngs(1))
     dense.weight[...] = conv.weight[...].reshape(dense.weight.shape)
@@ -136,7 +136,7 @@ def test_a_kernel_of_the_size_of_the_grid_is_a_dense_layer(routing):
 
 
 def test_any_routing_stacks_on_any_other():
-    """By a dry run of every pair, convolutional below dense."""
+    """Abstract evaluation of all pairs, a dense layer above a convolutional one."""
     from capsnet_jax.routing import ROUTINGS
 
     below = {name: new_layer(routing=name) for name in ROUTINGS}

@@ -1,4 +1,4 @@
-"""Every formulation of the convolution is the one of XLA, forward and gradients."""
+"""Every implementation of the convolution equals that of XLA, in values and gradients."""
 
 import math
 
@@ -23,7 +23,7 @@ CASES = [
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 5e-6)])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_and_gradients_are_those_of_xla(case, dtype, tolerance):
+def test_values_and_gradients_equal_those_of_xla(case, dtype, tolerance):
     height, width, channels, kernel_height, kernel_width, stride, features = case
     rng = np.random.default_rng(sum(case))
     with jax.enable_x64(dtype == "float64"):
@@ -41,7 +41,7 @@ def test_values_and_gradients_are_those_of_xla(case, dtype, tolerance):
 
 
 @pytest.mark.parametrize("formulation", [convolve, matrix_product, convolution])
-def test_in_bfloat16_it_is_nearly_the_same_and_cotangents_are_in_bfloat16(formulation):
+def test_bfloat16_is_close_to_float32_and_keeps_its_dtype(formulation):
     rng = np.random.default_rng(7)
     images, kernel, cotangent = (
         jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((3, 10, 11, 4), (3, 4, 4, 5), (3, 4, 4, 5))
@@ -53,7 +53,7 @@ def test_in_bfloat16_it_is_nearly_the_same_and_cotangents_are_in_bfloat16(formul
         assert np.abs(ours.astype(jnp.float32) - theirs).max() <= 1e-2 * np.abs(theirs).max()
 
 
-def test_under_jit_and_vmap_it_is_the_same():
+def test_jit_and_vmap_change_nothing():
     rng = np.random.default_rng(1)
     images, kernels = jnp.asarray(rng.normal(size=(2, 3, 8, 9, 2))), jnp.asarray(rng.normal(size=(2, 3, 3, 2, 4)))
     mapped = jax.jit(jax.vmap(lambda image, kernel: convolve(image, kernel, 2)))(images, kernels)
@@ -61,10 +61,10 @@ def test_under_jit_and_vmap_it_is_the_same():
         np.testing.assert_allclose(one, convolution(image, kernel, 2), rtol=1e-5, atol=1e-5)
 
 
-# Images and kernel, with stride 2; the second is the reference model's, which a CPU does by spectra if it is alone.
+# Images and kernel, with stride 2. The second is that of the reference model: Fourier transforms on one CPU device.
 @pytest.mark.parametrize("shapes", [((1, 9, 9, 8), (3, 3, 8, 4)), ((64, 20, 20, 256), (9, 9, 256, 256))], ids=str)
 @pytest.mark.parametrize("num_devices", [1, 2])
-def test_on_cpu_it_is_matrix_products_and_elsewhere_the_native_convolution(shapes, num_devices, monkeypatch):
+def test_cpu_uses_matrix_products_and_other_platforms_the_native_convolution(shapes, num_devices, monkeypatch):
     monkeypatch.setattr("jax.device_count", lambda: num_devices)
     arguments = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
     traced = jax.jit(jax.grad(lambda *args: convolve(*args, 2).sum(), argnums=(0, 1))).trace(*arguments)
@@ -72,7 +72,7 @@ def test_on_cpu_it_is_matrix_products_and_elsewhere_the_native_convolution(shape
     assert "stablehlo.convolution" in on_gpu
     assert "stablehlo.convolution" not in on_cpu
     assert "stablehlo.dot_general" in on_cpu
-    by_patches = f"x{math.prod(shapes[1][:3])}xf32>" in on_cpu  # rows of all that is under the kernel
+    by_patches = f"x{math.prod(shapes[1][:3])}xf32>" in on_cpu  # matrix of patches
     assert by_patches == (num_devices == 2 or shapes[1] == (3, 3, 8, 4))
 
 

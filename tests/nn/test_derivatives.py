@@ -1,4 +1,4 @@
-"""A function with a backward pass of its own has JAX' own derivatives in all modes."""
+"""A function with a custom backward pass has the derivatives of the plain function in all modes."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def plain(x, y):
 
 
 def make_counted():
-    """The same function, and how often its own backward pass was traced."""
+    """The same function with a custom backward pass, and a list that grows when that is traced."""
     calls = []
 
     def backward(arguments, cotangent):
@@ -35,7 +35,7 @@ def make_loss(function):
 
 
 def of_batch(loss):
-    """A sum over examples that share y."""
+    """Sum over examples that share y."""
     return lambda xs, y: (jax.vmap(loss, (0, None))(xs, y) ** 2).sum()
 
 
@@ -60,7 +60,7 @@ DERIVATIVES = {
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
-def test_every_derivative_is_that_of_the_plain_function(derivative, compiled):
+def test_derivatives_equal_those_of_the_plain_function(derivative, compiled):
     with jax.enable_x64(True):
         function, _ = make_counted()
         loss = make_loss(function)
@@ -81,7 +81,7 @@ def test_reverse_mode_calls_the_backward_pass_and_forward_mode_does_not():
         assert len(calls) == 1
 
 
-def test_a_wrong_backward_pass_shows():
+def test_a_wrong_backward_pass_changes_reverse_mode_only():
     with jax.enable_x64(True):
         doubled = with_backward(lambda arguments, cotangent: (2 * cotangent,))(lambda x: 1.0 * x)
         np.testing.assert_array_equal(jax.grad(lambda x: doubled(x).sum())(X), np.full_like(X, 2))

@@ -1,4 +1,4 @@
-"""The model does what Flax and JAX do with every module, whatever implementation is chosen for it."""
+"""The model works with the transformations of Flax and JAX, whatever implementation is chosen."""
 
 import re
 
@@ -98,7 +98,7 @@ def test_an_optimizer_of_flax_trains_it(images):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_derivatives_in_forward_mode(model, images, compiled):
-    """Against central differences of the function, and of its gradient; and each mode against the other."""
+    """Compared with central differences of the function and of its gradient, and with reverse mode."""
     with jax.enable_x64(True):
         exact = CapsNet(IMAGE_SHAPE, 10, **SMALL, param_dtype="float64", rngs=nnx.Rngs(0))
         images = images.astype("float64")
@@ -150,7 +150,7 @@ def test_couplings_and_votes_are_returned_and_captured(options, images):
     np.testing.assert_array_equal(model(images).poses, output.poses)
 
 
-def test_the_model_says_how_it_is_computed():
+def test_implementations_are_reported_with_reasons():
     model = CapsNet(rngs=nnx.Rngs(0))
     words = {name: str(choice) for name, choice in model.implementations(64).items()}
     assert words == {

@@ -1,4 +1,4 @@
-"""A convolution by spectra is the convolution, however it is cut; and where a CPU takes it for the matrix product."""
+"""Convolution by Fourier transforms equals XLA's for any tiling; and when a CPU prefers it to a matrix product."""
 
 import re
 from functools import partial
@@ -17,10 +17,10 @@ from capsnet_jax.ops import convolution
 # height, width, channels; kernel height, kernel width; stride; features; number of tiles along height and width
 CASES = [
     (20, 20, 3, 9, 9, 2, 5, (1, 1)),
-    (12, 17, 1, 5, 2, 3, 4, (3, 2)),  # of 1 and 3 features each: no feature is left over
-    (11, 13, 2, 3, 4, 1, 3, (2, 4)),  # the last tiles reach beyond the 9 x 10 features
+    (12, 17, 1, 5, 2, 3, 4, (3, 2)),  # tiles of 1 and 3 features, without remainder
+    (11, 13, 2, 3, 4, 1, 3, (2, 4)),  # the last tiles extend beyond the 9 x 10 features
     (6, 6, 4, 6, 6, 2, 2, (1, 1)),  # one feature
-    (10, 7, 2, 4, 3, 5, 3, (2, 1)),  # pixels that no kernel sees, and phases of the kernel of zeros alone
+    (10, 7, 2, 4, 3, 5, 3, (2, 1)),  # pixels that no kernel covers, and phases of the kernel without taps
     (9, 8, 6, 1, 3, 2, 2, (1, 2)),
 ]
 QUICKLY_COMPILED = {"xla_backend_optimization_level": 0}
@@ -29,7 +29,7 @@ PRIMARY = (64, 20, 20, 256), (9, 9, 256, 256), 2  # the second convolution of th
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 5e-6)])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_and_gradients_are_those_of_xla(case, dtype, tolerance):
+def test_values_and_gradients_equal_those_of_xla(case, dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
         images, kernel, cotangent = operands(case, dtype)
         expected = results(convolution, case, images, kernel, cotangent)
@@ -39,8 +39,8 @@ def test_values_and_gradients_are_those_of_xla(case, dtype, tolerance):
 
 
 @pytest.mark.parametrize(("products_at_once", "parts"), [(17, 1), (6, 3), (0, 17)])
-def test_a_few_products_at_once_make_the_same_sums(products_at_once, parts, monkeypatch):
-    """All of them; the last part filled up with zeros; and one by one."""
+def test_the_number_of_products_at_once_changes_nothing(products_at_once, parts, monkeypatch):
+    """All at once, in parts of which the last is padded, and one by one."""
     case = (9, 8, 6, 3, 4, 2, 5, (2, 1))
     with jax.enable_x64(True):
         images, kernel, cotangent = operands(case, "float64")
@@ -55,7 +55,7 @@ def test_a_few_products_at_once_make_the_same_sums(products_at_once, parts, monk
         assert_all_close(results(fourier, case, images, kernel, cotangent), expected, 1e-12)
 
 
-def test_under_vmap_it_is_the_same():
+def test_vmap_changes_nothing():
     case = (8, 9, 2, 3, 3, 2, 4, (2, 1))
     with jax.enable_x64(True):
         sets = [operands(case, "float64", seed) for seed in (0, 1)]
@@ -67,7 +67,7 @@ def test_under_vmap_it_is_the_same():
 
 
 def test_full_size_is_accurate_in_float32():
-    """All channels of the reference model, against NumPy's sums in float64."""
+    """With all channels of the reference model, compared with NumPy in float64."""
     rng = np.random.default_rng(1)
     images, kernel, cotangent = (
         rng.random((1, 20, 20, 256)),
@@ -90,7 +90,7 @@ def test_full_size_is_accurate_in_float32():
     assert_all_close(jax.jit(partial(value_and_pull, formulation))(*arrays), expected, 5e-6)
 
 
-def test_the_tilings_are_all_that_fit():
+def test_possible_tilings():
     assert [*possible_tilings(outputs=7, kernel=9, stride=2)] == [
         (7, 1, 5),
         (4, 2, 5),
@@ -108,8 +108,8 @@ def test_the_tilings_are_all_that_fit():
 
 @pytest.mark.parametrize("rows", [(1, 1), (1, 2), (2, 2), (3, 2), (4, 3)], ids=str)
 @pytest.mark.parametrize("columns", [(1, 1), (2, 1), (1, 4), (4, 2)], ids=str)
-def test_transforms_are_of_a_convolution_in_as_few_products_as_told(rows, columns):
-    """Against explicit loops, of odd and even sizes, of one pixel, and of tiles that are all kernel."""
+def test_transforms_compute_a_convolution_with_the_expected_number_of_products(rows, columns):
+    """Compared with explicit loops, for odd and even sizes, one pixel, and tiles of one feature."""
     (outputs, taps), (other_outputs, other_taps) = rows, columns
     tilings = [next(possible_tilings(outputs, taps, 1)) for outputs, taps in (rows, columns)]
     assert [(tiling.outputs, tiling.taps) for tiling in tilings] == [rows, columns]
@@ -126,7 +126,7 @@ def test_transforms_are_of_a_convolution_in_as_few_products_as_told(rows, column
     assert len(products) <= 3 * pixels.size / 2 + 2  # not 4 for each of two mirrored frequencies
 
 
-def test_a_cpu_takes_it_where_it_needs_less():
+def test_a_cpu_uses_fourier_transforms_where_they_cost_less():
     assert chosen(*PRIMARY).name == "fourier"
     assert chosen((64, 28, 28, 1), (9, 9, 1, 256), 1).name == "patches"  # the stem of the reference model
     assert chosen((64, 20, 20, 256), (1, 1, 256, 256), 1).name == "patches"
@@ -135,13 +135,13 @@ def test_a_cpu_takes_it_where_it_needs_less():
     assert chosen(*PRIMARY, dtype="bfloat16").name == "patches"
 
 
-def test_on_several_devices_a_cpu_takes_the_matrix_product(monkeypatch):
+def test_several_cpu_devices_use_the_matrix_product(monkeypatch):
     monkeypatch.setattr("jax.device_count", lambda: 2)
     assert chosen(*PRIMARY).name == "patches"
 
 
-def test_with_either_a_convolution_is_the_same(monkeypatch):
-    """Values and gradients of `convolve`, whatever it takes."""
+def test_convolve_equals_xla_with_either_implementation(monkeypatch):
+    """Values and gradients."""
     case = (11, 13, 8, 3, 4, 1, 3, (2, 2))
     choices = [Choice("fourier", "tested", tilings_of(case)), Choice("patches", "tested")]
     with jax.enable_x64(True):
@@ -159,7 +159,7 @@ def test_with_either_a_convolution_is_the_same(monkeypatch):
 
 
 def operands(case, dtype, seed=0):
-    """Images, kernel and what the gradients of the features are."""
+    """Images, kernel, and a cotangent of the features."""
     height, width, channels, kernel_height, kernel_width, stride, features, _ = case
     rng = np.random.default_rng(sum(case[:-1]) + seed)
     outputs = (height - kernel_height) // stride + 1, (width - kernel_width) // stride + 1
@@ -168,7 +168,7 @@ def operands(case, dtype, seed=0):
 
 
 def tilings_of(case):
-    """Of the numbers of tiles that the case asks for."""
+    """The tilings with the numbers of tiles of a case."""
     (height, width, _, *kernel), stride, tiles = case[:5], case[5], case[7]
     tilings = []
     for pixels, taps, number in zip((height, width), kernel, tiles, strict=True):
@@ -199,5 +199,5 @@ def assert_all_close(actual, expected, tolerance):
 
 
 def chosen(images, kernel, stride, dtype="float32"):
-    """The implementation on a CPU for arrays of these shapes."""
+    """The implementation that is chosen on CPU for these shapes."""
     return choose_convolution(images, kernel, stride, dtype, platform="cpu")

@@ -1,4 +1,4 @@
-"""Dynamic routing without votes is dynamic routing: values, gradients and gradients of those, in less memory."""
+"""Fused dynamic routing equals dynamic routing in values, first and second gradients, and needs less memory."""
 
 import importlib
 import re
@@ -27,7 +27,7 @@ ARGUMENTS = {
 }
 PLAIN, LEARNED = ("poses", "weight"), tuple(ARGUMENTS)
 
-# What there is a gradient of, and options.
+# Names of the differentiated arguments, and options.
 CASES = [
     (PLAIN, {"num_iterations": 1}),
     (LEARNED, {"num_iterations": 1, "leaky": True}),
@@ -41,7 +41,7 @@ CASES = [
 
 @pytest.fixture
 def set_chunk(monkeypatch):
-    """Sets how many input capsules are done at once, here or in the default case all of them."""
+    """Set the number of input capsules per chunk; by default, a chunk has all of them."""
     module = importlib.import_module("capsnet_jax.nn.fast.fused_dynamic")  # its name in the package is the function's
 
     def set_chunk(capsules: int) -> None:
@@ -52,8 +52,8 @@ def set_chunk(monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_and_gradients_are_those_of_dynamic(case, set_chunk):
-    """In chunks of 4, 4 and 2 input capsules."""
+def test_values_and_gradients_equal_those_of_dynamic(case, set_chunk):
+    """With chunks of 4, 4 and 2 input capsules."""
     set_chunk(4)
     names, options = case
     with jax.enable_x64(True):
@@ -65,7 +65,7 @@ def test_values_and_gradients_are_those_of_dynamic(case, set_chunk):
 
 
 @pytest.mark.parametrize(("chunk", "lengths"), [(10, {10}), (5, {5}), (4, {4, 2}), (1, {1}), (0, {1})])
-def test_chunks_change_nothing(chunk, lengths, set_chunk):
+def test_the_size_of_chunks_changes_nothing(chunk, lengths, set_chunk):
     set_chunk(chunk)
     with jax.enable_x64(True):
         arguments = make_arguments(LEARNED)
@@ -76,8 +76,8 @@ def test_chunks_change_nothing(chunk, lengths, set_chunk):
             assert_all_close(values_and_gradients(fused_dynamic, arguments), values_and_gradients(by_votes, arguments))
 
 
-def test_under_vmap_each_model_is_what_it_is_alone(set_chunk):
-    """As models from several seeds are trained side by side."""
+def test_vmap_over_models_changes_nothing(set_chunk):
+    """Models of several seeds are trained under vmap."""
     set_chunk(4)
     with jax.enable_x64(True):
         seeds = [make_arguments(LEARNED, seed) for seed in (0, 1)]
@@ -88,7 +88,7 @@ def test_under_vmap_each_model_is_what_it_is_alone(set_chunk):
             assert_all_close(ours, values_and_gradients(by_votes, arguments))
 
 
-def test_gradients_of_gradients_are_those_of_dynamic(set_chunk):
+def test_second_gradients_equal_those_of_dynamic(set_chunk):
     set_chunk(4)
 
     def second(function):
@@ -102,7 +102,7 @@ def test_gradients_of_gradients_are_those_of_dynamic(set_chunk):
         assert_all_close(second(fused_dynamic), second(by_votes))
 
 
-def test_in_bfloat16_products_are_nearly_the_same_and_all_else_is_in_float32(set_chunk):
+def test_bfloat16_weights_give_results_close_to_float32_and_in_float32(set_chunk):
     set_chunk(4)
     arguments = {name: jnp.asarray(array, jnp.bfloat16) for name, array in make_arguments(LEARNED).items()}
     arguments["poses"] = arguments["poses"].astype("float32")
@@ -124,8 +124,8 @@ def test_gradients_are_finite_at_any_scale():
         assert all(np.isfinite(gradient).all() for gradient in gradients(scale, *arguments.values())), scale
 
 
-def test_memory_is_of_outputs_and_copies_of_the_poses():
-    """Beyond arguments and gradients; votes of the same batch would take 84 and 671 MB, without their gradient."""
+def test_memory_does_not_grow_with_the_votes():
+    """Temporary memory only; the votes of these batches alone would take 84 and 671 MB."""
     batch, dim, outputs, size = 16, 8, 10, 16
 
     def needed(inputs: int) -> int:
@@ -136,13 +136,13 @@ def test_memory_is_of_outputs_and_copies_of_the_poses():
 
     of_few, of_many = needed(8_192), needed(65_536)
     assert 0 < of_many <= 4 * batch * 65_536 * outputs * size / 8
-    # Poses and their gradient are transposed as a whole; JAX 0.10 puts the latter where the result goes, 0.12 does not.
+    # Transposed copies of the poses and of their gradient, which JAX 0.10 (unlike 0.12) writes into the result.
     assert of_many - of_few <= 2 * 4 * batch * (65_536 - 8_192) * dim + 1_024
 
 
 @pytest.mark.parametrize("routing", ["dynamic", "dynamic,leaky=true,prior_logits=0.5,capsule_bias=0.1"])
-def test_a_layer_computes_the_same_with_either(routing):
-    """Couplings, too, which `route` returns; "auto" is of votes for so few examples."""
+def test_a_layer_returns_the_same_with_either_implementation(routing):
+    """Also the couplings that `route` returns. "auto" uses votes for this few examples."""
     layers = {
         implementation: CapsuleLayer(
             INPUTS, DIM, OUTPUTS, SIZE, routing=routing, implementation=implementation, rngs=nnx.Rngs(0)
@@ -160,8 +160,8 @@ def test_a_layer_computes_the_same_with_either(routing):
     assert np.ptp(fused["couplings"]) > 0.2
 
 
-def test_it_has_the_options_of_dynamic(set_chunk):
-    """Iterations and options that are bound to the routing reach it."""
+def test_options_of_the_routing_reach_the_fused_implementation(set_chunk):
+    """Number of iterations and options, however the routing is given."""
     set_chunk(4)
     arguments = make_arguments(PLAIN)
     expected = jax.jit(partial(by_votes, leaky=True, num_iterations=2))(**arguments)
@@ -175,7 +175,7 @@ def test_it_has_the_options_of_dynamic(set_chunk):
         np.testing.assert_allclose(jax.jit(fused)(**arguments).couplings, expected.couplings, rtol=1e-4)
 
 
-def test_what_is_taken_where_the_user_does_not_say(monkeypatch):
+def test_the_choice_of_implementation(monkeypatch):
     def chosen(routing, option, num_examples):
         return choose_routing(get_routing(routing), option, num_examples).name
 
@@ -214,13 +214,13 @@ def test_no_iteration_is_an_error(num_iterations):
         ({"routing_implementation": "fused", "routing": "em"}, "Routing em has no .*without votes.*dynamic"),
     ],
 )
-def test_an_implementation_that_there_is_not_is_an_error(options, message):
+def test_an_unknown_implementation_is_refused(options, message):
     with pytest.raises(UsageError, match=message):
         CapsNet(IMAGE_SHAPE, 10, **SMALL, **options, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("implementation", ["votes", "fused"])
-def test_another_number_of_capsules_than_there_are_weights_for_is_an_error(implementation):
+def test_a_wrong_number_of_input_capsules_is_refused(implementation):
     layer = CapsuleLayer(INPUTS, DIM, OUTPUTS, SIZE, implementation=implementation, rngs=nnx.Rngs(0))
     for inputs in (INPUTS - 1, INPUTS + 1):
         poses = jnp.ones((BATCH, inputs, DIM))
@@ -229,20 +229,20 @@ def test_another_number_of_capsules_than_there_are_weights_for_is_an_error(imple
 
 
 def make_arguments(names, seed=0):
-    """Seeded, and such that some couplings are several times others."""
+    """Random arguments for which some couplings are several times larger than others."""
     rng = np.random.default_rng(seed)
     values = {name: jnp.asarray(0.8 * rng.normal(size=shape)) for name, shape in ARGUMENTS.items()}
     return {name: values[name] for name in names}
 
 
 def by_votes(poses, weight, **options):
-    """Dynamic routing of each example's votes."""
+    """Dynamic routing of the votes of each example."""
     votes = jnp.einsum("bid,idoh->bioh", poses, weight)
     return jax.vmap(lambda votes: dynamic(votes, jnp.ones(len(votes), votes.dtype), **options))(votes)
 
 
 def results_of(function):
-    """From arguments to what is routed, and the gradients of a weighted sum over all of that."""
+    """Make a function that returns the routing result, and the gradients of a weighted sum of it."""
     rng = np.random.default_rng(7)
     shapes = (BATCH, OUTPUTS, SIZE), (BATCH, OUTPUTS), (BATCH, INPUTS, OUTPUTS)
     coefficients = [rng.normal(size=shape) for shape in shapes]

@@ -1,4 +1,4 @@
-"""Losses against values worked out by hand."""
+"""Losses compared with values computed by hand or by explicit loops."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +10,12 @@ from capsnet_jax.nn.losses import margin_loss, reconstruction_loss, spread_loss,
 
 def test_margin_loss_by_hand():
     activations = jnp.array([[0.5, 0.3, 0.05], [0.95, 0.1, 0.0]])
-    # The label's capsule misses 0.9 by 0.4, another is 0.2 over 0.1; then it misses by 0.9, another is 0.85 over.
+    # The label is 0.4 below 0.9 and one class 0.2 above 0.1; then the label is 0.9 below and one class 0.85 above.
     expected = [0.4**2 + 0.5 * 0.2**2, 0.9**2 + 0.5 * 0.85**2]
     np.testing.assert_allclose(margin_loss(activations, jnp.array([0, 2])), expected, rtol=1e-6)
 
 
-def test_every_label_of_an_example_is_wanted():
+def test_margin_loss_of_several_labels():
     activations = np.random.default_rng(5).uniform(size=(3, 5))
     labels = [[4, 1], [0, 3], [2, 4]]
     expected = [
@@ -26,12 +26,12 @@ def test_every_label_of_an_example_is_wanted():
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
-def test_margins_and_weight_are_arguments():
+def test_margin_loss_with_other_margins_and_weight():
     loss = margin_loss(jnp.array([[0.5, 0.4]]), jnp.array([0]), present=0.8, absent=0.2, absent_weight=2.0)
     np.testing.assert_allclose(loss, [0.3**2 + 2 * 0.2**2], rtol=1e-6)
 
 
-def test_no_loss_inside_the_margins():
+def test_margin_loss_is_zero_inside_the_margins():
     assert margin_loss(jnp.array([[0.95, 0.05, 0.1]]), jnp.array([0]))[0] == 0
 
 
@@ -41,7 +41,7 @@ def test_reconstruction_loss_is_a_mean_over_pixels_and_channels():
     np.testing.assert_allclose(loss, [0.36 / 12, 0], rtol=1e-6)
 
 
-def test_the_spread_loss_is_that_of_explicit_loops():
+def test_spread_loss_equals_explicit_loops():
     activations = np.random.default_rng(3).uniform(size=(2, 4))
     labels, margin = [2, 0], 0.7
     expected = [
@@ -52,17 +52,17 @@ def test_the_spread_loss_is_that_of_explicit_loops():
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
-def test_the_spread_loss_of_several_labels_is_an_error():
+def test_spread_loss_refuses_several_labels():
     with pytest.raises(UsageError, match="spread loss got 2 labels for each image, and is defined for one"):
         spread_loss(jnp.ones((3, 5)), jnp.array([[4, 1], [0, 3], [2, 4]]))
 
 
-def test_the_margin_grows_from_a_fifth_to_nearly_one():
+def test_the_spread_margin_grows_from_a_fifth_to_one():
     margins = [float(spread_margin(step)) for step in (0, 200_000, 10**9)]
     np.testing.assert_allclose(margins, [0.2 + 0.79 / (1 + np.exp(4)), 0.2 + 0.79 / 2, 0.99], rtol=1e-4)
 
 
-def test_a_summed_error_is_the_mean_times_the_number_of_pixels():
+def test_the_summed_error_is_the_mean_times_the_number_of_pixels():
     images, others = jnp.asarray(np.random.default_rng(4).random((2, 3, 4, 5, 2)), jnp.float32)
     mean = reconstruction_loss(others, images)
     np.testing.assert_allclose(reconstruction_loss(others, images, error="sum"), 40 * mean, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Layers and model: sizes that come by themselves, stacking, and errors."""
+"""Layers and model: inferred sizes, stacking, rematerialisation and errors."""
 
 import dataclasses
 from functools import partial
@@ -58,7 +58,7 @@ def test_keywords_and_configs_and_presets_make_the_same_model():
         ({"hidden_capsules": [[4, 0]]}, r"hidden_capsules is \(\(4, 0\),\), and every size in it must be at least 1"),
     ],
 )
-def test_a_wrong_field_is_an_error(options, message):
+def test_a_wrong_field_is_refused(options, message):
     with pytest.raises(UsageError, match=message):
         CapsNet(**options, rngs=nnx.Rngs(0))
     if "image_shape" not in options:
@@ -70,12 +70,12 @@ def test_a_wrong_field_is_an_error(options, message):
     ("sizes", "fields"),
     [(((9, 11, 1), 4, 3), {}), (((9, 11, 1),), {"image_shape": (12, 13, 1)}), (((9, 11, 1), 4), {"num_classes": 4})],
 )
-def test_sizes_given_twice_or_too_many_are_an_error(sizes, fields):
+def test_repeated_or_too_many_sizes_are_refused(sizes, fields):
     with pytest.raises(UsageError, match="expected image_shape and num_classes, each once, and all other"):
         CapsNet(*sizes, **fields, rngs=nnx.Rngs(0))
 
 
-def test_an_unknown_preset_is_an_error():
+def test_an_unknown_preset_is_refused():
     with pytest.raises(UsageError, match="Unknown preset 'digit'; expected readable, digits"):
         CapsNet.from_preset("digit", rngs=nnx.Rngs(0))
 
@@ -93,7 +93,7 @@ def test_the_number_of_primary_capsules_is_inferred(image_shape, stride, positio
 
 
 def test_a_capsule_is_the_channels_of_one_group_at_one_position():
-    """Position-coded: the pixel under a capsule is seen in that capsule and in no other."""
+    """With kernels of one pixel, a pixel changes the capsules at its position and no others."""
     model = CapsNet(
         (9, 11, 1), 4, **(SMALL | {"stem_kernel": 1, "primary_kernel": 1}), primary_stride=1, rngs=nnx.Rngs(0)
     )
@@ -103,8 +103,8 @@ def test_a_capsule_is_the_channels_of_one_group_at_one_position():
     np.testing.assert_array_equal(changed, [(5 * 11 + 7) * 2, (5 * 11 + 7) * 2 + 1])
 
 
-def test_capsule_layers_stack_and_train():
-    """Three lines make three layers; from capsules of clusters they learn the clusters."""
+def test_three_capsule_layers_train():
+    """The input capsules form clusters, which the layers learn to classify."""
     rngs = nnx.Rngs(0)
     layers = nnx.List(
         [
@@ -145,13 +145,13 @@ def test_capsule_layers_stack_and_train():
     assert accuracy == 1
 
 
-def test_hidden_capsules_make_layers_of_these_sizes():
+def test_hidden_capsules_set_the_sizes_of_layers():
     model = CapsNet((9, 9, 1), 4, **SMALL, hidden_capsules=((7, 3), (6, 2)), rngs=nnx.Rngs(0))
     shapes = [layer.weight.shape for layer in model.capsule_layers]
     assert shapes == [(18, 4, 7, 3), (7, 3, 6, 2), (6, 2, 4, 5)]
 
 
-def test_another_routing_reaches_every_layer():
+def test_routing_is_used_in_every_layer():
     calls = []
 
     def first_votes(votes, activations):
@@ -165,23 +165,23 @@ def test_another_routing_reaches_every_layer():
     np.testing.assert_array_equal(capsules.activations, np.ones((2, 4)))
 
 
-def test_too_small_an_image_is_an_error_that_tells_the_smallest():
+def test_too_small_images_are_refused_with_the_smallest_size():
     with pytest.raises(UsageError, match=r"Images of 16 x 30 are too small.* at least 17 x 17"):
         CapsNet((16, 30, 1), rngs=nnx.Rngs(0))
 
 
-def test_no_iteration_is_an_error_when_the_model_is_made():
+def test_zero_iterations_are_refused():
     with pytest.raises(UsageError, match="num_iterations is 0"):
         CapsNet((9, 9, 1), 4, **SMALL, num_iterations=0, rngs=nnx.Rngs(0))
 
 
-def test_an_image_of_another_shape_is_an_error():
+def test_images_of_another_shape_are_refused():
     model = CapsNet((9, 9, 1), 4, **SMALL, rngs=nnx.Rngs(0))
     with pytest.raises(UsageError, match=r"\(9, 10, 1\).*\(9, 9, 1\)"):
         model.encode(jnp.zeros((2, 9, 10, 1)))
 
 
-def test_images_are_standardized_for_the_encoder_alone():
+def test_images_are_standardized_for_the_encoder_only():
     options = SMALL | {"decoder_hidden": (12, 14)}
     plain = CapsNet((9, 9, 2), 4, **options, rngs=nnx.Rngs(0))
     standardizing = CapsNet((9, 9, 2), 4, **options, standardize_images=True, rngs=nnx.Rngs(0))
@@ -190,13 +190,13 @@ def test_images_are_standardized_for_the_encoder_alone():
     poses = standardizing.encode(jnp.asarray(images)).poses
     expected = plain.encode(jnp.asarray((images - mean) / deviation)).poses
     np.testing.assert_allclose(poses, expected, rtol=1e-4, atol=1e-6)
-    # So neither brightness nor contrast matters.
+    # Brightness and contrast do not matter then.
     np.testing.assert_allclose(standardizing.encode(jnp.asarray(0.3 + 0.5 * images)).poses, poses, rtol=1e-3, atol=1e-6)
     labels = jnp.array([3, 1])
     np.testing.assert_array_equal(standardizing.decode(poses, labels), plain.decode(poses, labels))
 
 
-def test_an_image_is_reconstructed_from_the_capsules_of_all_its_labels():
+def test_images_are_reconstructed_from_the_capsules_of_all_labels():
     model = CapsNet((9, 9, 1), 4, **SMALL, decoder_hidden=(12, 14), rngs=nnx.Rngs(0))
     labels = np.array([[3, 1], [0, 2]])
     poses = jnp.asarray(np.random.default_rng(4).normal(size=(2, 4, 5)), jnp.float32)
@@ -210,7 +210,7 @@ RECOMPUTING = {"dense": partial(CapsuleLayer, 36), "convolutional": partial(Conv
 
 
 @pytest.mark.parametrize("kind", RECOMPUTING)
-def test_recomputed_routing_is_the_same_function_that_keeps_less(kind):
+def test_recomputed_routing_is_equal_and_stores_less(kind):
     with jax.enable_x64(True):
         rng = np.random.default_rng(5)
         capsules = Capsules(jnp.asarray(rng.normal(size=(2, 36, 4))), jnp.asarray(rng.uniform(size=(2, 36))))
@@ -241,7 +241,7 @@ def test_recomputed_routing_is_the_same_function_that_keeps_less(kind):
     for plain, recomputed in zip(*map(jax.tree.leaves, results), strict=True):
         assert np.abs(plain).max() > 1e-3
         assert np.abs(recomputed - plain).max() <= 1e-12 * np.abs(plain).max()
-    # What is kept is what the layer was given, its weights and the capsules below; otherwise votes are kept, too.
+    # Recomputing stores only weights and input capsules; otherwise votes are stored, too.
     assert kept[1] <= sum(leaf.size for leaf in jax.tree.leaves((params, capsules)))
     num_votes = {"dense": 36 * 3, "convolutional": 5 * 2 * 2 * 2 * 2 * 3}[kind]
     assert kept[0] - kept[1] > 2 * num_votes * 7

@@ -1,4 +1,4 @@
-"""Values and gradients of the ops, from zero to 1e15."""
+"""Values and gradients of the operations, from zero to 1e15."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ POSES = np.random.default_rng(0).normal(size=(4, 7))
 
 
 def exact_squash(poses: np.ndarray) -> np.ndarray:
-    """In NumPy float64, whose range is enough for the plain formula."""
+    """The plain formula, whose range suffices in float64."""
     norm = np.linalg.norm(poses, axis=-1, keepdims=True)
     return norm * poses / (1 + norm**2)
 
@@ -27,7 +27,7 @@ def exact_squash_pullback(poses: np.ndarray, cotangent: np.ndarray) -> np.ndarra
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_norm_and_its_gradient_are_right_at_any_scale(scale):
+def test_norm_and_its_gradient_are_accurate_at_any_scale(scale):
     poses = (scale * POSES).astype(np.float32)
     norm, pull = jax.vjp(capsule_norm, jnp.asarray(poses))
     expected = np.linalg.norm(poses.astype(np.float64), axis=-1)
@@ -36,7 +36,7 @@ def test_norm_and_its_gradient_are_right_at_any_scale(scale):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_squash_and_its_gradient_are_right_at_any_scale(scale):
+def test_squash_and_its_gradient_are_accurate_at_any_scale(scale):
     poses = (scale * POSES).astype(np.float32)
     cotangent = np.random.default_rng(1).normal(size=poses.shape).astype(np.float32)
     squashed, pull = jax.vjp(squash, jnp.asarray(poses))
@@ -86,7 +86,7 @@ def test_mask_by_label_keeps_the_capsules_of_all_labels():
             np.testing.assert_array_equal(masked[example, label], expected)
 
 
-def test_the_answer_is_right_if_the_most_active_capsule_is_the_label():
+def test_answers_right_compares_the_most_active_capsule_with_the_label():
     activations = np.random.default_rng(8).uniform(size=(40, 5)).astype(np.float32)
     labels = np.random.default_rng(9).integers(0, 5, 40)
     right = answers_right(jnp.asarray(activations), jnp.asarray(labels, jnp.int32))
@@ -98,9 +98,9 @@ def test_the_answer_is_right_if_the_most_active_capsule_is_the_label():
 
 
 @pytest.mark.parametrize("num_labels", [2, 3])
-def test_an_answer_of_several_classes_is_right_only_if_all_of_them_are(num_labels):
+def test_answers_right_needs_all_of_several_labels(num_labels):
     rng = np.random.default_rng(num_labels)
-    # Of few values, so that many are equal.
+    # Few different values, so that there are ties.
     activations = rng.integers(0, 4, (200, 4)) / 4
     labels = np.stack([rng.permutation(4)[:num_labels] for _ in range(200)])
     right = answers_right(jnp.asarray(activations, jnp.float32), jnp.asarray(labels, jnp.int32))
@@ -115,15 +115,15 @@ def test_an_answer_of_several_classes_is_right_only_if_all_of_them_are(num_label
     np.testing.assert_array_equal(right, expected)
 
 
-def test_of_equally_active_capsules_the_first_are_the_answer():
+def test_answers_right_resolves_ties_by_class_index():
     even = jnp.full((4, 4), 0.5)
     np.testing.assert_array_equal(answers_right(even, jnp.array([0, 1, 2, 3])), [True, False, False, False])
     labels = jnp.array([[1, 0], [0, 2], [2, 3], [0, 1]])
     np.testing.assert_array_equal(answers_right(even, labels), [True, False, False, True])
 
 
-def test_each_image_is_standardized_by_itself():
-    """Against explicit loops: one of full contrast, one nearly grey, whose noise is not blown up, and one grey."""
+def test_each_image_is_standardized_separately():
+    """Compared with explicit loops, for images with full contrast, with almost none, and with none."""
     images = np.random.default_rng(10).random((3, 4, 5, 2)).astype(np.float32)
     images[1] = 0.5 + 0.01 * images[1]
     images[2] = 0.25
@@ -137,8 +137,8 @@ def test_each_image_is_standardized_by_itself():
     assert np.all(np.isfinite(pull(jnp.asarray(np.random.default_rng(11).normal(size=images.shape), jnp.float32))[0]))
 
 
-def test_standardize_keeps_the_digits_of_values_far_from_zero():
-    """A variance as a difference of two means would be off by a tenth here."""
+def test_standardize_is_accurate_far_from_zero():
+    """The variance as a difference of two means would be off by a tenth here."""
     values = 1000 + np.random.default_rng(6).normal(size=(3, 7))
     values = values.astype(np.float32)
     exact = values.astype(np.float64)

@@ -1,4 +1,4 @@
-"""Mixed precision: products in bfloat16, everything else in float32, and nearly the same losses and gradients."""
+"""Mixed precision: products in bfloat16, everything else in float32; losses and gradients close to float32."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -45,7 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "routing": "self_routing",
     },
 }
-# Primitives in which bfloat16, of 8 bits, would cost more than the rounding of an operand.
+# Primitives whose result in bfloat16, with 8 bits, would lose more than the rounding of an operand.
 SENSITIVE = {
     "exp",
     "expm1",
@@ -63,7 +63,7 @@ SENSITIVE = {
 
 
 class Case:
-    """A model, a batch and its loss in any precision of the products."""
+    """A model, a batch, and the loss as a function of the dtype of products."""
 
     def __init__(self, **options: Any):
         model = CapsNet(IMAGE_SHAPE, 5, **(SMALL | options), rngs=nnx.Rngs(0))
@@ -85,7 +85,7 @@ class Case:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_losses_and_gradients_are_nearly_those_of_float32(name):
+def test_losses_and_gradients_are_close_to_float32(name):
     case = Case(**MODELS[name])
     loss = jax.jit(jax.value_and_grad(case.loss), static_argnums=1)
     (exact, exact_grads), (rounded, grads) = loss(case.params, "float32"), loss(case.params, "bfloat16")
@@ -102,8 +102,8 @@ def test_losses_and_gradients_are_nearly_those_of_float32(name):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_what_is_cast_is_the_weights_of_products_in_every_preset(preset):
-    """Those of two axes and more that PyTorch calls weight; a batch normalisation's has one."""
+def test_only_weights_of_products_are_cast_in_every_preset(preset):
+    """In PyTorch these are called weight and have several axes; the weight of a batch normalisation has one."""
     shape = (8, 8, 1) if preset == "digits" else (28, 28, 1)
     model = nnx.eval_shape(lambda: CapsNet.from_preset(preset, image_shape=shape, num_classes=10, rngs=nnx.Rngs(0)))
     params = nnx.state(model, nnx.Param)
@@ -118,7 +118,7 @@ def test_what_is_cast_is_the_weights_of_products_in_every_preset(preset):
         assert type(variable) is type(before[path])
 
 
-def test_what_a_routing_learns_is_never_cast_whatever_it_is_called():
+def test_learned_weights_of_routings_are_never_cast():
     params = nnx.State({"weight": nnx.Param(jnp.ones(2)), "routing_weights": {"weight": nnx.Param(jnp.ones(3))}})
     cast = for_products(params, jnp.bfloat16)
     assert cast["weight"][...].dtype == jnp.bfloat16
@@ -126,7 +126,7 @@ def test_what_a_routing_learns_is_never_cast_whatever_it_is_called():
 
 
 @pytest.mark.parametrize("layers", [{}, {"conv_capsules": ((3, 4, 2, 1),)}], ids=["dense", "convolutional"])
-def test_routing_is_given_float32(layers):
+def test_routing_gets_float32(layers):
     seen = []
 
     def spy(votes, activations, *, poses):
@@ -145,7 +145,7 @@ def test_only_products_are_in_bfloat16_and_all_products_of_weights_are():
     forward = list(equations(jax.make_jaxpr(case.loss, static_argnums=1)(case.params, "bfloat16").jaxpr))
     backward = list(equations(jax.make_jaxpr(jax.grad(case.loss), static_argnums=1)(case.params, "bfloat16").jaxpr))
     dtypes = [(equation.primitive.name, operand_dtypes(equation)) for equation in forward]
-    # Two convolutions in two formulations, the votes, and three layers of the decoder; then what routing does to votes.
+    # Two convolutions in two implementations each, votes, three decoder layers; then the products of routing.
     assert dtypes.count(("conv_general_dilated", {"bfloat16"})) == 2
     assert dtypes.count(("dot_general", {"bfloat16"})) == 2 + 1 + 3
     assert dtypes.count(("dot_general", {"float32"})) == 2 * 2
@@ -161,7 +161,7 @@ def test_only_products_are_in_bfloat16_and_all_products_of_weights_are():
     assert SENSITIVE & {equation.primitive.name for equation in backward} >= {"exp", "sqrt", "div", "logistic"}
 
 
-def test_features_take_half_the_memory_and_norms_keep_float32():
+def test_features_are_bfloat16_and_batch_norm_is_float32():
     case = Case(batch_norm=True)
     model = case.model(case.params, "bfloat16")
     convolution, norm = model.stem.convolutions[0], model.stem.norms[0]
@@ -173,7 +173,7 @@ def test_features_take_half_the_memory_and_norms_keep_float32():
     np.testing.assert_allclose(norm.mean[...], 0.01 * features.mean(axis=(0, 1, 2)), rtol=1e-5)
 
 
-def test_a_model_may_be_made_of_bfloat16_weights():
+def test_a_model_with_bfloat16_parameters_returns_float32():
     def decoded() -> tuple[Capsules, Capsules, jax.Array]:
         model = CapsNet(IMAGE_SHAPE, 5, **SMALL, batch_norm=True, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
         images = jnp.ones((2, *IMAGE_SHAPE))
@@ -183,7 +183,7 @@ def test_a_model_may_be_made_of_bfloat16_weights():
     assert [array.dtype for array in jax.tree.leaves(jax.eval_shape(decoded))] == [jnp.float32] * 5
 
 
-def test_casts_go_up_only():
+def test_at_least_float32_never_casts_down():
     with jax.enable_x64(True):
         for dtype, expected in (("bfloat16", "float32"), ("float16", "float32"), ("float32",) * 2, ("float64",) * 2):
             assert at_least_float32(jnp.ones(2, dtype)).dtype == expected
@@ -196,7 +196,7 @@ def operand_dtypes(equation: Any) -> set[str]:
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations, also those of branches and of functions that are called."""
+    """All equations of a jaxpr, including those of inner jaxprs."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.tree.leaves(equation.params, is_leaf=lambda value: hasattr(value, "eqns")):

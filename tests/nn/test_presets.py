@@ -1,4 +1,4 @@
-"""Every preset: the published number of weights, a training step that moves every one of them, and less loss."""
+"""Presets: published numbers of weights, initial weights and schedules; training changes every weight."""
 
 from itertools import pairwise
 
@@ -34,24 +34,24 @@ def count(module: nnx.Module) -> int:
 
 
 @pytest.mark.parametrize("preset", COUNTS)
-def test_the_number_of_weights_is_the_published_one(preset):
+def test_the_number_of_weights_is_as_published(preset):
     model = shapes(preset)
     of_decoder = 0 if model.decoder is None else count(model.decoder)
     assert (count(model), count(model) - of_decoder) == COUNTS[preset]
 
 
-def test_em_has_68_thousand_weights_on_the_images_it_was_made_for():
-    """Table 1 of the paper: A = 64, B = 8, C = D = 16, on crops of pairs of smallNORB."""
+def test_em_has_68_thousand_weights_on_smallnorb():
+    """Table 1 of the paper: A = 64, B = 8, C = D = 16, on crops of image pairs."""
     assert count(shapes("em", (32, 32, 2), 5)) == 68_754
 
 
-def test_every_preset_is_counted_or_too_large_for_mnist():
+def test_the_weights_of_every_published_preset_are_counted():
     assert PRESETS.keys() - COUNTS.keys() == {"digits"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_step_moves_every_weight_and_steps_lower_the_loss(preset):
+def test_training_changes_every_weight_and_lowers_the_loss(preset):
     config = PRESETS[preset]
     image_shape = (8, 8, 1) if preset == "digits" else (28, 28, 1)
     model = CapsNet.from_config(config.with_sizes(image_shape, 10).model, rngs=nnx.Rngs(0))
@@ -64,10 +64,10 @@ def test_a_step_moves_every_weight_and_steps_lower_the_loss(preset):
     for _ in range(8):
         before, (state, loss) = state, step(state, images, labels)
         losses.append(float(loss.total))
-        if len(losses) == 2:  # in the first, what starts at zero may hold others still
+        if len(losses) == 2:  # in the first step, weights that are zero can stop the gradient of others
             for (path, old), (_, new) in zip(*(nnx.to_flat_state(s.params) for s in (before, state)), strict=True):
                 assert np.all(np.isfinite(new[...])), path
-                # A bias of ReLU units may belong to dead ones, but not all of them are.
+                # Single ReLU units may be dead, but not all of them.
                 assert np.any(old[...] != new[...]), path
     assert np.all(np.isfinite(losses))
     assert losses[-1] < losses[0]
@@ -82,7 +82,7 @@ def test_official_and_paper_differ_in_one_number():
     assert official == paper
 
 
-def test_official_weights_are_drawn_as_by_the_authors():
+def test_official_weights_have_the_distributions_of_the_authors():
     model = CapsNet.from_preset("official", rngs=nnx.Rngs(0))
     decoder = model.decoder
     stem, primary = model.stem.convolutions[0], model.primary_capsules.convolution
@@ -96,7 +96,7 @@ def test_official_weights_are_drawn_as_by_the_authors():
     ):
         values = np.asarray(weight[...], np.float64)
         assert np.abs(values).max() <= 2 * deviation
-        # A normal cut at two deviations has 0.8796 of its deviation; five standard errors for this size.
+        # Cut at two standard deviations, a normal has 0.8796 of its deviation. Tolerance: five standard errors.
         assert abs(values.std() / (0.8796 * deviation) - 1) < 5 * 0.7 / values.size**0.5
     biases = [stem.bias, primary.bias, decoder.first_bias, decoder.hidden_bias, decoder.pixel_bias]
     for bias in (*biases, model.capsule_layers[0].routing_weights["capsule_bias"]):
@@ -104,7 +104,7 @@ def test_official_weights_are_drawn_as_by_the_authors():
 
 
 def test_the_learning_rate_falls_as_published():
-    """0.96 every 2,000 steps, down to 1e-6: what Adam's first step, of one learning rate, shows."""
+    """By 0.96 every 2,000 steps, down to 1e-6."""
     rates = [float(learning_rate(PRESETS["official"].training, 468)(step)) for step in (0, 1000, 2000, 300_000, 10**6)]
     np.testing.assert_allclose(rates, [1e-3, 1e-3 * 0.96**0.5, 0.96e-3, 1e-3 * 0.96**150, 1e-6], rtol=1e-5)
     assert all(later < earlier for earlier, later in pairwise(rates))
