@@ -1,4 +1,4 @@
-"""Every picture, each a function of arrays that returns a matplotlib Figure, which belongs to no window."""
+"""Figures: functions of arrays that return a matplotlib Figure, without a window."""
 
 from capsnet_jax.figures.comparison import comparison_figure
 from capsnet_jax.figures.confusion import confusion_figure

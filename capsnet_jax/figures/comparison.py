@@ -1,21 +1,23 @@
-"""The figure that compares routings: their test errors, at the last epoch and over epochs."""
+"""Figure that compares the test errors of routings, at the last epoch and over epochs."""
 
 from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
+
+from capsnet_jax.figures.learning_curves import log_scale
 
 
 def comparison_figure(
     errors: Mapping[str, Float[np.ndarray, "seeds epochs"]], failures: Mapping[str, str] | None = None
 ) -> Figure:
-    """Plot the test errors of routings: at the last epoch, with each seed and their deviation; and over epochs.
+    """Plot the test errors of routings: at the last epoch, with each seed and the standard deviation; and over epochs.
 
     Args:
-        errors: of each routing, in percent.
-        failures: why there are none of these routings.
+        errors: Test errors of each routing, in percent.
+        failures: For routings without errors, the reason.
     """
     names = sorted(errors, key=lambda name: errors[name][:, -1].mean(), reverse=True)  # the best one on top
     failed = [f"{name}: {why}" for name, why in (failures or {}).items()]
@@ -23,7 +25,7 @@ def comparison_figure(
     figure = Figure(figsize=(width, 0.35 * len(names) + 0.2 * len(failed) + 2.5), dpi=120, layout="constrained")
     last, over_epochs = figure.subplots(1, 2)
     for row, name in enumerate(names):
-        # Colour and marker on the left are the key to the lines on the right; together they do not soon repeat.
+        # Colour and marker on the left identify the lines on the right; combined, 70 are different.
         color, marker = f"C{row % 10}", "osD^vPX"[row % 7]
         seeds, epochs = errors[name].shape
         means = errors[name].mean(axis=0)
@@ -40,13 +42,8 @@ def comparison_figure(
     last.set_xlabel("test error at the last epoch, %", fontsize=9)
     over_epochs.set_xlabel("epoch", fontsize=9)
     over_epochs.set_ylabel("mean test error, %", fontsize=9)
-    values = np.concatenate([error.ravel() for error in errors.values()]) if names else np.ones(1)
-    for axis, scale in ((last.xaxis, last.set_xscale), (over_epochs.yaxis, over_epochs.set_yscale)):
-        if values.min() > 0 and values.max() / values.min() > 10:
-            scale("log")
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter(NullFormatter())
+    for axis in (last.xaxis, over_epochs.yaxis):
+        log_scale(axis, list(errors.values()))
         axis.grid(alpha=0.3)
     if failed:
         figure.supxlabel("\n".join(failed), fontsize=9)

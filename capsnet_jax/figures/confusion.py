@@ -1,4 +1,4 @@
-"""The figure of a confusion matrix."""
+"""Figure of a confusion matrix."""
 
 from collections.abc import Sequence
 
@@ -9,18 +9,18 @@ from matplotlib.figure import Figure
 
 
 def confusion_figure(confusion: Int[np.ndarray, "o o"], class_names: Sequence[str]) -> Figure:
-    """Draw a confusion matrix, each cell coloured by its share of the images of the true class.
+    """Draw a confusion matrix; each cell is coloured by its fraction of the images of the true class.
 
     Args:
-        confusion: numbers of images, `[true predicted]`.
-        class_names: of rows and columns.
+        confusion: Numbers of images, `[true predicted]`.
+        class_names: Names of rows and columns.
     """
     size = len(class_names)
     side = np.clip(0.4 * size, 3, 14)
     figure = Figure(figsize=(side + 2.5, side + 1.5), dpi=120, layout="constrained")
     axis = figure.subplots()
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    # The root shows confusions, which are few of many.
+    # The square root makes small fractions visible.
     shown = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
     fontsize = 9 if size <= 25 else 5
     axis.set_xticks(range(size), class_names, fontsize=fontsize, rotation=90 if max(map(len, class_names)) > 2 else 0)

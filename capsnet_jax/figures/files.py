@@ -1,4 +1,4 @@
-"""Figures in files."""
+"""Saving of figures."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from capsnet_jax.errors import UsageError
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Save a figure, in the format that the file's ending names.
+    """Save a figure in the format of the file name, such as .png, .pdf or .svg.
 
     Raises:
-        UsageError: the file cannot be written, or its ending is of no kind of picture.
+        UsageError: The file cannot be written, or its ending is not that of a picture.
     """
     try:
         figure.savefig(path)

@@ -1,4 +1,4 @@
-"""The figure of learning curves: losses over training steps, errors over epochs."""
+"""Figure of learning curves: losses over training steps, errors over epochs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,20 +6,20 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, SymmetricalLogLocator
 
 
 class Curves(NamedTuple):
-    """The learning curves of a run, as points: losses over training steps, errors in percent over epochs.
+    """Learning curves of a run, as points: losses over training steps, errors in percent over epochs.
 
     Attributes:
-        chunk_losses: mean training loss of each chunk, at its last step.
-        epoch_losses: mean training loss of each epoch, in the middle of its steps.
-        validation_errors: after each epoch; none without validation images.
-        test_errors: after each epoch.
+        chunk_losses: Mean training loss of each chunk of steps, at its last step.
+        epoch_losses: Mean training loss of each epoch, at the middle of its steps.
+        validation_errors: After each epoch; empty without validation images.
+        test_errors: After each epoch.
     """
 
     chunk_losses: Float[np.ndarray, "chunks 2"]
@@ -29,10 +29,10 @@ class Curves(NamedTuple):
 
 
 def learning_curves_figure(runs: Mapping[str, Curves]) -> Figure:
-    """Plot training losses of runs over steps, and beside them their validation and test errors over epochs.
+    """Plot training losses of runs over steps, and beside them validation and test errors over epochs.
 
     Args:
-        runs: by the names that they have in the legend.
+        runs: Learning curves by name, which is shown in the legend.
     """
     columns = min(len(runs), 1 if max(map(len, runs)) > 60 else 2)
     legend_height = 0.2 * math.ceil(len(runs) / columns)
@@ -45,10 +45,10 @@ def learning_curves_figure(runs: Mapping[str, Curves]) -> Figure:
         losses.plot(*curves.epoch_losses.T, **style, label=name)
         errors.plot(*curves.validation_errors.T, **style, linestyle="--", markerfacecolor="none")
         errors.plot(*curves.test_errors.T, **style)
-    _log_scale(losses, [points[:, 1] for curves in runs.values() for points in curves[:2]])
+    log_scale(losses.yaxis, [points[:, 1] for curves in runs.values() for points in curves[:2]])
     losses.set_xlabel("training step", fontsize=9)
     losses.set_ylabel("training loss, mean of an epoch (faint: of a chunk)", fontsize=9)
-    _log_scale(errors, [points[:, 1] for curves in runs.values() for points in curves[2:]])
+    log_scale(errors.yaxis, [points[:, 1] for curves in runs.values() for points in curves[2:]])
     errors.set_xlabel("epoch", fontsize=9)
     errors.set_ylabel("error, %", fontsize=9)
     for axis in (losses, errors):
@@ -62,19 +62,27 @@ def learning_curves_figure(runs: Mapping[str, Curves]) -> Figure:
     return figure
 
 
-def _log_scale(axis: Axes, values: Sequence[np.ndarray]) -> None:
-    """Makes the vertical axis logarithmic, but for zero, if values are not too close to each other for that."""
-    of_all = np.concatenate(values)
+def log_scale(axis: Axis, values: Sequence[np.ndarray]) -> None:
+    """Make the x or y axis logarithmic, with room for zero if needed, unless the values are too similar for that.
+
+    Args:
+        axis: `xaxis` or `yaxis` of a subplot.
+        values: Arrays of all values along this axis.
+    """
+    of_all = np.concatenate([array.ravel() for array in values]) if values else np.ones(1)
     positive = of_all[of_all > 0]
     ratio = positive.max() / positive.min() if positive.size else 1
     if ratio > 3:
+        is_x = axis is axis.axes.xaxis
+        set_scale = axis.axes.set_xscale if is_x else axis.axes.set_yscale
+        set_limits = axis.axes.set_xlim if is_x else axis.axes.set_ylim
         subs = (1, 2, 5) if ratio > 10 else (1, 1.5, 2, 3, 4, 5, 7)
         if 0 in of_all:
-            axis.set_yscale("symlog", linthresh=positive.min(), linscale=0.3)
-            axis.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=positive.min(), subs=subs))
-            axis.set_ylim(bottom=-0.1 * positive.min())
+            set_scale("symlog", linthresh=positive.min(), linscale=0.3)
+            axis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=positive.min(), subs=subs))
+            set_limits(-0.1 * positive.min())
         else:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=subs))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
+            set_scale("log")
+            axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())

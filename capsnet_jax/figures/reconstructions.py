@@ -1,4 +1,4 @@
-"""The figure of images above their reconstructions."""
+"""Figure of images above their reconstructions."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -13,10 +13,10 @@ def reconstructions_figure(
     """Draw images in a row, and below each its reconstruction from the capsule of the predicted class.
 
     Args:
-        images: in [0, 1], of 1 or 3 channels.
-        reconstructions: of the same images.
-        labels: their classes, as titles.
-        predictions: told in red where they are wrong.
+        images: Images in [0, 1], with 1 or 3 channels.
+        reconstructions: Reconstructions of these images.
+        labels: True classes, shown above.
+        predictions: Predicted classes, shown below; in red where they differ.
     """
     figure = Figure(figsize=(0.8 * len(images) + 1, 2.3), dpi=120, layout="constrained")
     axes = figure.subplots(2, len(images), squeeze=False)
