@@ -1,4 +1,4 @@
-"""`python -m capsnet_jax` is the command `capsnet`."""
+"""Run the command `capsnet` as `python -m capsnet_jax`."""
 
 import sys
 

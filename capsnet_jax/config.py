@@ -1,4 +1,4 @@
-"""Everything a run depends on, as frozen dataclasses; the one home of every default."""
+"""Options of a run, as frozen dataclasses: the only place where defaults are defined."""
 
 import dataclasses
 import difflib
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from tyro.conf import Suppress  # of what the command line takes from the data set
+from tyro.conf import Suppress, arg  # Suppress hides what the command line takes from the data set
 from tyro.constructors import PrimitiveConstructorSpec
 
 from capsnet_jax.capsules import Routed
@@ -21,44 +21,65 @@ _TEXT: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
     is_instance=lambda value: isinstance(value, str),
     str_from_instance=lambda value: [value],
 )
-"""How the command line reads a routing: by its name; a function is for Python only."""
+"""Read a routing from the command line as text. Functions are accepted in Python only."""
 
 
-def _at_least(config: Any, smallest: int, *names: str) -> None:
+def _check(config: Any, fits: bool, name: str, expected: str) -> None:
+    if not fits:
+        raise UsageError(f"{name} is {getattr(config, name)}, and must be {expected}.")
+
+
+def _check_at_least(config: Any, smallest: int, *names: str) -> None:
     for name in names:
-        value = getattr(config, name)
-        if not value >= smallest:
-            raise UsageError(f"{name} is {value}, and must be at least {smallest}.")
+        _check(config, getattr(config, name) >= smallest, name, f"at least {smallest}")
+
+
+def _check_choices(config: type, fields: Mapping[str, Any]) -> None:
+    for name, kind in get_type_hints(config).items():
+        if get_origin(kind) is Literal and name in fields and fields[name] not in get_args(kind):
+            raise UsageError(f"{name} is {fields[name]!r}; expected {', '.join(get_args(kind))}.")
 
 
 def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _among_choices(config: type, fields: Mapping[str, Any]) -> None:
-    for name, kind in get_type_hints(config).items():
-        if get_origin(kind) is Literal and name in fields and fields[name] not in get_args(kind):
-            raise UsageError(f"{name} is {fields[name]!r}; expected {', '.join(get_args(kind))}.")
-
-
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network; the defaults are the reference model."""
+    """Sizes and options of the network. The defaults are the reference model.
+
+    Raises:
+        UsageError: A size is less than 1, or a value is not one of the choices.
+
+    Examples:
+        >>> from capsnet_jax import ModelConfig
+        >>> config = ModelConfig(image_shape=(28, 28, 1), num_classes=10, routing="em", num_iterations=2)
+        >>> config.primary_grid  # positions of the primary capsules
+        (6, 6)
+        >>> ModelConfig(class_dim=0)
+        Traceback (most recent call last):
+            ...
+        capsnet_jax.errors.UsageError: class_dim is 0, and must be at least 1.
+    """
 
     image_shape: Suppress[tuple[int, int, int]] = (28, 28, 1)
     """Height, width and number of channels of the images."""
     num_classes: Suppress[int] = 10
-    """Number of classes, each with one capsule."""
+    """Number of classes; each has one capsule."""
+    routing: Annotated[str | Callable[..., Routed], _TEXT] = "dynamic"
+    """Routing algorithm (see the table below) or your own, as package.module:function."""
+    num_iterations: int = 3
+    """Number of routing iterations."""
     stem_below: tuple[tuple[int, int], ...] = ()
-    """Number of channels and kernel size of each convolution, of stride 1, below the last one of the stem."""
+    """Channels and kernel size of each convolution before the last one of the stem; stride 1."""
     stem_channels: int = 256
-    """Number of channels of the last convolution of the stem."""
+    """Channels of the last convolution of the stem."""
     stem_kernel: int = 9
-    """Kernel size of that convolution, in pixels."""
+    """Kernel size of the last convolution of the stem."""
     stem_stride: int = 1
-    """Stride of that convolution."""
+    """Stride of the last convolution of the stem."""
     batch_norm: bool = False
-    """Batch normalisation after each convolution of the stem."""
+    """Batch normalization after each convolution of the stem."""
     primary_groups: int = 32
     """Number of primary capsules at each position."""
     primary_dim: int = 8
@@ -68,55 +89,55 @@ class ModelConfig:
     primary_stride: int = 2
     """Stride of the primary capsules."""
     primary_scale: float = 0.01
-    """Factor of the primary poses; routing has next to no effect while they are short."""
+    """Factor that multiplies the primary poses. Routing has almost no effect on very short poses."""
     primary_depthwise: bool = False
-    """Each channel of the primary capsules sees only one channel of the stem; needs as many as there are."""
+    """Depthwise convolution for the primary capsules; needs groups x pose size = stem channels."""
     primary_squash: Literal["none", "squash", "exponential"] = "none"
-    """How primary poses are squashed, after scale and bias."""
+    """Squashing function of the primary poses, applied after scale and bias."""
     primary_activation: Literal["norm", "sigmoid"] = "norm"
-    """Activation of primary capsules: the length of the pose, or the sigmoid of a channel of its own."""
+    """Activation of a primary capsule: the norm of its pose, or the sigmoid of an extra channel."""
     conv_capsules: tuple[tuple[int, int, int, int], ...] = ()
-    """Groups, pose size, kernel size and stride of each layer of convolutional capsules above the primary ones."""
-    matrix_poses: bool = False
-    """Poses above the primary capsules are square matrices, 4 x 4 for a pose size of 16, and not vectors."""
+    """Convolutional capsule layers: groups, pose size, kernel size and stride of each."""
     hidden_capsules: tuple[tuple[int, int], ...] = ()
-    """Number and pose size of the capsules of each layer between these and the class capsules."""
+    """Capsule layers below the class capsules: number of capsules and pose size of each."""
+    matrix_poses: bool = False
+    """Poses above the primary capsules are square matrices, for example 4 x 4 for pose size 16."""
     class_dim: int = 16
     """Pose size of the class capsules."""
     shared_class_transform: bool = False
-    """A group of capsules votes for classes by one transformation at all positions, plus its coordinates."""
+    """Share the class transformation between all positions, and add coordinates to the votes."""
     decoder_hidden: tuple[int, int] | None = (512, 1024)
     """Widths of the two hidden layers of the decoder; None for no decoder."""
     decoder_bias: bool = False
-    """A bias in the outer layers of the decoder, too."""
+    """Add a bias to the first and the last layer of the decoder."""
     initial_weights: Literal["torch", "official"] = "torch"
-    """Distribution of the initial weights: PyTorch's, or that of the authors of dynamic routing."""
-    routing: Annotated[str | Callable[..., Routed], _TEXT] = "dynamic"
-    """Routing algorithm, or your own as package.module:function; options follow after commas. They are listed above."""
-    num_iterations: int = 3
-    """Number of routing iterations."""
+    """Initialization: that of PyTorch, or that of the authors of dynamic routing."""
     standardize_images: bool = False
-    """Each image by itself is given mean 0 and deviation 1 before the first layer; reconstructions stay in [0, 1]."""
+    """Normalize each image to mean 0 and standard deviation 1. Reconstructions stay in [0, 1]."""
     routing_implementation: Literal["auto", "votes", "fused"] = "auto"
-    """How dynamic routing is computed: from votes, without them in little memory, or as is best on this machine."""
+    """Dynamic routing from stored votes, or fused without them (less memory); auto picks the faster."""
     recompute_routing: bool = False
-    """Votes and routing are computed again in the backward pass: less memory for more time."""
+    """Recompute votes and routing in the backward pass: less memory, more time."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "num_classes", "stem_channels", "stem_kernel", "stem_stride", "primary_groups")
-        _at_least(self, 1, "primary_dim", "primary_kernel", "primary_stride", "class_dim", "num_iterations")
+        _check_at_least(self, 1, "num_classes", "stem_channels", "stem_kernel", "stem_stride", "primary_groups")
+        _check_at_least(self, 1, "primary_dim", "primary_kernel", "primary_stride", "class_dim", "num_iterations")
         for name in ("image_shape", "stem_below", "conv_capsules", "hidden_capsules", "decoder_hidden"):
             sizes = getattr(self, name) or ()
             if any(size < 1 for group in sizes for size in (group if isinstance(group, tuple) else (group,))):
                 raise UsageError(f"{name} is {sizes}, and every size in it must be at least 1.")
-        _among_choices(type(self), vars(self))
+        _check_choices(type(self), vars(self))
 
     @classmethod
     def of(cls, *sizes: Any, **fields: Any) -> "ModelConfig":
-        """The config with these fields; `image_shape` and `num_classes` may be given by position, tuples as lists.
+        """Create a config from keyword arguments; lists, as in JSON, become tuples.
+
+        Args:
+            sizes: `image_shape` and `num_classes`, which may also be given by name.
+            fields: any fields, by name.
 
         Raises:
-            UsageError: there is no such field, or a value is wrong.
+            UsageError: There is no such field, or a value is wrong.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         given = dict(zip(("image_shape", "num_classes"), sizes, strict=False))
@@ -130,7 +151,7 @@ class ModelConfig:
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
                 raise UsageError(f"The model has no field {name!r}; the nearest is {nearest!r}.")
-        _among_choices(cls, fields)
+        _check_choices(cls, fields)
         if len(fields.get("image_shape", cls.image_shape)) != 3:
             raise UsageError(f"image_shape is {fields['image_shape']}; expected height, width and number of channels.")
         return cls(**{name: _as_tuples(value) for name, value in fields.items()})
@@ -143,10 +164,10 @@ class ModelConfig:
 
     @property
     def primary_grid(self) -> tuple[int, int]:
-        """Height and width, in positions, of the primary capsules.
+        """Number of positions of the primary capsules, along height and width.
 
         Raises:
-            UsageError: the images are too small for the convolutions.
+            UsageError: The images are too small for the convolutions.
         """
         below = [(kernel, stride) for _, kernel, stride in self.stem_convolutions]
         below.append((self.primary_kernel, self.primary_stride))
@@ -167,133 +188,131 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The images."""
+    """Data set and augmentation."""
 
     dataset: str = "digits"
-    """digits (comes with scikit-learn); mnist, fashion_mnist, kmnist ... by their tensorflow-datasets name; multi_mnist
-    or affine_mnist, made from mnist; or your own: a folder with a folder of images for each class, or an .npz file of
-    x_train, y_train, x_test, y_test."""
+    """Name or path of the data set, one of:
+    digits (part of scikit-learn); mnist, fashion_mnist, kmnist;
+    multi_mnist, affine_mnist (made from mnist);
+    any other image data set of tensorflow-datasets;
+    a folder with one folder of images for each class;
+    an .npz file with x_train, y_train, x_test, y_test."""
     data_dir: Path | None = None
-    """Folder of the four official idx files (.gz or not), or of prepared tensorflow-datasets; by default theirs."""
-    image_size: tuple[int, int] | None = None
-    """Height and width that the images of a folder are resized to; by default they must be of one size."""
-    validation: float = 0.0
-    """Share of the training images that is held out; the weights that do best on it are kept beside the last ones."""
+    """Folder with the four idx files of mnist and its kind, or with tensorflow-datasets."""
     augment: tuple[str, ...] = ("shift=0.1",)
-    """Random changes of training images, drawn anew in every epoch; none if empty. They are listed above."""
+    """Random changes of the training images (see the table below); no value for none."""
+    validation: float = 0.0
+    """Fraction of the training images held out for validation. The best weights on them are saved."""
+    image_size: tuple[int, int] | None = None
+    """Resize the images of a folder to this height and width."""
     train_limit: int | None = None
-    """Only the first so many training images are used."""
-    stream: bool | None = None
-    """Whether batches come from the host's memory one after the other, and not the whole set to the device at once; by
-    default only if the set would take more than half of the device's memory."""
+    """Use only this many training images, from the start of the set."""
+    stream: Annotated[bool | None, arg(help_behavior_hint="(default: if the set fills half of its memory)")] = None
+    """Send batches to the device one by one, and not the whole set at once."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.validation < 1:
-            raise UsageError(f"validation is {self.validation}, and must be at least 0 and less than 1.")
-        for name, value in (("train_limit", self.train_limit), ("image_size", self.image_size)):
-            if value is not None and min(value if isinstance(value, tuple) else (value,)) < 1:
-                raise UsageError(f"{name} is {value}, and must be at least 1.")
+        _check(self, 0 <= self.validation < 1, "validation", "at least 0 and less than 1")
+        _check(self, self.train_limit is None or self.train_limit >= 1, "train_limit", "at least 1")
+        _check(self, self.image_size is None or min(self.image_size) >= 1, "image_size", "at least 1")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The optimisation."""
+    """Optimization: epochs, batches, loss and Adam.
+
+    Raises:
+        UsageError: A value is out of its range, or not one of the choices.
+
+    Examples:
+        >>> from capsnet_jax import TrainingConfig
+        >>> config = TrainingConfig(epochs=5, batch_size=128, schedule="cosine", clip_norm=1.0)
+        >>> config.learning_rate
+        0.001
+        >>> TrainingConfig(batch_size=10, accumulate=3)
+        Traceback (most recent call last):
+            ...
+        capsnet_jax.errors.UsageError: accumulate is 3, and must be a divisor of batch_size, which is 10.
+    """
 
     epochs: int = 10
-    """Number of times that all training images are seen."""
+    """Number of passes over the training images."""
     batch_size: int = 64
-    """Number of images in a training step; the few that do not fill the last batch of an epoch are left out of it."""
-    accumulate: int = 1
-    """Parts that a batch is gone through in, one after the other, for memory; their gradients are averaged."""
+    """Images per training step. Images that do not fill the last batch of an epoch are skipped."""
     learning_rate: float = 1e-3
-    """Step size of Adam."""
+    """Learning rate of Adam."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the images and the augmentation."""
     schedule: Literal["constant", "exponential", "cosine"] = "constant"
-    """How the step size falls: not at all, by a factor every so many steps, or as a cosine that would reach the
-    floor after the last step."""
+    """Learning rate schedule. Cosine decays to the floor over the whole run."""
     learning_rate_decay: float = 0.96
-    """That factor."""
+    """Factor of the exponential schedule."""
     learning_rate_decay_steps: int = 2000
-    """Number of training steps over which the step size falls by that factor."""
+    """Number of steps over which the exponential schedule applies its factor once."""
     learning_rate_floor: float = 0.0
-    """The step size falls no further than this."""
+    """Smallest learning rate of a schedule."""
     warmup_steps: int = 0
-    """Training steps over which the step size first rises, in equal parts, of which the first step has one."""
+    """Number of first steps over which the learning rate rises linearly."""
     clip_norm: float | None = None
-    """Gradients whose norm over all weights is larger are scaled down to it."""
+    """Largest global norm of the gradients; larger gradients are scaled down."""
     ema_decay: float = 0.0
-    """Weights are averaged over training, each step counting by this factor less than the next; what is evaluated and
-    kept is the average. 0 for none."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of the operands of convolutions and matrix products in training; all else is float32, evaluation too."""
+    """Decay of a moving average of the weights, which is evaluated and saved; 0 for none."""
     loss: Literal["margin", "spread"] = "margin"
     """Loss of the class capsules."""
     reconstruction_weight: float = 10.0
-    """Weight of the squared error of the pixels; the paper's 0.0005 x sum over 784 pixels is 0.392 x mean."""
+    """Weight of the reconstruction loss. The paper uses 0.0005 x sum = 0.392 x mean on MNIST."""
     reconstruction_error: Literal["mean", "sum"] = "mean"
-    """Whether that error is the mean over the pixels, or their sum."""
+    """Reduce the squared errors of the pixels by mean or by sum."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of convolutions and matrix products in training. All else is float32."""
+    accumulate: int = 1
+    """Number of micro-batches per step; their gradients are averaged. Saves memory."""
     steps_per_chunk: int = 0
-    """Training steps run as one program between two looks at the losses; the last chunk of an epoch may have fewer.
-    0 is one step on CPU, and an epoch elsewhere, but no more than 1,000 steps or, if streamed, 64 MB of images."""
+    """Steps compiled into one program; 0 for 1 on CPU, and up to an epoch or 1,000 elsewhere."""
     save_minutes: float = 1.0
-    """Minutes between checkpoints, which --resume goes on from; 0 for one after every chunk. There is always one at the
-    end, at a signal to stop, and for the best weights on validation."""
+    """Minutes between checkpoints; 0 for one after every chunk of steps."""
     keep_checkpoints: int = 2
-    """Number of last checkpoints that are kept, besides the best."""
-    seed: int = 0
-    """Seed of initial weights, order of images and augmentation."""
+    """Number of latest checkpoints to keep, in addition to the best on validation."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "epochs", "batch_size", "accumulate", "learning_rate_decay_steps", "keep_checkpoints")
-        _at_least(self, 0, "reconstruction_weight", "steps_per_chunk", "seed", "learning_rate_floor")
-        _at_least(self, 0, "warmup_steps", "save_minutes")
-        if not self.learning_rate > 0:
-            raise UsageError(f"learning_rate is {self.learning_rate}, and must be more than 0.")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise UsageError(f"clip_norm is {self.clip_norm}, and must be more than 0.")
-        if self.learning_rate_floor > self.learning_rate:
-            raise UsageError(
-                f"learning_rate_floor is {self.learning_rate_floor}, and must be at most the learning_rate, "
-                f"{self.learning_rate}."
-            )
-        if not 0 < self.learning_rate_decay < 1:
-            raise UsageError(
-                f"learning_rate_decay is {self.learning_rate_decay}, and must be more than 0 and less than 1."
-            )
-        if not 0 <= self.ema_decay < 1:
-            raise UsageError(f"ema_decay is {self.ema_decay}, and must be at least 0 and less than 1.")
-        if self.batch_size % self.accumulate:
-            raise UsageError(
-                f"accumulate is {self.accumulate}, and must divide batch_size, which is {self.batch_size}."
-            )
-        _among_choices(type(self), vars(self))
+        _check_at_least(self, 1, "epochs", "batch_size", "accumulate", "learning_rate_decay_steps", "keep_checkpoints")
+        _check_at_least(self, 0, "reconstruction_weight", "steps_per_chunk", "seed", "learning_rate_floor")
+        _check_at_least(self, 0, "warmup_steps", "save_minutes")
+        floor_fits = self.learning_rate_floor <= self.learning_rate
+        divides = self.batch_size % self.accumulate == 0
+        _check(self, self.learning_rate > 0, "learning_rate", "more than 0")
+        _check(self, self.clip_norm is None or self.clip_norm > 0, "clip_norm", "more than 0")
+        _check(self, floor_fits, "learning_rate_floor", f"at most the learning_rate, {self.learning_rate}")
+        _check(self, 0 < self.learning_rate_decay < 1, "learning_rate_decay", "more than 0 and less than 1")
+        _check(self, 0 <= self.ema_decay < 1, "ema_decay", "at least 0 and less than 1")
+        _check(self, divides, "accumulate", f"a divisor of batch_size, which is {self.batch_size}")
+        _check_choices(type(self), vars(self))
 
 
 @dataclass(frozen=True)
 class Config:
-    """A run."""
+    """All options of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def with_sizes(self, image_shape: tuple[int, int, int], num_classes: int) -> "Config":
-        """The same config for images of this shape in so many classes."""
-        return dataclasses.replace(
-            self, model=dataclasses.replace(self.model, image_shape=image_shape, num_classes=num_classes)
-        )
+        """Return this config for images of another shape and another number of classes."""
+        model = dataclasses.replace(self.model, image_shape=image_shape, num_classes=num_classes)
+        return dataclasses.replace(self, model=model)
 
     def to_json(self) -> dict[str, Any]:
-        """The config in types that JSON has."""
+        """Convert to a dictionary that `json.dumps` accepts."""
         fields = dataclasses.asdict(self)
         fields["data"]["data_dir"] = None if self.data.data_dir is None else str(self.data.data_dir)
         return fields
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Config":
-        """The config of what `to_json` gave.
+        """Create a config from the result of `to_json`.
 
         Raises:
-            UsageError: a section or field is missing or unknown.
+            UsageError: A section or field is missing or unknown.
         """
         try:
             model, data = dict(fields["model"]), dict(fields["data"])
@@ -306,7 +325,7 @@ class Config:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is not the same in two configs, or other fields of sections, each as "name was ... and is ..."."""
+    """List the fields of two JSON configs that differ, each as "name was ... and is ..."."""
     old, new = _flat(before), _flat(now)
     return [
         f"{name} was {old.get(name, 'not there')} and is {new.get(name, 'not there')}"
@@ -316,7 +335,6 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of sections by name, as JSON has them."""
     flattened: dict[str, Any] = {}
     for name, value in json.loads(json.dumps(fields)).items():
         flattened |= value if isinstance(value, dict) else {name: value}

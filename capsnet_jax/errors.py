@@ -1,21 +1,32 @@
-"""The exceptions that a command tells in a sentence, without a traceback."""
+"""Exceptions that the command prints as one sentence, without a traceback."""
 
 import signal
 
 
 class UsageError(ValueError):
-    """A wrong argument, file or data set; the message is one sentence saying what was got and what was expected.
+    """Error that the user can fix: a wrong argument, file or data set.
 
-    The console command prints the message without a traceback and exits with status 2.
+    The message is one sentence that says what was given and what is expected. The command `capsnet` prints it without a
+    traceback, and exits with status 2.
+
+    Examples:
+        >>> from capsnet_jax import UsageError, load_dataset
+        >>> try:
+        ...     load_dataset("./photos")
+        ... except UsageError as error:
+        ...     print(error)
+        The data set ./photos does not exist; expected a folder of images or an .npz file.
     """
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss or its gradient is not a number, or infinite.
+    """Error for a loss or a gradient that is infinite or not a number.
 
-    Attributes:
-        seed: of the run.
-        step: number of the first such step, from 1.
+    Args:
+        what: "loss" or "gradient".
+        seed: Seed of the run.
+        step: Number of the first such training step, from 1.
+        value: The loss or the gradient norm.
     """
 
     def __init__(self, what: str, seed: int, step: int, value: float):
@@ -24,11 +35,11 @@ class NonFiniteLossError(ArithmeticError):
 
 
 class StoppedBySignalError(Exception):
-    """Training was asked by a signal to stop, and did.
+    """Training was stopped by a signal, after it saved a checkpoint.
 
-    Attributes:
-        signal: that asked.
-        step: number of training steps done.
+    Args:
+        number: The signal.
+        step: Number of training steps done.
     """
 
     def __init__(self, number: signal.Signals, step: int):
@@ -37,6 +48,6 @@ class StoppedBySignalError(Exception):
 
 
 def in_words(error: BaseException) -> str:
-    """An exception of others' code on one line, without its full stop; messages of JAX go on for a page."""
+    """Format an exception of other code on one line, without a final period. Messages of JAX can be pages long."""
     lines = str(error).strip().splitlines() or ["(no message)"]
     return f"{type(error).__name__}: {lines[0].rstrip('.')}"

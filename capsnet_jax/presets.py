@@ -1,4 +1,12 @@
-"""Configs by name: published networks, each with its source and expected result."""
+"""Configs by name: published networks, each with its source and expected result.
+
+Examples:
+    >>> from capsnet_jax import PRESETS
+    >>> list(PRESETS)
+    ['readable', 'digits', 'official', 'paper', 'efficient', 'em']
+    >>> PRESETS["efficient"].model.routing
+    'self_attention'
+"""
 
 import dataclasses
 
@@ -6,7 +14,7 @@ from capsnet_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
 from capsnet_jax.errors import UsageError
 
 # The authors' code, https://github.com/Sarasra/models, research/capsules; 641 epochs are its 300,000 steps. Its loss is
-# a twentieth of this one, which Adam does not notice.
+# divided by 20, which has no effect on Adam.
 _OFFICIAL = Config(
     model=ModelConfig(
         primary_scale=1 / 32,
@@ -30,7 +38,7 @@ PRESETS: dict[str, Config] = {
     # The reference model, https://github.com/arogozhnikov/readable_capsnet, on images of 28 x 28.
     # capsnet train --preset readable --dataset mnist --epochs 1: 98.41 % (docs/results.md).
     "readable": Config(),
-    # Small and quick, for images of 8 x 8. Activations of their own and poses of about unit size suit every routing.
+    # Small and quick, for images of 8 x 8. Sigmoid activations and poses of about unit size suit every routing.
     # capsnet train: 98 % or more in a minute or two on 2 CPU cores (docs/results.md).
     "digits": Config(
         model=ModelConfig(
@@ -47,13 +55,13 @@ PRESETS: dict[str, Config] = {
     ),
     # capsnet train --preset official --dataset mnist: published 0.25 % error; hours on a GPU.
     "official": _OFFICIAL,
-    # The same with the weight of the reconstruction that the paper's text gives, relative to the sum over classes.
+    # The same with the weight of the reconstruction loss from the text of the paper, relative to the sum over classes.
     # Sabour, Frosst, Hinton (2017), section 4.1.
     "paper": dataclasses.replace(
         _OFFICIAL, training=dataclasses.replace(_OFFICIAL.training, reconstruction_weight=0.0005)
     ),
     # Mazzia, Salvetti, Chiaberge (2021), https://github.com/EscVM/Efficient-CapsNet: 0.26 % error on MNIST, by their
-    # augmentation, of which squeezing and erasing are not here; 161,824 weights to classify.
+    # augmentation, of which squeezing and erasing are not implemented here; 161,824 weights without the decoder.
     "efficient": Config(
         model=ModelConfig(
             stem_below=((32, 5), (64, 3), (64, 3)),
@@ -81,8 +89,8 @@ PRESETS: dict[str, Config] = {
             reconstruction_weight=0.392,
         ),
     ),
-    # Hinton, Sabour, Frosst (2018), the small network of 68,000 weights: 2.2 % error on smallNORB, of which crops of
-    # 32 x 32 are what it was made for. The rates are ours; the authors' code, capsule_em in
+    # Hinton, Sabour, Frosst (2018), the small network of 68,000 weights: 2.2 % error on smallNORB, cropped to
+    # 32 x 32. The learning rates were chosen here; the authors' code, capsule_em in
     # https://github.com/google-research/google-research, has another scale of the activations.
     "em": Config(
         model=ModelConfig(
@@ -116,10 +124,10 @@ PRESETS: dict[str, Config] = {
 
 
 def get_preset(name: str) -> Config:
-    """The config of a name in `PRESETS`.
+    """Return the config of a name in `PRESETS`.
 
     Raises:
-        UsageError: there is no such preset.
+        UsageError: There is no such preset.
     """
     if name not in PRESETS:
         raise UsageError(f"Unknown preset {name!r}; expected {', '.join(PRESETS)}.")

@@ -10,6 +10,7 @@ from flax import nnx
 
 from capsnet_jax import CapsNet
 from capsnet_jax.data import Dataset, make_dataset
+from tests.tiny_run import TinyRun, options_of, printed
 
 SMALL = {"stem_channels": 6, "stem_kernel": 3, "primary_groups": 2, "primary_dim": 4, "primary_kernel": 3}
 SMALL |= {"primary_scale": 1.0, "class_dim": 5, "decoder_hidden": (12, 14)}
@@ -30,6 +31,14 @@ def small_dataset() -> Dataset:
 def idx_folder(tmp_path: Path) -> Path:
     """The four files of MNIST, with few and small images."""
     return write_idx_folder(tmp_path / "idx", make_small_dataset())
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """A finished run, trained once; see `TinyRun`."""
+    here = tmp_path_factory.mktemp("tiny")
+    data_dir = write_idx_folder(here / "idx", make_small_dataset())
+    return TinyRun(here / "run", data_dir, printed(*options_of(data_dir, here / "run")))
 
 
 def make_small_dataset() -> Dataset:

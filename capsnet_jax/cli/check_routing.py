@@ -1,7 +1,8 @@
-"""The command `capsnet check-routing`: the property suite on a routing, told in plain words."""
+"""The command `capsnet check-routing`: test the properties that every routing must have."""
 
 import importlib.util
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -11,21 +12,19 @@ from capsnet_jax.routing.properties import IN_SIZE, INPUTS, OUT_SIZE, OUTPUTS, C
 
 @dataclass(frozen=True)
 class CheckRouting:
-    """Checks that a routing keeps the promises that all parts of this package rest on, and says what it breaks."""
+    """Test the properties that every routing must have: shapes, gradients, and so on.
 
-    routing: tyro.conf.Positional[str]
-    """Your own routing as package.module:function, or a registered name; options follow after commas."""
+    The exit status is 0 if all checks pass, and 1 if not.
+    How to write a routing of your own: docs/routing.md."""
+
+    routing: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ROUTING")]
+    """Your own routing, as package.module:function, or a built-in one; options after commas."""
     torch: str | None = None
-    """The same routing in PyTorch, as package.module:function, for a batch of votes [b i o h]; compared in float64."""
+    """The same routing in PyTorch, package.module:function of votes [b i o h], to compare with in float64."""
     num_iterations: int = 3
-    """For routings that iterate."""
+    """Number of routing iterations."""
 
     def run(self) -> int:
-        """Prints a line for each check and a verdict; returns 0 if all passed and 1 if not.
-
-        Raises:
-            UsageError: a function cannot be found or called or has no such option, or PyTorch is not installed.
-        """
         extra: list[Check] = []
         if self.torch is not None:
             if importlib.util.find_spec("torch") is None:

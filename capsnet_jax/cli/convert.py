@@ -1,6 +1,8 @@
-"""The command `capsnet convert`: weights from one kind of file to another, without changing a bit."""
+"""The command `capsnet convert`: convert files of weights, without changing a bit of a weight."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,37 +18,31 @@ from capsnet_jax.interchange.state_files import CONFIG, WEIGHTS, check_paths, is
 from capsnet_jax.interchange.weights import StateDict, from_torch, weight_table
 from capsnet_jax.presets import get_preset
 from capsnet_jax.runs.folder import Run, read_run
-from capsnet_jax.runs.metrics import METRICS, read_lines
+from capsnet_jax.runs.metrics import read_metrics
 
 CARD = "README.md"
 
 
 @dataclass(frozen=True)
 class Convert:
-    """Converts weights between PyTorch and JAX, safetensors and state_dict, one file and the reference model's two.
+    """Convert weights between PyTorch and JAX: a run, safetensors, or a state_dict.
 
-    Names are those of the PyTorch model, and no bit of a weight is changed: float64 stays float64, though all other
-    commands compute in float32. The model is built and takes the weights before anything is written."""
+    No bit of a weight changes, and names are those of the PyTorch model. Weights are
+    checked against the model before anything is written. More in docs/interchange.md."""
 
     source: tyro.conf.Positional[tuple[Path, ...]]
-    """Folder of a run; or a file, .safetensors or .pt with a state_dict; or two files, the reference model's encoder
-    and decoder. A file of PyTorch is read without running what is in it. Running means count as weights; the number
-    of batches that PyTorch counts is left out."""
+    """Folder of a run; one file, .safetensors or .pt with a state_dict; or two files:
+    encoder and decoder of the reference model. Code in a .pt file is not executed."""
     to: tuple[Path, ...]
-    """What to write: a new .safetensors or .pt file; two, for encoder and decoder; or, by any other name, a folder
-    that has no run yet, for config.json, model.safetensors and README.md, a model card of what is known of the run."""
+    """What to write: a new .safetensors or .pt file; two files for encoder and decoder;
+    or, by any other name, a new folder with weights, config.json and a model card."""
     preset: str | None = None
-    """Take what weights do not tell (strides of the stem, scale, squash, routing) from this preset, and not from the
-    config.json beside the source. Without either it is readable, the reference model."""
+    """Preset for what weights do not determine: strides, scale, squash, routing.
+    Default: the config.json beside the source, or else readable, the reference model."""
     image_shape: tuple[int, int, int] | None = None
-    """Height, width and number of channels of the images, for weights without a decoder and without a config.json."""
+    """Height, width and channels of the images; needed for weights without decoder and config.json."""
 
     def run(self) -> None:
-        """Prints a line for each file written.
-
-        Raises:
-            UsageError: a source cannot be read or is not of one model, or a target cannot be written.
-        """
         check_paths(self.source)
         check_paths(self.to)
         for path in self.to:
@@ -54,11 +50,9 @@ class Convert:
         target = self.to[0] if is_folder(self.to[0]) else None
         state = read_state(self.source)
         run, preset = self._find_run(state)
-        try:
-            model = nnx.eval_shape(run.new_model)  # without drawing initial weights
+        with _naming(self.source):
+            model = nnx.eval_shape(run.new_model)  # shapes only
             from_torch(model, state)
-        except UsageError as error:
-            raise UsageError(f"{named(self.source)}: {error}") from error
         if preset is not None:
             config = run.config.model
             print(
@@ -67,8 +61,9 @@ class Convert:
                 file=sys.stderr,
             )
         state = {row.name: state[row.name] for row in weight_table(model)}
+        num_weights, dtype = _count(state)
         for path, part in write_state(state, self.to).items():
-            print(f"{path}: {len(part)} entries, {num_weights(part):,} weights in {dtype_of(part)}")
+            print(f"{path}: {len(part)} entries, {_count(part)[0]:,} weights in {dtype}")
         if target is not None:
             run = run._replace(folder=target)
             card = model_card(
@@ -77,20 +72,23 @@ class Convert:
                 image_shape=run.image_shape,
                 class_names=run.class_names,
                 known_data=run.data_checksum != 0,
-                num_weights=num_weights(state),
-                dtype=dtype_of(state),
+                num_weights=num_weights,
+                dtype=dtype,
                 epochs=self._epochs(),
             )
             replace_file(target / CARD, card)
             print(f"{target / CARD}: model card")
-            run.write_config()  # last, as it makes this the folder of a run
+            run.write_config()  # last, because a folder with a config is the folder of a run
             print(f"{target / CONFIG}: options")
 
+    @property
+    def _folder(self) -> Path:
+        return self.source[0] if self.source[0].is_dir() else self.source[0].parent
+
     def _find_run(self, state: StateDict) -> tuple[Run, str | None]:
-        """The run of the config beside the source; or that which the weights and a preset tell, and the preset."""
-        source = self.source[0]
-        folder = source if source.is_dir() else source.parent
-        if self.preset is None and (source.is_dir() or (folder / CONFIG).exists()):
+        """Read the config beside the source, or infer one from weights and preset; return the name of that, too."""
+        folder = self._folder
+        if self.preset is None and (folder == self.source[0] or (folder / CONFIG).exists()):
             run = read_run(folder)
             if self.image_shape not in (None, run.image_shape):
                 raise UsageError(
@@ -100,31 +98,29 @@ class Convert:
             return run, None
         preset = self.preset or "readable"
         config = get_preset(preset)
-        try:
+        with _naming(self.source):
             model = infer_architecture(state, config.model, image_shape=self.image_shape)
-        except UsageError as error:
-            raise UsageError(f"{named(self.source)}: {error}") from error
         class_names = tuple(map(str, range(model.num_classes)))
         return Run(folder, replace(config, model=model), class_names), preset
 
     def _epochs(self) -> list[dict[str, Any]]:
-        """Metrics of the epochs after which these weights were the last: those of a run, and not of its best ones."""
-        source = self.source[0]
-        folder = source if source.is_dir() else source.parent
-        path = folder / METRICS
-        if source not in (folder, folder / WEIGHTS) or not path.exists():
-            return []
-        return [line for line in read_lines(path)[0] if line.get("kind") == "epoch"]
+        """Read the metrics of the epochs, if these weights are the last ones of a run."""
+        is_last = self.source[0] in (self._folder, self._folder / WEIGHTS)
+        return read_metrics(self._folder, "epoch") if is_last else []
 
 
-def num_weights(state: StateDict) -> int:
-    """How many numbers there are."""
-    return sum(array.size for array in state.values())
+@contextmanager
+def _naming(source: tuple[Path, ...]) -> Iterator[None]:
+    """Begin the message of a UsageError with the names of the files."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{named(source)}: {error}") from error
 
 
-def dtype_of(state: StateDict) -> str:
-    """The type that all entries have."""
-    return str(next(iter(state.values())).dtype)
+def _count(state: StateDict) -> tuple[int, str]:
+    """Return the number of weights, and their common dtype."""
+    return sum(array.size for array in state.values()), str(next(iter(state.values())).dtype)
 
 
 def _check_free(path: Path) -> None:

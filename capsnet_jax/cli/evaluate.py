@@ -1,4 +1,4 @@
-"""The command `capsnet evaluate`: what a run gets right and wrong, class by class."""
+"""The command `capsnet evaluate`: accuracy, precision, recall and confusions of a trained model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,40 +13,35 @@ from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.errors import UsageError
 from capsnet_jax.figures import confusion_figure, save_figure
 from capsnet_jax.runs.folder import load_run
-from capsnet_jax.tables import markdown_table
+from capsnet_jax.tables import markdown_table, number_cell
 from capsnet_jax.train.evaluation import Evaluation, evaluate, final_line
 
-MATRIX_CLASSES = 12  # up to so many, the confusion matrix fits on a page
-CONFUSIONS = 10  # the most frequent ones, told in its place
-SHORT_NAME = 5  # letters; if all names are, they head the columns of the matrix
+MATRIX_CLASSES = 12  # largest number of classes for which the confusion matrix is printed
+CONFUSIONS = 10  # number of the most frequent confusions printed for more classes
+SHORT_NAME = 5  # longest class name that heads a column of the matrix
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluates the weights of a run on all test images, and tells what is taken for what.
+    """Evaluate a trained model on all test images.
 
-    The last line printed is the one of train; the interval above it is Wilson's, for other images like these."""
+    Prints precision and recall of each class, confusions, and the test accuracy
+    with its 95 % confidence interval (Wilson)."""
 
     run_dir: tyro.conf.Positional[Path]
     """Folder of the run."""
     dataset: str | None = None
-    """Data set, if not the one that the run was trained on; its classes are those of the run in their order."""
+    """Another data set than that of the run, with the same classes in the same order."""
     data_dir: Path | None = None
-    """Folder of the data set, if not the one that the run was trained from."""
+    """Folder of the data set, if not that of the run."""
     best: bool = False
-    """Take the weights that did best on the validation images, and not the last ones."""
+    """Evaluate the weights that were best on validation images instead of the last ones."""
     confusion: Path | None = None
-    """File that the confusion matrix is drawn into, as PNG, PDF or SVG by its ending."""
+    """File for a picture of the confusion matrix: .png, .pdf or .svg."""
 
     def run(self) -> None:
-        """Prints tables and the accuracy.
-
-        Raises:
-            UsageError: the folder has no run, its data set is not there, another one does not fit, or the picture
-                cannot be written.
-        """
         run, model = load_run(self.run_dir, best=self.best)
-        data = replace(run.config.data, train_limit=None, validation=0.0)  # only test images are needed
+        data = replace(run.config.data, train_limit=None, validation=0.0)  # only test images are used
         if self.dataset is not None:
             # Only folders of images are resized.
             image_size = data.image_size if Path(self.dataset).expanduser().is_dir() else None
@@ -56,10 +51,13 @@ class Evaluate:
         if dataset.num_classes != len(run.class_names):
             raise UsageError(
                 f"Data set {data.dataset!r} has {dataset.num_classes} classes, and the model was made for "
-                f"{len(run.class_names)}."
+                f"{len(run.class_names)}; expected a data set of the same classes."
             )
         if self.confusion and dataset.test_labels.ndim > 1:
-            raise UsageError(f"Images of {data.dataset!r} have several classes each; there is no --confusion of them.")
+            raise UsageError(
+                f"Images of {data.dataset!r} have several classes each, for which there is no confusion matrix; "
+                "expected no --confusion."
+            )
         evaluation = evaluate(model, dataset.test_images, dataset.test_labels)
         print(describe(evaluation, dataset.class_names))
         if self.confusion and evaluation.confusion is not None:
@@ -67,36 +65,27 @@ class Evaluate:
 
 
 def describe(evaluation: Evaluation, class_names: Sequence[str]) -> str:
-    """Describe an evaluation in words and tables; the last line is that of `final_line`."""
+    """Describe an evaluation in tables and sentences; the last line is `final_line`."""
     low, high = (100 * (1 - end) for end in reversed(evaluation.interval))
-    paragraphs = [
-        markdown_table(
-            [
-                ("class", "images", "precision", "recall"),
-                *(
-                    (name, f"{count:,}", _share(precision), _share(recall))
-                    for name, count, precision, recall in zip(
-                        class_names, evaluation.counts, evaluation.precision, evaluation.recall, strict=True
-                    )
-                ),
-            ]
-        )
+    columns = zip(class_names, evaluation.counts, evaluation.precision, evaluation.recall, strict=True)
+    rows = [
+        (name, number_cell(count, 0), number_cell(precision, 4), number_cell(recall, 4))
+        for name, count, precision, recall in columns
     ]
+    paragraphs = [markdown_table([("class", "images", "precision", "recall"), *rows])]
     if evaluation.confusion is not None:
         paragraphs.append(describe_confusion(np.array(evaluation.confusion), class_names))
-    means = f"mean activation of the right capsule {evaluation.right_activation:.3f}"
+    lines = [f"mean activation of the right capsule {evaluation.right_activation:.3f}"]
     if evaluation.runner_up_activation is not None:
-        means += f", of the most active wrong one {evaluation.runner_up_activation:.3f}"
-    lines = [means]
+        lines[0] += f", of the most active wrong one {evaluation.runner_up_activation:.3f}"
     if evaluation.reconstruction_error is not None:
         lines.append(f"mean squared error of a reconstructed pixel {evaluation.reconstruction_error:.5f}")
-    lines.append(f"95 % interval of the error {low:.2f} to {high:.2f} %")
-    lines.append(final_line(evaluation))
+    lines += [f"95 % interval of the error {low:.2f} to {high:.2f} %", final_line(evaluation)]
     return "\n\n".join([*paragraphs, "\n".join(lines)])
 
 
 def describe_confusion(confusion: Int[np.ndarray, "o o"], class_names: Sequence[str]) -> str:
-    """The confusion matrix of a few classes, or the most frequent confusions of many."""
+    """Format the confusion matrix or, for many classes, list the most frequent confusions."""
     if len(class_names) > MATRIX_CLASSES:
         wrong = confusion * ~np.eye(len(confusion), dtype=bool)
         most = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSIONS]
@@ -110,11 +99,7 @@ def describe_confusion(confusion: Int[np.ndarray, "o o"], class_names: Sequence[
     if max(map(len, class_names)) > SHORT_NAME:
         headings = [str(number) for number in range(len(names))]
         names = [f"{number} {name}" for number, name in enumerate(names)]
-    rows = [
-        [name, *(str(count) if count else "." for count in row)] for name, row in zip(names, confusion, strict=True)
-    ]
-    return markdown_table([["true \\ predicted", *headings], *rows])
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    counts = [[str(count) if count else "." for count in row] for row in confusion]
+    return markdown_table(
+        [["true \\ predicted", *headings], *([name, *row] for name, row in zip(names, counts, strict=True))]
+    )

@@ -1,4 +1,4 @@
-"""The command `capsnet export`: the model of a run as one file that runs without this package."""
+"""The command `capsnet export`: save a trained model as one file that runs without this package."""
 
 import importlib
 import math
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -23,34 +23,29 @@ from capsnet_jax.runs.folder import Run, load_run
 
 Outputs = Mapping[str, Float[np.ndarray, "..."]]
 
-TOLERANCE = 1e-5  # of the largest value; measured are 2e-6 and less
-NUM_IMAGES = 17  # so many that the model itself routes without votes, and convolves by spectra where that is faster
+TOLERANCE = 1e-5  # of the largest value; the largest error measured is 2e-6
+NUM_IMAGES = 17  # enough for fused routing and spectral convolution in the model that the file is compared with
 
 
 @dataclass(frozen=True)
 class Export:
-    """Writes the model of a run as one file, weights inside, that runs without this package on any number of images.
+    """Save a trained model as one file that runs without this package.
 
-    Images [b height width channels] of float32 in [0, 1] become poses [b classes dim] and activations [b classes] of
-    the class capsules and, if the model has a decoder, reconstructions [b height width channels] from the most active
-    capsule. The file is run once on random images, and kept only if it agrees with the model."""
+    Input: images [b height width channels], float32 in [0, 1], any number of them.
+    Output: poses [b classes dim] and activations [b classes] of the class capsules and,
+    with a decoder, reconstructions [b height width channels] from the most active capsule.
+    The file is run once on random images, and kept only if it agrees with the model."""
 
     run_dir: tyro.conf.Positional[Path]
     """Folder of the run."""
     format: Literal["stablehlo", "onnx"] = "stablehlo"
-    """stablehlo, for jax.export.deserialize; or onnx, for onnxruntime and others (pip install 'capsnet-jax[onnx]')."""
-    output: Path | None = None
-    """The file, which ends as the format is called; by default model.stablehlo or model.onnx in the run's folder."""
+    """stablehlo for jax.export.deserialize; onnx for onnxruntime (pip install 'capsnet-jax[onnx]')."""
+    output: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: model.FORMAT in the run folder)")] = None
+    """The file; its name ends in .stablehlo or .onnx."""
     best: bool = False
-    """Take the weights that did best on the validation images, and not the last ones."""
+    """Export the weights that were best on validation images instead of the last ones."""
 
     def run(self) -> None:
-        """Writes the file, and prints its name, its size and how far it is from the model.
-
-        Raises:
-            UsageError: the folder has no run, the file cannot be written or differs from the model, or the model cannot
-                be expressed in this format.
-        """
         run, model = load_run(self.run_dir, best=self.best)
         path = self.output or self.run_dir / f"model.{self.format}"
         if path.is_dir() or not path.parent.is_dir():
@@ -81,14 +76,14 @@ class Export:
 
 
 def write_onnx(run: Run, model: CapsNet, path: Path) -> None:
-    """Writes the PyTorch twin, with the weights of the model, as an ONNX file.
+    """Write the PyTorch twin, with the weights of the model, as an ONNX file.
 
     Raises:
-        UsageError: a package is not installed, or the routing has no twin or does what ONNX cannot express.
+        UsageError: A package is not installed, the routing has no PyTorch twin, or ONNX cannot express it.
     """
     for package in ("torch", "onnxscript"):
         import_for_onnx(package)
-    import torch  # only here: the package runs without
+    import torch  # not at the top, because it is optional
 
     import capsnet_torch
     from capsnet_torch.onnx import NotInOnnxError
@@ -109,19 +104,19 @@ def write_onnx(run: Run, model: CapsNet, path: Path) -> None:
 
 
 def error_of_file(path: Path, format: str, model: CapsNet) -> float:
-    """How far an exported file is from the model on seeded random images, as by `largest_error`.
+    """Compute the `largest_error` of an exported file on seeded random images.
 
     Args:
-        path: of the file.
+        path: The exported file.
         format: "stablehlo" or "onnx".
-        model: that the file was written from.
+        model: The model that was exported.
 
     Raises:
-        UsageError: onnxruntime, which runs ONNX files, is not installed.
+        UsageError: onnxruntime is needed and not installed.
     """
     images = np.random.default_rng(0).random((NUM_IMAGES, *model.config.image_shape), np.float32)
     actual = run_onnx(path, images) if format == "onnx" else run_stablehlo(path, images)
-    # Reconstructed as by the file: of two classes that are all but equally active, rounding decides.
+    # Reconstruct from the class that the file chose: with two almost equal activations, rounding decides.
     labels = actual["activations"].argmax(axis=1)
     with jax.default_matmul_precision("highest"):
         expected = jax.jit(partial(encode_and_decode, model))(images, labels)
@@ -129,12 +124,12 @@ def error_of_file(path: Path, format: str, model: CapsNet) -> float:
 
 
 def run_stablehlo(path: Path, images: Float[np.ndarray, "b height width channels"]) -> Outputs:
-    """What the program in a StableHLO file makes of images."""
+    """Run a StableHLO file on images."""
     return jax.device_get(deserialize(bytearray(path.read_bytes())).call(images))
 
 
 def run_onnx(path: Path, images: Float[np.ndarray, "b height width channels"]) -> Outputs:
-    """What an ONNX file makes of images, by onnxruntime on CPU.
+    """Run an ONNX file on images, with onnxruntime on CPU.
 
     Raises:
         UsageError: onnxruntime is not installed.
@@ -145,10 +140,10 @@ def run_onnx(path: Path, images: Float[np.ndarray, "b height width channels"]) -
 
 
 def largest_error(actual: Outputs, expected: Outputs) -> float:
-    """The largest error of any output, as a share of that output's largest expected value.
+    """Compute the largest error of any output, relative to the largest expected value of that output.
 
     Returns:
-        The error; infinite if an output is missing, of another shape or dtype, or not finite on either side.
+        The error; infinite if an output is missing, has another shape or dtype, or is not finite on either side.
     """
     if actual.keys() != expected.keys():
         return math.inf
@@ -163,10 +158,10 @@ def largest_error(actual: Outputs, expected: Outputs) -> float:
 
 
 def import_for_onnx(package: str) -> Any:
-    """A package that exporting to ONNX needs.
+    """Import a package that exporting to ONNX needs.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: It is not installed.
     """
     try:
         return importlib.import_module(package)

@@ -1,56 +1,45 @@
-"""The console command `capsnet`: first what to do, then its options."""
+"""The console command `capsnet`: finds the command, parses its options, runs it and reports errors."""
 
+import contextlib
 import difflib
 import importlib
+import inspect
+import io
 import logging
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 from capsnet_jax import __version__
 from capsnet_jax.errors import NonFiniteLossError, StoppedBySignalError, UsageError
 
-
-class Entry(NamedTuple):
-    """A command: the module and the class that it is, and what it does in a line."""
-
-    module: str
-    name: str
-    summary: str
-
-
-# Modules are imported when their command is called, so that the help comes at once.
+# Class, in a module of this package, and summary. The module is imported only when its command is called.
 COMMANDS = {
-    "train": Entry("capsnet_jax.cli.train", "Train", "train a model, and tell its accuracy on the test images"),
-    "evaluate": Entry("capsnet_jax.cli.evaluate", "Evaluate", "evaluate the model of a run on all test images"),
-    "predict": Entry("capsnet_jax.cli.predict", "Predict", "tell the classes of image files"),
-    "report": Entry("capsnet_jax.cli.report", "Report", "put runs side by side, in a table and as learning curves"),
-    "compare": Entry("capsnet_jax.cli.compare", "Compare", "train and compare all routings, from the same seeds"),
-    "check-routing": Entry("capsnet_jax.cli.check_routing", "CheckRouting", "check what a routing has to keep"),
-    "benchmark": Entry("capsnet_jax.cli.benchmark", "Benchmark", "measure time and memory beside PyTorch"),
-    "verify": Entry("capsnet_jax.cli.verify", "Verify", "compare all values and gradients with PyTorch's"),
-    "convert": Entry("capsnet_jax.cli.convert", "Convert", "convert weights between PyTorch and JAX"),
-    "export": Entry("capsnet_jax.cli.export", "Export", "write a model as StableHLO or ONNX"),
+    "train": ("train:Train", "train a model, and print its accuracy on the test images"),
+    "evaluate": ("evaluate:Evaluate", "evaluate a trained model on the test images, class by class"),
+    "predict": ("predict:Predict", "classify image files"),
+    "report": ("report:Report", "summarize runs in a table and plot their learning curves"),
+    "compare": ("compare:Compare", "train the same model with every routing algorithm, and compare"),
+    "check-routing": ("check_routing:CheckRouting", "test a routing algorithm, for example your own"),
+    "benchmark": ("benchmark:Benchmark", "measure time and memory, side by side with PyTorch"),
+    "verify": ("verify:Verify", "check that outputs and gradients equal those of PyTorch"),
+    "convert": ("convert:Convert", "convert weights between PyTorch and JAX files"),
+    "export": ("export:Export", "save a trained model as StableHLO or ONNX"),
 }
-TRAINING = ("train", "compare")  # whose options start from a preset, or from the run that is resumed
-ADVICE = "A smaller --batch-size needs less, and so do --accumulate, --recompute-routing and --stream True."
-
-
-@runtime_checkable
-class Command(Protocol):
-    """The dataclass of a command, with a field for each option."""
-
-    def run(self) -> int | None:
-        """Does it; returns the exit status, if it is not 0."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
+    Args:
+        argv: The name of the command and its options; by default those of the process.
+
     Returns:
-        0 if all went well, 1 if training met a loss that is not finite, memory was not enough or a check failed, 2 if
-        the user has to mend something, and 128 plus the number of the signal if stopped by one: 130 by Ctrl-C, 143 by
-        SIGTERM.
+        The exit status: 0 for success; 1 if the loss is not finite, memory is exhausted or a check failed; 2 if an
+        argument or a file is wrong; 130 or 143 if stopped by Ctrl-C or SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] in ([], ["-h"], ["--help"]):
@@ -59,21 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"capsnet-jax {__version__}")
         return 0
-    sys.path.insert(0, "")  # a routing of the user's own is looked for where they are, as `python` would
+    sys.path.insert(0, "")  # find routings in the working directory, as `python` does
     try:
         command = parse(argv)
-        # Orbax logs what goes wrong with a stack trace before it raises it, and then it is told here in a sentence.
+        # Orbax logs errors with a stack trace before raising them; they are reported below in one sentence.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        return command.run() or 0
+        return 0 if command is None else command.run() or 0
     except UsageError as error:
         return _fail(2, error)
     except NonFiniteLossError as error:
-        return _fail(1, error, _notes(error))
+        return _fail(1, error, *_notes(error))
     except StoppedBySignalError as error:
-        print(" ".join([f"capsnet: {error}", *_notes(error)]), file=sys.stderr)
+        print(f"capsnet: {error}", *_notes(error), file=sys.stderr)
         return 128 + error.signal
     except KeyboardInterrupt as error:
-        print(" ".join(["capsnet: interrupted; folders keep what was saved before.", *_notes(error)]), file=sys.stderr)
+        print("capsnet: interrupted; folders keep what was saved before.", *_notes(error), file=sys.stderr)
         return 130
     except OSError as error:
         return _fail(2, error)
@@ -82,60 +71,102 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not isinstance(error, JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _fail(1, UsageError(f"The device has not enough memory: {str(error).splitlines()[0]}"), [ADVICE])
+        advice = "A smaller --batch-size needs less, and so do --accumulate, --recompute-routing and --stream True."
+        return _fail(1, f"The device has not enough memory: {str(error).splitlines()[0]}", advice)
 
 
-def parse(argv: Sequence[str]) -> Command:
-    """Parse arguments, of which the first names a command; help and errors of syntax end the program, with 0 and 2.
+def parse(argv: Sequence[str]) -> Any | None:
+    """Parse the name of a command and its options.
+
+    Returns:
+        An instance of the class of the command, to be run by its method `run`; None if help was printed instead.
 
     Raises:
-        UsageError: there is no such command, or it cannot do with these options.
+        UsageError: There is no such command, or an option is unknown or has a wrong value.
     """
     name, *options = argv
     if name not in COMMANDS:
-        raise UsageError(unknown_command(name))
-    if name == "compare" and any(option.partition("=")[0] == "--routing" for option in options):
-        raise UsageError("compare has no --routing; expected --routings, with all or any number of names.")
-    entry = COMMANDS[name]
-    command: Any = getattr(importlib.import_module(entry.module), entry.name)
-    if name in TRAINING:
-        from capsnet_jax.cli.training_options import parse_training
-
-        return parse_training(command, options, prog=f"capsnet {name}")
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+        raise UsageError(f"Unknown command {name!r}{hint}; expected {', '.join(COMMANDS)}.")
+    module, class_name = COMMANDS[name][0].split(":")
+    command = getattr(importlib.import_module(f"capsnet_jax.cli.{module}"), class_name)
     import tyro
 
-    return tyro.cli(command, args=options, prog=f"capsnet {name}")
+    from_options = {"default": command.default(options)} if hasattr(command, "default") else {}
+    width = min(shutil.get_terminal_size().columns, 120)
+    paragraphs = inspect.cleandoc(command.__doc__).split("\n\n")
+    description = "\n\n".join(
+        textwrap.fill(" ".join(text.split()), width, subsequent_indent="  ") for text in paragraphs
+    )
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(
+                command,
+                args=options,
+                prog=f"capsnet {name}",
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes,),
+                **from_options,
+            )
+    except SystemExit as end:
+        if end.code:
+            raise UsageError(in_a_sentence(printed.getvalue(), f"capsnet {name} --help")) from None
+        if hasattr(command, "epilog"):
+            print(command.epilog())
+        return None
+
+
+def in_a_sentence(box: str, help_command: str) -> str:
+    """Turn the box that tyro draws around an error into one sentence.
+
+    Args:
+        box: What tyro printed: the error, and below horizontal rules some help.
+        help_command: The command that lists all options.
+    """
+    rows = [row.strip("│| ") for row in re.sub(r"\x1b\[[\d;]*m", "", box).strip().splitlines()[1:-1]]
+    message, *others = "\n".join("" if set(row) <= set("─-") else row for row in rows).split("\n\n")
+    message, help_text = " ".join(message.split()).rstrip("."), " ".join(" ".join(others).split())
+    if constructor := re.match(r"Error parsing [a-z]+: (.*)", message):  # of a dataclass, whose messages are complete
+        return f"{constructor[1]}."
+    help_command = f"`{help_command}`"
+    if choice := re.match(r"invalid choice ('.*') for argument '(.*)'. Expected one of \((.*)\)", message):
+        return f"{choice[2]} is {choice[1]}; expected {choice[3]} ({help_command} explains it)."
+    value = re.match(r"Error parsing (\S+): .*?(\[?'.*'\]?)$", message)
+    expected = re.search(r"Argument helptext: \S+ (.*?) [A-Z0-9][a-z.]", help_text)
+    if value and expected:
+        kinds = {"INT": "a whole number", "FLOAT": "a number"}
+        kind = kinds.get(expected[1]) or re.sub(r"[{}]", "", expected[1]).replace("|", " or ")
+        return f"{value[1]} is {value[2]}; expected {kind} ({help_command} explains it)."
+    nearest = re.search(r"Perhaps you meant: (--[\w-]+)", help_text)
+    hint = f"did you mean {nearest[1]}? " if nearest else ""
+    return f"{message}; {hint}{help_command} lists all options."
 
 
 def describe_commands() -> str:
-    """The help of `capsnet` itself."""
-    width = max(map(len, COMMANDS))
+    """Return the help of `capsnet` itself."""
+    lines = [f"  {name:13}  {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: capsnet COMMAND [OPTIONS]",
             "",
-            "Capsule networks in JAX.",
+            "Capsule networks with routing, in JAX.",
             "",
-            *(f"  {name.ljust(width)}  {entry.summary}" for name, entry in COMMANDS.items()),
+            *lines,
             "",
-            "`capsnet COMMAND --help` tells the options of a command, `capsnet --version` the version.",
+            "`capsnet COMMAND --help` describes a command and its options.",
+            "`capsnet train` alone trains on small digits, in a minute or two.",
+            "`capsnet --version` prints the version.",
         ]
     )
 
 
-def unknown_command(name: str) -> str:
-    """A sentence that names the commands, and the one that may have been meant."""
-    nearest = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-    return f"Unknown command {name!r}{hint}; expected {', '.join(COMMANDS)}."
-
-
 def _notes(error: BaseException) -> Sequence[str]:
-    """What the command added for the user to do. Others have notes of JAX, on its own stack traces."""
+    """Return the advice that a command added to an error."""
     return getattr(error, "__notes__", ())
 
 
-def _fail(status: int, error: Exception, advice: Sequence[str] = ()) -> int:
-    """Tells what went wrong, and what can be done, in a line; returns the exit status."""
-    print(" ".join([f"capsnet: error: {error}", *advice]), file=sys.stderr)
+def _fail(status: int, error: Exception | str, *advice: str) -> int:
+    print(f"capsnet: error: {error}", *advice, file=sys.stderr)
     return status

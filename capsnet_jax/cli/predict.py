@@ -1,4 +1,4 @@
-"""The command `capsnet predict`: what the model of a run sees in image files."""
+"""The command `capsnet predict`: classify image files with a trained model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,28 +18,24 @@ from capsnet_jax.train.evaluation import most_active, predict
 
 @dataclass(frozen=True)
 class Predict:
-    """Tells the class of each image, how active its capsule is, and which class comes next.
+    """Classify image files: print the class, the activation of its capsule, and the runner-up.
 
-    A line is `digit.png: 7 (0.97; next 9 at 0.21)`. The number is the activation of the class capsule: the length of
-    its pose, or with some routings an activation of its own. It is how present the class is, from 0 to 1, each class
-    apart from the others, and not a calibrated probability. Images should look like those of the data set: a dark digit
-    on light paper is not what a model has learnt from light digits on black."""
+    A line looks like `digit.png: 7 (0.97; next 9 at 0.21)`. The number is the activation
+    of the class capsule, from 0 to 1: usually the length of its pose. Each class has its own,
+    and it is not a calibrated probability.
+
+    Images must look like those of the data set: a model of light digits on black does not
+    recognize dark digits on white."""
 
     run_dir: tyro.conf.Positional[Path]
     """Folder of the run."""
     images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files of any kind that Pillow reads, of the size that the run was trained on. They become grey or RGB as
-    the run's images are. They are resized only if the run resized its images (--image-size), and only the middle counts
-    if it cropped them (--augment crop=SIDE)."""
+    """Image files of any format that Pillow reads, in the size of the training images.
+    They are resized or cropped only if the run did that (--image-size, --augment crop=SIDE)."""
     best: bool = False
-    """Take the weights that did best on the validation images, and not the last ones."""
+    """Use the weights that were best on validation images instead of the last ones."""
 
     def run(self) -> None:
-        """Prints a line for each image, once all of them are read.
-
-        Raises:
-            UsageError: there are no images, the folder has no run, or a file cannot be read or has another size.
-        """
         if not self.images:
             raise UsageError("There are no images to predict; expected one file or more after the run folder.")
         run, model = load_run(self.run_dir, best=self.best)
@@ -49,10 +45,10 @@ class Predict:
 
 
 def read_image(path: Path, run: Run) -> UInt8[np.ndarray, "height width channels"]:
-    """An image file, as the model of a run expects images.
+    """Read an image file, in the size and with the channels that the model of a run expects.
 
     Raises:
-        UsageError: the file cannot be read or has another size, or files have not as many channels as the run's images.
+        UsageError: The file cannot be read or has another size, or the model is not of grey or RGB images.
     """
     height, width, channels = run.image_shape
     if channels not in (1, 3):
@@ -73,7 +69,7 @@ def read_image(path: Path, run: Run) -> UInt8[np.ndarray, "height width channels
 
 
 def describe(activations: Float[np.ndarray, " o"], class_names: Sequence[str], labels_per_image: int = 1) -> str:
-    """The most active classes, as many as an image has labels, and the one that comes next."""
+    """Describe the most active classes, as many as an image has labels, and the runner-up."""
     order = most_active(activations[None], min(labels_per_image + 1, len(activations)))[0]
     seen, following = order[:labels_per_image], order[labels_per_image:]
     names = " and ".join(class_names[index] for index in seen)

@@ -2,7 +2,8 @@
 
 import shlex
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from jaxtyping import Int
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from capsnet_jax.config import Config
+from capsnet_jax.cli.training_options import TrainingOptions, read_defaults
 from capsnet_jax.data import Dataset, configured_dataset, with_absolute_paths
 from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.errors import NonFiniteLossError, StoppedBySignalError, UsageError
@@ -24,60 +25,78 @@ from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.ops import to_unit_range
 from capsnet_jax.runs.folder import Run
 from capsnet_jax.runs.metrics import event_writer_class
-from capsnet_jax.runs.seeds import SeedFolders
+from capsnet_jax.runs.seeds import SeedFolders, saved_options
 from capsnet_jax.runs.session import train_runs
 from capsnet_jax.train.evaluation import Evaluation, final_line, most_active
 from capsnet_jax.train.loop import Trainer
 from capsnet_jax.train.sharding import connect, failing_together
 
-PICTURED = 10  # test images above their reconstructions
+PICTURED = 10  # test images in the picture of reconstructions
 
 
 @dataclass(frozen=True)
-class Train:
-    """Trains a capsule network; the last line printed is its accuracy on all test images.
+class RunOptions:
+    """Where the run is saved, and how often it is repeated."""
 
-    Ctrl-C and SIGTERM end it after the steps under way, with a checkpoint to --resume from."""
-
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    preset: str | None = None
-    """Values that all other options start from: readable (the reference model), digits (small and quick), or a
-    published network: official, paper, efficient, em. By default digits for the data set of that name, and readable
-    for all others; with --resume, what the run was started with."""
-    run_dir: Path | None = None
-    """Folder for config, metrics, checkpoints, weights and picture. By default runs/DATASET-DATE-TIME."""
+    run_dir: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: runs/DATASET-DATE-TIME)")] = None
+    """Folder for config, metrics, checkpoints, weights and picture."""
     resume: bool = False
-    """Go on with the run in --run-dir from its last checkpoint, or begin it if there is none."""
+    """Continue the run in --run-dir from its last checkpoint, or start it if there is none."""
     seeds: int = 1
-    """Number of seeds to train from, --seed and those that follow it: side by side as one program if memory allows,
-    each with a run folder of its own in the run folder."""
+    """Number of runs, from seeds --seed, --seed + 1 ...; they train side by side if memory allows."""
     tensorboard: bool = False
-    """Write TensorBoard events, too (pip install 'capsnet-jax[tensorboard]')."""
+    """Also write TensorBoard events (pip install 'capsnet-jax[tensorboard]')."""
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Several processes or hosts. One process uses all of its devices by itself (docs/scaling.md)."""
+
     distributed: bool = False
-    """This is one of several processes of a run, on one or many hosts; all get the same options but --process-id."""
+    """This is one of several processes. All get the same options, except --process-id."""
     coordinator: str | None = None
-    """HOST:PORT of process 0. Under Slurm, this and the next two are found out."""
+    """HOST:PORT of process 0. Slurm provides this and the next two."""
     num_processes: int | None = None
     """Number of processes."""
     process_id: int | None = None
-    """Number of this process, from 0."""
+    """Index of this process, from 0."""
+
+
+@dataclass(frozen=True)
+class Train(TrainingOptions):
+    """Train a capsule network. The last line printed is its test accuracy.
+
+    Ctrl-C and SIGTERM save a checkpoint, from which --resume continues.
+    More about everything here: docs/training.md."""
+
+    folder: Annotated[RunOptions, tyro.conf.arg(name="run")] = field(default_factory=RunOptions)
+    devices: Annotated[DeviceOptions, tyro.conf.arg(name="device")] = field(default_factory=DeviceOptions)
+
+    @classmethod
+    def default(cls, argv: Sequence[str]) -> "Train":
+        """Return the defaults of all options: those of the preset or, with --resume, of the run that is resumed.
+
+        Raises:
+            UsageError: There is no such preset, or the run cannot be read.
+        """
+        config, resumed = read_defaults(argv)
+        saved = None if resumed is None else saved_options(resumed)
+        if saved is None:
+            return cls.of_config(config)
+        return cls.of_config(saved[0], folder=RunOptions(seeds=saved[1]))
 
     def run(self) -> None:
         self._check()
-        if self.distributed:
-            connect(self.coordinator, self.num_processes, self.process_id)
-        data = with_absolute_paths(self.config.data)
+        options = self.folder
+        if self.devices.distributed:
+            connect(self.devices.coordinator, self.devices.num_processes, self.devices.process_id)
+        data = with_absolute_paths(self.data)
         config = replace(self.config, data=data)
         dataset = configured_dataset(data).cropped(Augmentation.parse(data.augment).crop)
-        folder = self.run_dir or Path("runs") / f"{Path(data.dataset).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run = Run.of(folder, config, dataset)
-        seeds = range(config.training.seed, config.training.seed + self.seeds)
-        trainer = Trainer(
-            run.new_model, dataset, config.training, augment=data.augment, stream=data.stream, seeds=seeds[:1]
-        )
-        folders = SeedFolders(run, seeds)
+        folder = options.run_dir or Path("runs") / f"{Path(data.dataset).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        trainer, folders = prepare(Run.of(folder, config, dataset), dataset, options.seeds)
         with failing_together():
-            folders.check(resume=self.resume)
+            folders.check(resume=options.resume)
             trainer.trace()
         with failing_together():
             if jax.process_index() == 0:
@@ -89,49 +108,62 @@ class Train:
 
         tests: list[Evaluation] = []
         try:
-            for group in train_runs(
-                trainer, folders, resume=self.resume, tensorboard=self.tensorboard, console=console
+            for trained, runs, evaluations in train_runs(
+                trainer, folders, resume=options.resume, tensorboard=options.tensorboard, console=console
             ):
-                tests += group.tests
-                for run, model in zip(group.runs, group.trainer.models(), strict=True):
+                tests += evaluations
+                for run, model in zip(runs, trained.models(), strict=True):
                     if model.decoder is not None and not console.quiet:
                         run.save_picture(picture(model, dataset))
         except NonFiniteLossError as error:
-            check = f"`capsnet check-routing {config.model.routing}` tells whether the routing may be to blame."
-            error.add_note(f"{check} The run folder keeps what was saved before.")
+            error.add_note(f"`capsnet check-routing {config.model.routing}` tests whether the routing is the cause.")
+            error.add_note("The run folder keeps what was saved before.")
             raise
         except (StoppedBySignalError, KeyboardInterrupt) as error:
-            error.add_note(f"To go on: capsnet train --resume --run-dir {shlex.quote(str(folder))}")
+            error.add_note(f"To continue: capsnet train --resume --run-dir {shlex.quote(str(folder))}")
             raise
         if not console.quiet:
-            print(lines_of_seeds(seeds, tests) if self.seeds > 1 else final_line(tests[0]))
+            print(lines_of_seeds(folders.seeds, tests) if options.seeds > 1 else final_line(tests[0]))
 
     def _check(self) -> None:
-        if self.seeds < 1:
-            raise UsageError(f"seeds is {self.seeds}, and must be at least 1.")
-        if self.resume and self.run_dir is None:
+        if self.folder.seeds < 1:
+            raise UsageError(f"seeds is {self.folder.seeds}, and must be at least 1.")
+        if self.folder.resume and self.folder.run_dir is None:
             raise UsageError("--resume needs the folder of the run; expected --run-dir, too.")
-        options = {"coordinator": self.coordinator, "num_processes": self.num_processes, "process_id": self.process_id}
+        options = {name: value for name, value in vars(self.devices).items() if name != "distributed"}
         given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
-        if given and not self.distributed:
+        if given and not self.devices.distributed:
             raise UsageError(f"Got {', '.join(given)} for a run of one process; expected --distributed, too.")
-        if self.tensorboard:
-            event_writer_class()  # if it is missing, better now than once there is a run folder
+        if self.folder.tensorboard:
+            event_writer_class()  # raises before a run folder exists
+
+
+def prepare(run: Run, dataset: Dataset, num_seeds: int) -> tuple[Trainer, SeedFolders]:
+    """Create the trainer of a run and the folders of its seeds. Nothing is compiled or written yet.
+
+    Raises:
+        UsageError: The model cannot be built, or config and data set do not fit each other.
+    """
+    first, data = run.config.training.seed, run.config.data
+    seeds = range(first, first + num_seeds)
+    trainer = Trainer(
+        run.new_model, dataset, run.config.training, augment=data.augment, stream=data.stream, seeds=seeds[:1]
+    )
+    return trainer, SeedFolders(run, seeds)
 
 
 def describe(trainer: Trainer, dataset: Dataset) -> str:
-    """The sizes of model and data, in a line."""
-    shape = " x ".join(map(str, dataset.image_shape))
-    held_out = "" if dataset.validation_images is None else f"{len(dataset.validation_images):,} validation and "
+    """Describe the sizes of model and data in one line."""
+    counts = {"training": dataset.train_images, "validation": dataset.validation_images, "test": dataset.test_images}
+    *others, last = [f"{len(images):,} {name}" for name, images in counts.items() if images is not None]
     return (
-        f"CapsNet of {trainer.num_params:,} parameters; {len(dataset.train_images):,} training"
-        f"{', ' if held_out else ' and '}{held_out}{len(dataset.test_images):,} test images of {shape} in "
-        f"{dataset.num_classes} classes"
+        f"CapsNet of {trainer.num_params:,} parameters; {', '.join(others)} and {last} images of "
+        f"{' x '.join(map(str, dataset.image_shape))} in {dataset.num_classes} classes"
     )
 
 
-def lines_of_seeds(seeds: range, tests: list[Evaluation]) -> str:
-    """The result from each seed, then mean and sample deviation."""
+def lines_of_seeds(seeds: Sequence[int], tests: list[Evaluation]) -> str:
+    """Return the result of each seed, then mean and sample standard deviation."""
     accuracies = np.array([test.accuracy for test in tests])
     mean, deviation = accuracies.mean(), accuracies.std(ddof=1)
     lines = [f"seed {seed}: {final_line(test)}" for seed, test in zip(seeds, tests, strict=True)]
@@ -143,9 +175,9 @@ def lines_of_seeds(seeds: range, tests: list[Evaluation]) -> str:
 
 
 def picture(model: CapsNet, dataset: Dataset) -> Figure:
-    """The first test images, and what the capsules of their predicted classes make of them.
+    """Draw the first test images above their reconstructions from the capsules of the predicted classes.
 
-    An image with several labels is shown as often as it has labels, each time with one of the predicted capsules.
+    An image with k labels is shown k times, each time with one of its k predicted classes.
     """
     labels = rearrange(dataset.test_labels[:PICTURED], "b ... -> b (...)")
     k = labels.shape[1]
@@ -153,14 +185,14 @@ def picture(model: CapsNet, dataset: Dataset) -> Figure:
     images = to_unit_range(jnp.asarray(dataset.test_images[: len(labels)]))
     capsules = model.encode(images)
     predictions = most_active(np.asarray(capsules.activations), k)
-    titles = np.concatenate([_opposite(*both) for both in zip(labels, predictions, strict=True)])
+    titles = np.concatenate([_matched(*both) for both in zip(labels, predictions, strict=True)])
     predictions = predictions.ravel()
     images, poses = (repeat(array, "b ... -> (b k) ...", k=k) for array in (images, capsules.poses))
     reconstructions = model.decode(poses, jnp.asarray(predictions))
     return reconstructions_figure(*map(np.asarray, (images, reconstructions, titles, predictions)))
 
 
-def _opposite(labels: Int[np.ndarray, " k"], predictions: Int[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:
-    """For each prediction the same class, if it is a label, or else one of the labels that were not predicted."""
+def _matched(labels: Int[np.ndarray, " k"], predictions: Int[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:
+    """Return the labels in the order of the predictions: the same class if it is a label, else a missed label."""
     missed = iter(np.setdiff1d(labels, predictions))
     return np.array([prediction if prediction in labels else next(missed) for prediction in predictions])

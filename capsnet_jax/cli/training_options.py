@@ -1,44 +1,63 @@
-"""The options of `capsnet train` and `capsnet compare`: what they start from, and what their help lists."""
+"""The options that `capsnet train` and `capsnet compare` share."""
 
 import argparse
-import inspect
+import shutil
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
 import tyro
 
-from capsnet_jax.config import DataConfig
+from capsnet_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
 from capsnet_jax.data.augmentation import describe_augmentations
 from capsnet_jax.presets import get_preset
 from capsnet_jax.routing import ROUTINGS
 from capsnet_jax.routing.registry import describe_options
-from capsnet_jax.runs.seeds import saved_options
-
-Command = TypeVar("Command")
 
 
-def parse_training(command: type[Command], argv: Sequence[str], prog: str) -> Command:
-    """Parse the arguments of a command that trains, whose field `config` is a `Config`; help ends the program.
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options of a command that trains. Each dataclass among the fields is a group in the help."""
+
+    preset: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: digits for that data set, else readable)"),
+    ] = None
+    """Values that all other options start from:
+    readable (the reference model), digits (small and quick), official, paper, efficient, em."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    @property
+    def config(self) -> Config:
+        return Config(self.model, self.data, self.training)
+
+    @classmethod
+    def of_config(cls, config: Config, **fields: Any) -> Any:
+        return cls(model=config.model, data=config.data, training=config.training, **fields)
+
+    @staticmethod
+    def epilog() -> str:
+        """Return the tables of routings and augmentations at the end of the help."""
+        routings = [(name, describe_options(function)) for name, function in ROUTINGS.items()]
+        changes = [line.split(" ", 1) for line in describe_augmentations().splitlines()]
+        about_routings = "for --routing, with options after commas: --routing em,annealing=0.9 (docs/routing.md)"
+        about_changes = "for --augment, as in --augment shift=0.1 flip (docs/training.md)"
+        return "\n".join(_table("Routings", about_routings, routings) + _table("Changes", about_changes, changes))
+
+
+def read_defaults(argv: Sequence[str]) -> tuple[Config, Path | None]:
+    """Read from the options what the defaults of all others are.
+
+    Returns:
+        The config of the preset, by default of the one that suits the data set; and the folder of the run to resume,
+        whose options take its place, or None.
 
     Raises:
-        UsageError: there is no such preset, or the run to go on with cannot be read.
-    """
-    return tyro.cli(
-        command,
-        default=command(**default_options(argv)),
-        args=argv,
-        prog=prog,
-        description=f"{inspect.cleandoc(command.__doc__ or '')}\n\n{describe_routings()}\n\n{describe_changes()}",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-
-
-def default_options(argv: Sequence[str]) -> dict[str, Any]:
-    """The fields that the options start from, which depend on some of the options themselves.
-
-    Raises:
-        UsageError: there is no such preset, or the run to go on with cannot be read.
+        UsageError: There is no such preset.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset")
@@ -47,29 +66,23 @@ def default_options(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--resume", action="store_true")
     try:
         options, _ = parser.parse_known_args([_with_hyphens(argument) for argument in argv])
-    except argparse.ArgumentError:  # an option without its value, which the real parser tells of
+    except argparse.ArgumentError:  # an option without its value, which the real parser reports
         options = parser.parse_args([])
-    if options.resume and options.run_dir is not None and options.preset is None:
-        saved = saved_options(options.run_dir)
-        if saved is not None:
-            return saved
-    preset = options.preset or ("digits" if options.dataset == "digits" else "readable")
-    return {"config": get_preset(preset)}
+    config = get_preset(options.preset or ("digits" if options.dataset == "digits" else "readable"))
+    return config, options.run_dir if options.resume and options.preset is None else None
 
 
-def describe_routings() -> str:
-    """The routings and their options, for help."""
-    lines = [f"{name}: {describe_options(function)}" for name, function in ROUTINGS.items()]
-    return "\n\n".join(["Routings and their options, as in --routing dynamic,leaky=true,num_iterations=5:", *lines])
-
-
-def describe_changes() -> str:
-    """The random changes of training images, for help."""
-    lines = describe_augmentations().splitlines()
-    return "\n\n".join(["Changes of training images, as in --augment shift=0.1 rotation=15:", *lines])
+def _table(name: str, about: str, rows: Sequence[Sequence[str]]) -> list[str]:
+    width = min(shutil.get_terminal_size().columns, 120)
+    left = max(len(row[0]) for row in rows) + 4
+    lines = ["", *textwrap.wrap(f"{name} {about}:", width)]
+    for first, second in rows:
+        start, indent = f"  {first}".ljust(left), " " * left
+        lines.append(textwrap.fill(second, width, initial_indent=start, subsequent_indent=indent))
+    return lines
 
 
 def _with_hyphens(argument: str) -> str:
-    """The name of an option as it is declared; with underscores it is taken, too."""
+    """Replace underscores in the name of an option, as tyro does."""
     name, equals, value = argument.partition("=")
     return (name.replace("_", "-") if name.startswith("--") else name) + equals + value

@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: written beside training, complete or not there at all, and checked when they are read."""
+"""Checkpoints with Orbax: written in the background, atomically, and verified by checksums when they are read."""
 
 import json
 import zlib
@@ -17,26 +17,26 @@ from capsnet_jax.errors import UsageError
 from capsnet_jax.train.loop import Snapshot
 from capsnet_jax.train.sharding import wait_for_all
 
-LONG = 200  # letters of an error
+LONGEST = 200  # characters of the text of an error
 FORMAT = 2  # of checkpoints: the state of every seed, stacked. Those of 0.1.0 have no number.
-UNKNOWN = -1.0  # accuracy on validation of a checkpoint that was not evaluated; below all others
+UNKNOWN = -1.0  # validation accuracy of a checkpoint that was not evaluated; below all others
 
 
 class Checkpoints:
-    """The checkpoints of a run; the last ones and the one that is best on validation are kept.
+    """Checkpoints of a run. The latest ones and the one that is best on validation images are kept.
 
     Args:
-        folder: is made if it does not exist.
-        keep: number of last ones that are kept.
-        depends_on: what a checkpoint must agree with to be gone on from, in types that JSON has.
-        warn: is told, in a sentence, of every checkpoint that cannot be used.
+        folder: Folder of the checkpoints, which is created if needed.
+        keep: Number of latest checkpoints to keep.
+        depends_on: What must not change on resume, as types that JSON has.
+        warn: Called with a sentence about each checkpoint that cannot be used.
     """
 
     def __init__(self, folder: Path, *, keep: int, depends_on: Mapping[str, Any], warn: Callable[[str], None] = print):
         self.folder, self._depends_on, self._warn = folder.absolute(), dict(depends_on), warn
-        self._saved: int | None = None  # the last one known to be whole, and the one on its way
+        self._saved: int | None = None  # step of the last complete checkpoint, and of the one that is being written
         self._saving: int | None = None
-        # LatestN and BestN side by side, as max_to_keep with best_fn would give up the latest for the best.
+        # LatestN and BestN combined, because max_to_keep with best_fn would delete the latest in favour of the best.
         policy = AnyPreservationPolicy(
             [LatestN(keep), BestN(get_metric_fn=_validation, n=1, keep_checkpoints_without_metrics=False)]
         )
@@ -44,7 +44,7 @@ class Checkpoints:
             best_fn=_validation, preservation_policy=policy, cleanup_tmp_directories=True, create=True
         )
         self._unusable: dict[int, str] = {}  # reasons, by step
-        for step in _steps_of_unreadable_metrics(self.folder):  # which Orbax would not begin with
+        for step in _steps_of_unreadable_metrics(self.folder):  # Orbax would refuse to open the folder
             self._unusable[step] = "its metrics cannot be read"
             self._set_aside(step)
         try:
@@ -53,14 +53,14 @@ class Checkpoints:
             raise UsageError(f"The folder {self.folder} of checkpoints cannot be used: {error}.") from error
 
     def save(self, snapshot: Snapshot, *, validation: float | None = None) -> None:
-        """Begins to write a checkpoint; it is copied before this returns, so that training may go on.
+        """Start to write a checkpoint in the background. The arrays are copied first, so training can continue.
 
         Args:
-            snapshot: where training stands.
-            validation: accuracy on validation images, if it was evaluated now; mean over the seeds.
+            snapshot: State of the training.
+            validation: Accuracy on validation images, mean over the seeds, if it was evaluated at this step.
 
         Raises:
-            UsageError: this one or the one before cannot be written.
+            UsageError: This checkpoint or the one before cannot be written.
         """
         arrays = _named_arrays(snapshot)
         step = int(arrays["step"][0])
@@ -83,34 +83,34 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Waits until the checkpoint on its way is whole.
+        """Wait until the checkpoint in the background is complete.
 
         Raises:
-            UsageError: it cannot be written.
+            UsageError: It cannot be written.
         """
         with self._explained():
             self._manager.wait_until_finished()
         self._saved, self._saving = self._saving or self._saved, None
 
     def restore(self, like: Snapshot) -> Snapshot | None:
-        """The last checkpoint that is whole, or None if there are none. Those after it are renamed, and told of.
+        """Read the latest complete checkpoint; None if there are none. Damaged ones after it are renamed.
 
         Args:
-            like: any snapshot of the same training.
+            like: Any snapshot of the same training, for shapes and dtypes.
 
         Raises:
-            UsageError: a checkpoint is of another config or version, or there are some and none can be used; all stay
-                then.
+            UsageError: A checkpoint is of another config or version; or there are some and none can be used, and then
+                none is renamed.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 snapshot = self._read(step, like)
             except UsageError:
                 raise
-            except Exception as error:  # Orbax raises anything, from KeyError to what tensorstore calls ValueError
+            except Exception as error:  # Orbax raises many kinds, from KeyError to ValueError of tensorstore
                 self._unusable[step] = _first_line(error)
             else:
-                # They would be in the way of those that will be written at their steps again.
+                # Otherwise they would block new checkpoints of the same steps.
                 for later in self._unusable.keys() & set(self._manager.all_steps()):
                     self._set_aside(later)
                 self._manager.reload()
@@ -124,7 +124,7 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Waits for what is being written, and lets go of the folder."""
+        """Wait for the checkpoint in the background, and release the folder."""
         try:
             self.wait()
         finally:
@@ -156,7 +156,7 @@ class Checkpoints:
         return Snapshot(jax.tree.unflatten(structure, [arrays[name] for name in template]), np.array(record["sums"]))
 
     def _set_aside(self, step: int) -> None:
-        """Renames a checkpoint that cannot be used."""
+        """Rename a checkpoint that cannot be used, and warn."""
         place = self.folder / str(step)
         aside = next(
             path for number in range(1000) if not (path := self.folder / f"unreadable-{step}-{number}").exists()
@@ -169,10 +169,10 @@ class Checkpoints:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Makes one sentence of what goes wrong in writing."""
+        """Turn any error while writing into a sentence."""
         try:
             yield
-        except Exception as error:  # as in reading
+        except Exception as error:  # Orbax raises many kinds
             saved = "there is none before it" if self._saved is None else f"that of step {self._saved} is whole"
             raise UsageError(
                 f"The checkpoint {self.folder / str(self._saving)} cannot be written, and {saved}; "
@@ -181,15 +181,15 @@ class Checkpoints:
 
 
 def _named_arrays(snapshot: Snapshot) -> dict[str, np.ndarray]:
-    """Copies of the arrays of the state in the host's memory, by where they are in it."""
+    """Copy the arrays of the state to host memory, named by their paths in it."""
     leaves = jax.tree.leaves_with_path(jax.device_get(snapshot.state))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.array(leaf, order="C") for path, leaf in leaves}
 
 
 def _first_line(error: Exception) -> str:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    # The last clause of a long one is what the operating system says.
-    return line if len(line) <= LONG else line.rsplit(": ", 1)[-1]
+    # In a long message, the last clause is that of the operating system.
+    return line if len(line) <= LONGEST else line.rsplit(": ", 1)[-1]
 
 
 def _validation(metrics: Mapping[str, float]) -> float:
@@ -199,11 +199,11 @@ def _validation(metrics: Mapping[str, float]) -> float:
 def _steps_of_unreadable_metrics(folder: Path) -> list[int]:
     steps = []
     for path in folder.glob("[0-9]*/metrics/metrics"):
-        if not path.parents[1].name.isdigit():  # one that is not whole
+        if not path.parents[1].name.isdigit():  # an incomplete checkpoint
             continue
         try:
             float(json.loads(path.read_text())["validation"])
-        except (ValueError, KeyError, TypeError):  # among the first are wrong JSON and wrong Unicode
+        except (ValueError, KeyError, TypeError):  # ValueError includes wrong JSON and wrong Unicode
             steps.append(int(path.parents[1].name))
     return steps
 

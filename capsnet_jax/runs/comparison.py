@@ -1,9 +1,8 @@
-"""The folder of a comparison of routings: a run folder and a result for each routing, table and figure."""
+"""The folder of a comparison of routings: runs and a result for each routing, a table and a figure."""
 
 import csv
 import io
 import json
-import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping
@@ -18,24 +17,24 @@ from capsnet_jax.errors import UsageError
 from capsnet_jax.figures import comparison_figure
 from capsnet_jax.files import replace_file
 from capsnet_jax.runs.folder import Run
-from capsnet_jax.runs.metrics import METRICS, read_lines
+from capsnet_jax.runs.metrics import read_metrics
 from capsnet_jax.runs.seeds import SeedFolders
-from capsnet_jax.tables import markdown_table
+from capsnet_jax.tables import markdown_table, number_cell
 
 CONFIG, RESULTS = "config.json", "results.jsonl"
 TABLE, SHEET, FIGURE = "comparison.md", "comparison.csv", "comparison.png"
 
 HEADINGS = ("routing", "parameters", "test error %", "deviation", "images/s", "memory MB", "coupling entropy")
 NOTES = """\
-Test error: of the weights of the last epoch on all test images; mean over the seeds, and their sample deviation.
-Images/s: training images of all seeds that train side by side, without the time of compilation. Memory: of a training
-program with all of these seeds, by XLA's own account. Coupling entropy: of the last capsule layer on test images; 1.00
-is every input capsule shared out evenly among the outputs, 0.00 every input capsule given to one of them."""
+Test error: of the weights after the last epoch, on all test images; mean over the seeds, and sample standard deviation.
+Images/s: training images per second, of all seeds that train side by side, without compilation. Memory: of the compiled
+training program of these seeds, as reported by XLA. Coupling entropy: of the last capsule layer, on test images; 1.00
+if every input capsule is coupled equally to all outputs, 0.00 if every input capsule is coupled to a single output."""
 
 
 @dataclass(frozen=True)
 class SeedOutcome:
-    """The result of a routing from a seed: of each epoch the mean training loss and the share of errors in the test."""
+    """Result of a routing from one seed: mean training loss and test error (a fraction) of each epoch."""
 
     seed: int
     train_loss: list[float]
@@ -44,8 +43,8 @@ class SeedOutcome:
 
     @classmethod
     def of(cls, run: Run, coupling_entropy: float) -> "SeedOutcome":
-        """Read the result of a run that has finished from its metrics."""
-        epochs = [line for line in read_lines(run.folder / METRICS)[0] if line["kind"] == "epoch"]
+        """Read the result of a finished run from its metrics."""
+        epochs = read_metrics(run.folder, "epoch")
         return cls(
             seed=run.config.training.seed,
             train_loss=[line["loss"] for line in epochs],
@@ -56,7 +55,11 @@ class SeedOutcome:
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a routing; `status` is "ok", or at what step it diverged, and then `seeds` are those before."""
+    """Result of a routing.
+
+    Attributes:
+        status: "ok", or the step at which it diverged; `seeds` are then those that finished before.
+    """
 
     routing: str
     status: str
@@ -68,16 +71,16 @@ class Result:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Result":
-        """The result of what `dataclasses.asdict` gave."""
+        """Create a result from the output of `dataclasses.asdict`."""
         return cls(**{**fields, "seeds": [SeedOutcome(**seed) for seed in fields["seeds"]]})
 
     @property
     def test_errors(self) -> np.ndarray:
-        """In percent, `[seeds epochs]`."""
+        """Test errors in percent, `[seeds epochs]`."""
         return 100 * np.array([seed.test_error for seed in self.seeds])
 
     def summary(self) -> dict[str, Any]:
-        """A row of the comparison, with None for what there is not."""
+        """Return the row of the comparison; values that do not exist are None."""
         last = self.test_errors[:, -1] if self.status == "ok" else np.array([])
         entropies = [seed.coupling_entropy for seed in self.seeds]
         return {
@@ -94,26 +97,29 @@ class Result:
 
 
 def folder_of_routing(routing: str) -> str:
-    """The name of its run folder in that of a comparison."""
+    """Return the name of the folder of a routing."""
     return re.sub(r"[^\w.,=+-]", "-", routing)
 
 
 def median_speed(folders: SeedFolders) -> float:
-    """Read the training images per second of runs from their metrics: median over the chunks but the first; 0 if none.
+    """Return the training images per second: median over all chunks but the first, which compiles; 0 if none.
 
-    The first chunk is compiled. Seeds that train side by side all have the speed of their group.
+    Seeds that train side by side all report the speed of their group.
     """
-    paths = [folders.run(seed).folder / METRICS for seed in folders.seeds[:: max(folders.at_once, 1)]]
-    lines = [line for path in paths if path.exists() for line in read_lines(path)[0]]
-    speeds = [line["images_per_second"] for line in lines if line["kind"] == "chunk"]
+    runs = [folders.run(seed) for seed in folders.seeds[:: max(folders.at_once, 1)]]
+    speeds = [line["images_per_second"] for run in runs for line in read_metrics(run.folder, "chunk")]
     return statistics.median(speeds[1:] or speeds or [0.0])
 
 
 def open_folder(folder: Path, depends_on: Mapping[str, Any]) -> dict[str, Result]:
-    """Makes the folder of a comparison, or reads what it holds of one that stopped.
+    """Create the folder of a comparison, or read the results of one that was stopped.
+
+    Args:
+        folder: The output folder.
+        depends_on: What results depend on, as types that JSON has; saved, and compared on the next call.
 
     Raises:
-        UsageError: the folder holds a comparison of another config or something else, or cannot be written or read.
+        UsageError: The folder holds a comparison of another config or something else, or cannot be read or written.
     """
     path = folder / CONFIG
     try:
@@ -129,12 +135,15 @@ def open_folder(folder: Path, depends_on: Mapping[str, Any]) -> dict[str, Result
         raise UsageError(f"The output folder {folder} holds no comparison that can be read: {error}.") from error
     changes = differences(before, depends_on)
     if changes:
-        raise UsageError(f"The output folder {folder} holds another comparison: {'; '.join(changes)}.")
+        raise UsageError(
+            f"The output folder {folder} holds another comparison: {'; '.join(changes)}; expected a new --output, or "
+            "the same options."
+        )
     return results
 
 
 def read_results(folder: Path) -> dict[str, Result]:
-    """The results of a folder by routing; a last line that was not finished does not count."""
+    """Read the results of a folder, by routing. An incomplete last line is ignored."""
     path = folder / RESULTS
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     results = [Result.from_json(json.loads(line)) for line in lines]
@@ -144,15 +153,11 @@ def read_results(folder: Path) -> dict[str, Result]:
 
 
 def write_results(folder: Path, results: Iterable[Result]) -> None:
-    """Writes the results, a line for each routing."""
-    replace_file(folder / RESULTS, "".join(json.dumps(asdict(result)) + "\n" for result in results))
-
-
-def write_report(folder: Path, results: Iterable[Result]) -> None:
-    """Writes the table, as Markdown and CSV, and the figure."""
+    """Write the results, one line per routing, the table as Markdown and CSV, and the figure."""
     results = list(results)
-    replace_file(folder / TABLE, f"{table(results)}\n\n{NOTES}\n")
     rows = [result.summary() for result in results]
+    replace_file(folder / RESULTS, "".join(json.dumps(asdict(result)) + "\n" for result in results))
+    replace_file(folder / TABLE, f"{table(results)}\n\n{NOTES}\n")
     sheet = io.StringIO()
     writer = csv.DictWriter(sheet, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
@@ -164,24 +169,17 @@ def write_report(folder: Path, results: Iterable[Result]) -> None:
 
 
 def table(results: Iterable[Result]) -> str:
-    """The results as a Markdown table."""
-    return markdown_table([HEADINGS, *map(cells, results)])
-
-
-def cells(result: Result) -> list[str]:
-    """The row of a routing."""
-    row = result.summary()
-
-    def number(name: str, decimals: int, unit: float = 1) -> str:
-        value = row[name]
-        return "-" if value is None or not math.isfinite(value) else f"{value / unit:,.{decimals}f}"
-
-    return [
-        result.routing,
-        number("parameters", 0),
-        number("test_error_percent", 2) if result.status == "ok" else result.status,
-        number("deviation_percent", 2),
-        number("images_per_second", 0),
-        number("memory_bytes", 0, unit=1e6),
-        number("coupling_entropy", 2),
+    """Format the results as a Markdown table."""
+    rows = [
+        [
+            row["routing"],
+            number_cell(row["parameters"], 0),
+            number_cell(row["test_error_percent"], 2) if row["status"] == "ok" else row["status"],
+            number_cell(row["deviation_percent"], 2),
+            number_cell(row["images_per_second"], 0),
+            number_cell(row["memory_bytes"] / 1e6, 0),
+            number_cell(row["coupling_entropy"], 2),
+        ]
+        for row in (result.summary() for result in results)
     ]
+    return markdown_table([HEADINGS, *rows])

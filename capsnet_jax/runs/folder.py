@@ -16,19 +16,19 @@ from capsnet_jax.interchange.weights import load_weights, save_weights
 from capsnet_jax.nn.model import CapsNet
 
 BEST, CHECKPOINTS, PICTURE = "best.safetensors", "checkpoints", "reconstructions.png"
-# What may be another when a run is resumed: training does not depend on it. Images are known by their checksum.
+# Options that may change on resume, because training does not depend on them. Images are compared by their checksum.
 MAY_CHANGE = {"data": ("dataset", "data_dir", "stream"), "training": ("save_minutes", "keep_checkpoints")}
 
 
 class Run(NamedTuple):
-    """A run: where it is kept, and what it depends on.
+    """A run: its folder, and all that its results depend on.
 
     Attributes:
-        folder: where its files are.
-        config: its options.
-        class_names: of the classes, in order.
-        labels_per_image: number of classes that an image shows.
-        data_checksum: of the images and labels, all of them.
+        folder: Folder of its files.
+        config: Its options.
+        class_names: Names of the classes, in order.
+        labels_per_image: Number of classes that each image shows.
+        data_checksum: Checksum of all images and labels; 0 if they are not known.
     """
 
     folder: Path
@@ -39,7 +39,7 @@ class Run(NamedTuple):
 
     @classmethod
     def of(cls, folder: Path, config: Config, dataset: Dataset) -> "Run":
-        """A run of this data set."""
+        """Create a run on a data set, which sets image shape and number of classes."""
         labels_per_image = dataset.train_labels.shape[1] if dataset.train_labels.ndim == 2 else 1
         config = config.with_sizes(dataset.image_shape, dataset.num_classes)
         return cls(folder, config, dataset.class_names, labels_per_image, dataset.checksum())
@@ -54,16 +54,16 @@ class Run(NamedTuple):
         return self.config.model.num_classes
 
     def new_model(self, seed: int | None = None) -> CapsNet:
-        """The model with its initial weights, by default of the seed of the config.
+        """Create the model with the initial weights of a seed, by default that of the config.
 
         Raises:
-            UsageError: the images are too small for the model, or its routing is unknown.
+            UsageError: The images are too small for the model, or its routing is unknown.
         """
         rngs = nnx.Rngs(self.config.training.seed if seed is None else seed)
         return CapsNet.from_config(self.config.model, rngs=rngs)
 
     def fields(self) -> dict[str, Any]:
-        """What `config.json` holds."""
+        """Return the content of `config.json`."""
         return self.config.to_json() | {
             "class_names": list(self.class_names),
             "labels_per_image": self.labels_per_image,
@@ -71,20 +71,20 @@ class Run(NamedTuple):
         }
 
     def depends_on(self) -> dict[str, Any]:
-        """The part of these fields that must stay the same for a run to be resumed."""
+        """Return the part of `fields` that must not change on resume."""
         fields = self.fields()
         for section, names in MAY_CHANGE.items():
             for name in names:
                 del fields[section][name]
-        if self.config.training.schedule != "cosine":  # which ends with the last epoch
+        if self.config.training.schedule != "cosine":  # which depends on the last epoch
             del fields["training"]["epochs"]
         return fields
 
     def check_folder(self, *, resume: bool) -> None:
-        """Makes sure that the folder is free for this run or, if it may be resumed, holds this very one.
+        """Check that the folder has no run yet or, if it may be resumed, has this one.
 
         Raises:
-            UsageError: the folder holds another run, cannot be read, or is a file.
+            UsageError: The folder has another run, cannot be read, or is a file.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"The run folder {self.folder} is a file; give another name.")
@@ -93,24 +93,25 @@ class Run(NamedTuple):
                 raise UsageError(f"The run folder {self.folder} holds a run already; give a new one, or --resume, too.")
             changes = differences(read_run(self.folder).depends_on(), self.depends_on())
             if changes:
-                raise UsageError(f"The run in {self.folder} cannot be resumed, as {'; '.join(changes)}.")
+                raise UsageError(
+                    f"The run in {self.folder} cannot be resumed, as {'; '.join(changes)}; expected the options of "
+                    "that run, which need not be repeated, or a new --run-dir."
+                )
 
     def write_config(self) -> None:
-        """Makes the folder and writes the config, in place of one before; a crash leaves one or the other.
+        """Create the folder and write the config atomically.
 
         Raises:
-            UsageError: the folder cannot be written.
+            UsageError: The folder cannot be written.
         """
-        path = self.folder / CONFIG
-        text = json.dumps(self.fields(), indent=2) + "\n"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            replace_file(path, text)
+            replace_file(self.folder / CONFIG, json.dumps(self.fields(), indent=2) + "\n")
         except OSError as error:
             raise UsageError(f"The run folder {self.folder} cannot be written: {error.strerror}.") from error
 
     def save_weights(self, model: CapsNet, name: str = WEIGHTS) -> None:
-        """Writes the weights, in place of those before; a crash leaves one or the other."""
+        """Write the weights atomically: after a crash, the file is either the old or the new one."""
         partial = self.folder / f"{name}.partial"
         try:
             save_weights(partial, model)
@@ -119,26 +120,25 @@ class Run(NamedTuple):
             partial.unlink(missing_ok=True)
             raise UsageError(f"{partial} cannot be written; --resume when that is mended: {error}.") from error
 
-    def save_picture(self, figure: Any) -> Path:  # a Figure; to import matplotlib takes half as long as to import JAX
-        """Writes the picture of reconstructions, a matplotlib Figure."""
-        path = self.folder / PICTURE
-        figure.savefig(path)
-        return path
+    def save_picture(self, figure: Any) -> None:  # a matplotlib Figure, without importing matplotlib, which is slow
+        """Save the picture of reconstructions."""
+        figure.savefig(self.folder / PICTURE)
 
 
 def read_run(folder: Path) -> Run:
-    """A run, without its weights.
+    """Read a run from its folder, without weights.
 
     Raises:
-        UsageError: the folder is not that of a run.
+        UsageError: The folder is not that of a run.
     """
     try:
         fields = json.loads((folder / CONFIG).read_text())
     except FileNotFoundError as error:
         parts = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        hint = f"; its folder {parts[0]} does" if parts else ""
-        raise UsageError(f"{folder} is not the folder of a run: it has no {CONFIG}{hint}.") from error
-    except (OSError, json.JSONDecodeError) as error:
+        hint = f"its folder {parts[0]} does" if parts else "expected the --run-dir of a training"
+        missing = f"it has no {CONFIG}" if folder.exists() else "it does not exist"
+        raise UsageError(f"{folder} is not the folder of a run: {missing}; {hint}.") from error
+    except (OSError, ValueError) as error:
         raise UsageError(f"{folder / CONFIG} cannot be read: {error}.") from error
     try:
         class_names = tuple(fields.pop("class_names"))
@@ -151,38 +151,55 @@ def read_run(folder: Path) -> Run:
 
 
 def load_run(folder: Path, *, best: bool = False) -> tuple[Run, CapsNet]:
-    """A run and its trained model.
+    """Load a run and its trained model.
 
     Args:
-        folder: of the run.
-        best: the weights that were best on validation images, and not the last ones.
+        folder: Folder of the run.
+        best: Whether to load the weights that were best on validation images instead of the last ones.
 
     Raises:
-        UsageError: the folder is not that of a run, or has no such weights.
+        UsageError: The folder is not that of a run, or has no such weights.
     """
     run = read_run(folder)
     model = run.new_model()
     path = folder / (BEST if best else WEIGHTS)
     if not path.exists():
         no_validation = best and run.config.data.validation == 0
-        why = "there was no --validation" if no_validation else "none were saved yet"
+        why = "it was trained without --validation" if no_validation else "none were saved yet"
         raise UsageError(f"{folder} has no {path.name}: {why}.")
     load_weights(path, model)
     return run, model
 
 
 def load(path: str | Path, *, best: bool = False) -> CapsNet:
-    """Loads a trained model.
+    """Load a trained model.
 
     Args:
-        path: of a run folder, or of a folder that `capsnet convert` wrote.
-        best: the weights that were best on validation images, and not the last ones.
+        path: A run folder, or a folder that `capsnet convert` wrote.
+        best: Whether to load the weights that were best on validation images instead of the last ones.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        UsageError: there is no such folder, or it has no config or no weights; says what was looked for.
+        UsageError: There is no such folder, or it has no config or no weights.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from capsnet_jax import ModelConfig, load
+        >>> from capsnet_jax.config import Config
+        >>> from capsnet_jax.runs.folder import Run
+        >>> model = ModelConfig((8, 8, 1), 2, stem_channels=4, stem_kernel=3, primary_groups=2, primary_kernel=3)
+        >>> run = Run(pathlib.Path(tempfile.mkdtemp()), Config(model), class_names=("cat", "dog"))
+        >>> run.write_config()
+        >>> run.save_weights(run.new_model())  # `capsnet train` does all of this
+        >>> load(run.folder).config.num_classes
+        2
+        >>> load("no/such/folder")
+        Traceback (most recent call last):
+            ...
+        capsnet_jax.errors.UsageError: no/such/folder does not exist; expected the folder of a run or of a converted \
+model, with config.json and model.safetensors in it.
     """
     folder = Path(path)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""What a run tells of itself while it trains: a file of JSON lines, and TensorBoard events."""
+"""Metrics of a run while it trains: a file of JSON lines, and TensorBoard events."""
 
 import json
 import os
@@ -14,42 +14,42 @@ METRICS, EVENTS = "metrics.jsonl", "tensorboard"
 
 
 class MetricsLog:
-    """The metrics of a run: a line for every chunk of steps, and another for every epoch.
+    """Writer of the metrics of a run: one line for every chunk of steps, and another for every epoch.
 
-    Each has "kind" ("chunk" or "epoch"), "epoch", "step", the means "loss", "margin", "reconstruction", "accuracy" and
-    "gradient_norm" over the steps of the chunk or epoch, "learning_rate" of its last step, "images_per_second" of its
-    training steps since the program was started, and "peak_memory_bytes" so far. That of an epoch has "test_accuracy"
-    and, if there are such images, "validation_accuracy", too.
+    Each line has "kind" ("chunk" or "epoch"), "epoch", "step", the means "loss", "margin", "reconstruction", "accuracy"
+    and "gradient_norm" over the steps of the chunk or epoch, the "learning_rate" of its last step, "images_per_second"
+    of training since the program started, and "peak_memory_bytes" so far. A line of an epoch also has "test_accuracy"
+    and, with validation images, "validation_accuracy".
 
     Args:
-        folder: of the run.
-        step: number of training steps done; lines of later ones, from before a crash, are dropped.
-        tensorboard: whether TensorBoard events are written as well.
+        folder: Folder of the run.
+        step: Number of training steps done. Lines of later steps, from before a crash, are dropped.
+        tensorboard: Whether to write TensorBoard events as well.
 
     Attributes:
-        best: the best accuracy on validation so far, or None. Of equal ones the last counts.
+        best: Best accuracy on validation images so far, or None.
 
     Raises:
-        UsageError: TensorBoard's writer is not installed.
+        UsageError: TensorBoard's writer is not installed, or the lines of before cannot be read.
     """
 
     def __init__(self, folder: Path, *, step: int = 0, tensorboard: bool = False):
         path = folder / METRICS
-        lines = read_lines(path)[0] if path.exists() else []
-        kept = [line for line in lines if line["step"] <= step]
+        kept = [line for line in read_lines(path) if line["step"] <= step] if path.exists() else []
         validations = [line["validation_accuracy"] for line in kept if "validation_accuracy" in line]
         self.best: float | None = max(validations, default=None)
         replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._events = new_event_writer(folder / EVENTS, step) if tensorboard else None
+        # `purge_step` makes TensorBoard hide events of later steps, from before a crash.
+        self._events = event_writer_class()(str(folder / EVENTS), purge_step=step + 1) if tensorboard else None
         self._file = path.open("a")
-        self._steps, self._seconds = 0, 0.0  # of the epoch; the latter for an image in each
+        self._steps, self._seconds = 0, 0.0  # in this epoch; the seconds are divided by the batch size
         self._step = step
 
     def write(self, progress: Progress, seed: SeedProgress) -> bool:
-        """Adds a line for a chunk and, at the end of an epoch, one for that.
+        """Write a line for a chunk and, at the end of an epoch, one for the epoch.
 
         Returns:
-            Whether these are the best weights on validation so far.
+            Whether the weights are the best on validation images so far. Of equally good ones the last are the best.
         """
         self._add("chunk", progress, progress.images_per_second, seed.chunk, {})
         steps, self._step = progress.step - self._step, progress.step
@@ -67,7 +67,7 @@ class MetricsLog:
         return True
 
     def sync(self) -> None:
-        """Makes sure that all lines are on the disk, before a checkpoint relies on them."""
+        """Flush all lines to disk, which must happen before a checkpoint relies on them."""
         self._file.flush()
         os.fsync(self._file.fileno())
         if self._events is not None:
@@ -91,27 +91,40 @@ class MetricsLog:
                 self._events.add_scalar(f"{kind}/{name}", value, progress.step)
 
 
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The lines of a metrics file, and whether the last one was left out as it was not written to its end.
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a metrics file. A last line without a line break, from a crash while it was written, is ignored.
 
     Raises:
-        UsageError: another line cannot be read.
+        UsageError: A line is not JSON.
     """
-    *whole, rest = path.read_text().split("\n")
     lines = []
-    for number, line in enumerate(whole, 1):
+    for number, line in enumerate(path.read_text().split("\n")[:-1], 1):
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise UsageError(f"{path}, line {number}, is not JSON: {error}.") from error
-    return lines, bool(rest)
+    return lines
+
+
+def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Read the metrics of a run, of all chunks or of all epochs; none if it has no metrics file.
+
+    Args:
+        folder: Folder of the run.
+        kind: "chunk" or "epoch".
+
+    Raises:
+        UsageError: A line is not JSON.
+    """
+    path = folder / METRICS
+    return [line for line in read_lines(path) if line.get("kind") == kind] if path.exists() else []
 
 
 def event_writer_class() -> Any:
-    """The class of TensorBoard's writers.
+    """Import the class of TensorBoard's writers.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: It is not installed.
     """
     try:
         from tensorboardX import SummaryWriter
@@ -120,8 +133,3 @@ def event_writer_class() -> Any:
             f"--tensorboard needs tensorboardX: pip install 'capsnet-jax[tensorboard]' ({error})."
         ) from error
     return SummaryWriter
-
-
-def new_event_writer(folder: Path, step: int) -> Any:
-    """A writer of TensorBoard events; those of later steps than this one, from before a crash, are hidden."""
-    return event_writer_class()(str(folder), purge_step=step + 1)

@@ -1,12 +1,12 @@
-"""Training that survives a crash: runs from one or several seeds, with metrics, checkpoints and weights in folders."""
+"""Training that survives a crash: runs from one or several seeds, with metrics, checkpoints and weights on disk."""
 
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import NamedTuple
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -22,20 +22,6 @@ from capsnet_jax.train.progress import Progress, show_progress
 from capsnet_jax.train.sharding import any_process, failing_together, same_everywhere
 
 
-class TrainedGroup(NamedTuple):
-    """Runs that were trained side by side to the last epoch.
-
-    Attributes:
-        trainer: holds their last weights.
-        runs: one for each seed.
-        tests: evaluation of each on all test images.
-    """
-
-    trainer: Trainer
-    runs: list[Run]
-    tests: list[Evaluation]
-
-
 def train_runs(
     trainer: Trainer,
     folders: SeedFolders,
@@ -44,21 +30,24 @@ def train_runs(
     resume: bool = False,
     tensorboard: bool = False,
     console: Console,
-) -> Iterator[TrainedGroup]:
-    """Train a run from each seed, in groups side by side, from wherever their folders stand, and yield each group.
+) -> Iterator[tuple[Trainer, list[Run], list[Evaluation]]]:
+    """Train a run from each seed, in groups side by side, starting from the checkpoints in their folders.
 
     Args:
-        trainer: of any seeds of the config.
-        folders: of the runs; they exist.
-        at_once: number of seeds in a group; 0 for as many as fit in memory. Runs that were begun stay in their groups.
-        resume: whether it is told that there is no checkpoint.
-        tensorboard: whether TensorBoard events are written.
-        console: where progress is shown.
+        trainer: A trainer of any seeds.
+        folders: Folders of the runs, which exist.
+        at_once: Number of seeds in a group; 0 for as many as fit in memory. Runs that have started keep their groups.
+        resume: Whether to print that there is no checkpoint.
+        tensorboard: Whether to write TensorBoard events.
+        console: Where progress is shown.
+
+    Yields:
+        For each group: the trainer with the last weights, the runs, and their evaluations on all test images.
 
     Raises:
-        StoppedBySignalError: SIGTERM or SIGINT asked for it; a checkpoint of then is written.
-        NonFiniteLossError: names the first step whose loss or gradient is not finite.
-        UsageError: a folder cannot be used, or its checkpoints are of another config or version.
+        StoppedBySignalError: SIGTERM or SIGINT was received; a checkpoint was saved.
+        NonFiniteLossError: The loss or the gradient of a step is not finite.
+        UsageError: A folder cannot be used, or its checkpoints are of another config or version.
     """
     for group in groups_of_seeds(trainer, folders.seeds, at_once=folders.at_once or at_once):
         with failing_together():
@@ -77,30 +66,30 @@ def train_runs(
         if session.start:
             console.print(f"Going on after step {session.start} of {group.last_step}")
         elif resume:
-            console.print("There is no checkpoint to resume from; training begins.")
+            console.print("There is no checkpoint to resume from; training starts from the beginning.")
         tests: list[Evaluation] = []
         for progress in show_progress(
             session.train(), epochs=group.config.epochs, start=session.start, console=console
         ):
             tests = [seed.test for seed in progress.seeds if seed.test is not None]
-        yield TrainedGroup(group, runs, tests or [group.evaluate_test(index) for index in range(len(runs))])
+        yield group, runs, tests or [group.evaluate_test(index) for index in range(len(runs))]
 
 
 class Session:
-    """Training of runs that differ in their seed only, side by side, recorded in their folders.
+    """Training of runs that differ only in their seed, side by side, with metrics and checkpoints.
 
     Args:
-        trainer: of the seeds of these runs.
-        runs: one for each seed; their folders exist.
-        checkpoints: folder of the checkpoints of all of them.
-        tensorboard: whether TensorBoard events are written.
-        warn: is called with a sentence about each checkpoint that cannot be used.
+        trainer: Trainer of the seeds of these runs.
+        runs: One for each seed; their folders exist.
+        checkpoints: Folder of the checkpoints that all of them share.
+        tensorboard: Whether to write TensorBoard events.
+        warn: Called with a sentence about each checkpoint that cannot be used.
 
     Attributes:
-        start: number of training steps done before; 0 if there was no checkpoint.
+        start: Number of training steps done before; 0 without a checkpoint.
 
     Raises:
-        UsageError: a folder cannot be used, its checkpoints are of another config, or of later steps than the last one.
+        UsageError: A folder cannot be used, or its checkpoints are of another config or past the last step.
     """
 
     def __init__(
@@ -114,12 +103,9 @@ class Session:
     ):
         config = trainer.config
         self.trainer, self.runs = trainer, runs
-        self._checkpoints = Checkpoints(
-            checkpoints,
-            keep=config.keep_checkpoints,
-            depends_on=runs[0].depends_on() | {"seeds": list(trainer.seeds)},
-            warn=warn,
-        )
+        self._writes = runs if jax.process_index() == 0 else ()  # only one of several processes writes
+        depends_on = runs[0].depends_on() | {"seeds": list(trainer.seeds)}
+        self._checkpoints = Checkpoints(checkpoints, keep=config.keep_checkpoints, depends_on=depends_on, warn=warn)
         with failing_together():
             found = self._checkpoints.restore(trainer.snapshot)
         if found is not None:
@@ -127,44 +113,43 @@ class Session:
         self.start = trainer.step
         if not same_everywhere(self.start):
             raise UsageError(
-                f"The processes see different checkpoints in {checkpoints}; expected a folder of all hosts."
+                f"The processes see different checkpoints in {checkpoints}; expected a folder that all hosts share."
             )
         if self.start > trainer.last_step:
-            raise UsageError(f"epochs is {config.epochs}, {trainer.last_step} steps, with {self.start} steps done.")
-        self._is_primary = jax.process_index() == 0
+            raise UsageError(
+                f"epochs is {config.epochs}, {trainer.last_step} steps, with {self.start} steps done; expected more "
+                "epochs."
+            )
         with failing_together():
-            for run in runs if self._is_primary else ():
-                run.write_config()  # the number of epochs may be another
-            self._logs = [
-                MetricsLog(run.folder, step=self.start, tensorboard=tensorboard)
-                for run in (runs if self._is_primary else ())
-            ]
+            for run in self._writes:
+                run.write_config()  # the number of epochs may have changed
+            self._logs = [MetricsLog(run.folder, step=self.start, tensorboard=tensorboard) for run in self._writes]
 
     def train(self) -> Iterator[Progress]:
         """Train to the last epoch, and yield the progress after every chunk of steps.
 
         Raises:
-            StoppedBySignalError: SIGTERM or SIGINT asked for it; a checkpoint of then is written.
-            NonFiniteLossError: names the first step whose loss or gradient is not finite.
-            UsageError: a file cannot be written.
+            StoppedBySignalError: SIGTERM or SIGINT was received; a checkpoint was saved.
+            NonFiniteLossError: The loss or the gradient of a step is not finite.
+            UsageError: A file cannot be written.
         """
         saved = time.monotonic()
         try:
-            with StopSignals() as signals:
+            with stop_signals() as received:
                 for progress in self.trainer.run():
                     with failing_together():
                         is_best = self._record(progress)
                     due = time.monotonic() - saved >= 60 * self.trainer.config.save_minutes
-                    is_best, stop, due = any_process(is_best, signals.received is not None, due)
+                    is_best, stop, due = any_process(is_best, bool(received), due)
                     if is_best or stop or due or progress.step == self.trainer.last_step:
                         self._save(progress)
                         saved = time.monotonic()
                     yield progress
                     if stop:
                         self._checkpoints.wait()
-                        raise StoppedBySignalError(signals.received or signal.SIGTERM, progress.step)
+                        raise StoppedBySignalError((received or [signal.SIGTERM])[0], progress.step)
             if self.start == self.trainer.last_step:
-                self._save_weights()  # in case that it was stopped between the last checkpoint and these
+                self._save_weights()  # a crash may have come between the last checkpoint and the weights
         except OSError as error:
             folder = self.runs[0].folder
             raise UsageError(
@@ -176,13 +161,11 @@ class Session:
             self._checkpoints.close()
 
     def _record(self, progress: Progress) -> bool:
-        """Write the metrics, and the weights that are best on validation; return whether any are."""
-        is_best = False
-        for index, log in enumerate(self._logs):
-            if log.write(progress, progress.seeds[index]):
-                self.runs[index].save_weights(self.trainer.models()[index], BEST)
-                is_best = True
-        return is_best
+        """Write the metrics, and weights that are the best on validation images; return whether any are."""
+        best = [log.write(progress, progress.seeds[index]) for index, log in enumerate(self._logs)]
+        for index in (index for index, is_best in enumerate(best) if is_best):
+            self.runs[index].save_weights(self.trainer.models()[index], BEST)
+        return any(best)
 
     def _save(self, progress: Progress) -> None:
         with failing_together():
@@ -193,36 +176,30 @@ class Session:
             self._save_weights()
 
     def _save_weights(self) -> None:
-        if self._is_primary:
+        if self._writes:
             for run, model in zip(self.runs, self.trainer.models(), strict=True):
                 run.save_weights(model)
 
 
-class StopSignals:
-    """Within its block, SIGTERM and SIGINT are only remembered; a second one is a KeyboardInterrupt.
+@contextmanager
+def stop_signals() -> Iterator[list[signal.Signals]]:
+    """Inside this block, SIGTERM and SIGINT are appended to the list that it yields; a second one interrupts.
 
-    Attributes:
-        received: the one that came, or None.
+    Raises:
+        KeyboardInterrupt: A second signal was received.
     """
+    received: list[signal.Signals] = []
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, object] = {}
-
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # others cannot have handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        while self._before:
-            number, handler = self._before.popitem()
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+    def receive(number: int, frame: Any) -> None:
+        if received:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        received.append(signal.Signals(number))
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # only this thread can have handlers
+        before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

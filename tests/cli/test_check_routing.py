@@ -42,26 +42,6 @@ def test_the_command_says_what_was_not_run(capsys, monkeypatch, tmp_path):
     assert lines[-1] == "stuck_routing:stuck failed 1 of 12 checks (result); 11 were not run."
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["dynamo"], "Unknown routing 'dynamo'; expected dynamic, em"),
-        (
-            ["no_such_module:f"],
-            "Routing 'no_such_module:f' cannot be imported: ModuleNotFoundError: No module named 'no_such_module'",
-        ),
-        (["capsnet_jax.ops:squish"], "Routing 'capsnet_jax.ops:squish' cannot be imported"),
-        (["em,depth=3"], "Routing em has no option 'depth'; expected num_iterations (int, 3)"),
-        (["dynamic", "--num-iterations", "0"], "Routing dynamic: num_iterations is 0, and must be at least 1"),
-    ],
-)
-def test_what_the_user_has_to_mend_exits_with_status_2(arguments, words, capsys):
-    assert main(["check-routing", *arguments]) == 2
-    printed = capsys.readouterr()
-    assert words in printed.err
-    assert not printed.out
-
-
 def test_wrong_arguments_are_told_in_the_name_of_the_routing():
     """In a process of its own, as shapes are not checked there by annotations, which would come first."""
     program = """
@@ -94,12 +74,6 @@ except UsageError as error:
 def test_no_iterations_are_told_in_the_name_of_the_routing(name):
     with pytest.raises(UsageError, match=f"Routing {name}: num_iterations is 0, and must be at least 1"):
         get_routing(f"{name},num_iterations=0")
-
-
-def test_without_torch_a_comparison_with_it_is_refused(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert main(["check-routing", "uniform", "--torch", "capsnet_torch.routing:uniform"]) == 2
-    assert "--torch needs PyTorch, which is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

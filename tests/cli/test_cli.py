@@ -1,4 +1,4 @@
-"""The command as users meet it: what it prints, leaves behind and refuses."""
+"""The command `capsnet`: what training prints and saves, the help, and errors while training."""
 
 import json
 import re
@@ -12,8 +12,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from capsnet_jax.cli.main import COMMANDS, main
-from capsnet_jax.cli.training_options import default_options
+from capsnet_jax.cli import train as train_module
+from capsnet_jax.cli.compare import Compare
+from capsnet_jax.cli.main import COMMANDS, in_a_sentence, main
+from capsnet_jax.cli.train import Train
 from capsnet_jax.config import Config
 from capsnet_jax.interchange.weights import to_torch
 from capsnet_jax.presets import PRESETS
@@ -21,78 +23,61 @@ from capsnet_jax.runs.folder import load_run
 from capsnet_jax.train.evaluation import evaluate
 from capsnet_jax.train.loop import Trainer
 from tests.conftest import write_idx
+from tests.tiny_run import contents, metrics, printed, train
 
 ROOT = Path(__file__).parents[2]
-SMALL = """
-    --stem-channels 6 --stem-kernel 3 --primary-groups 2 --primary-dim 4 --primary-kernel 3 --primary-scale 1
-    --class-dim 5 --decoder-hidden 12 14 --batch-size 8 --epochs 2 --learning-rate 0.01
-""".split()  # noqa: SIM905
 
 
-def train(idx_folder: Path, run_dir: Path, *more: str) -> int:
-    return main(
-        ["train", "--dataset", "mnist", "--data-dir", str(idx_folder), *SMALL, "--run-dir", str(run_dir), *more]
-    )
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def run_dir(idx_folder, tmp_path, capsys):
-    assert train(idx_folder, tmp_path / "run") == 0
-    return tmp_path / "run"
-
-
-def test_the_last_line_is_the_accuracy_on_all_test_images(run_dir, capsys, small_dataset):
-    last = capsys.readouterr().out.splitlines()[-1]
+def test_the_last_line_is_the_accuracy_on_all_test_images(tiny_run, small_dataset):
+    last = tiny_run.lines[-1]
     assert re.fullmatch(r"test accuracy \d\.\d{4} on 23 images \(error \d+\.\d\d %\)", last)
-    _, model = load_run(run_dir)
+    _, model = load_run(tiny_run.folder)
     test = evaluate(model, small_dataset.test_images, small_dataset.test_labels)
     assert last.startswith(f"test accuracy {test.accuracy:.4f} ")
 
 
-def test_the_chosen_implementations_are_told_once_after_the_run_folder(idx_folder, tmp_path, capsys):
-    """Those for a micro-batch: dynamic routing has another implementation from 16 examples on."""
-    for accumulate, choice in ((1, "fused, because 24 >= 16 examples on one device"), (2, "votes, because 12 < 16")):
-        folder = tmp_path / str(accumulate)
-        options = ("--batch-size", "24", "--accumulate", str(accumulate), "--epochs", "1")
-        assert train(idx_folder, folder, *options) == 0
-        lines = capsys.readouterr().out.splitlines()
-        place = lines.index(f"Run folder: {folder}")
-        assert [line.split(":")[0] for line in lines[place + 1 : place + 4]] == [
-            "stem 0",
-            "primary capsules",
-            "routing 0",
-        ]
-        assert lines[place + 3].startswith(f"routing 0: {choice}")
-        assert sum(", because " in line for line in lines) == 3
+def test_evaluate_prints_the_same_last_line(tiny_run):
+    assert printed("evaluate", str(tiny_run.folder))[-1] == tiny_run.lines[-1]
 
 
-def test_evaluate_reproduces_the_last_line(run_dir, capsys):
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert main(["evaluate", str(run_dir)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == last
+@pytest.mark.parametrize(
+    ("accumulate", "choice"), [(1, "fused, because 24 >= 16 examples on one device"), (2, "votes, because 12 < 16")]
+)
+def test_the_implementation_of_each_layer_is_printed_after_the_run_folder(
+    accumulate, choice, idx_folder, tmp_path, monkeypatch, capsys
+):
+    """The one for a micro-batch: dynamic routing has another implementation from 16 examples on."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module, "train_runs", interrupted)
+    options = ("--batch-size", "24", "--accumulate", str(accumulate))
+    assert train(idx_folder, tmp_path / "run", *options) == 130
+    lines = capsys.readouterr().out.splitlines()
+    place = lines.index(f"Run folder: {tmp_path / 'run'}")
+    assert [line.split(":")[0] for line in lines[place + 1 :]] == ["stem 0", "primary capsules", "routing 0"]
+    assert lines[place + 3].startswith(f"routing 0: {choice}")
+    assert all(", because " in line for line in lines[place + 1 :])
 
 
-def test_the_run_folder_holds_config_metrics_weights_and_picture(run_dir):
-    fields = json.loads((run_dir / "config.json").read_text())
+def test_the_run_folder_holds_config_metrics_weights_and_picture(tiny_run):
+    fields = json.loads((tiny_run.folder / "config.json").read_text())
     assert fields["model"]["stem_channels"] == 6
     assert fields["training"]["learning_rate"] == 0.01
     assert (fields["model"]["image_shape"], fields["class_names"]) == ([9, 11, 1], list("0123456789"))
-    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["epoch"], line["step"]) for line in metrics if line["kind"] == "chunk"] == [
+    lines = metrics(tiny_run.folder)
+    assert [(line["epoch"], line["step"]) for line in lines if line["kind"] == "chunk"] == [
         (step // 7 + 1, step) for step in range(1, 13)
     ]
-    first, second = (line for line in metrics if line["kind"] == "epoch")
+    first, second = (line for line in lines if line["kind"] == "epoch")
     assert (first["epoch"], first["step"], second["epoch"], second["step"]) == (1, 6, 2, 12)
-    assert all(np.isfinite(value) for line in metrics for name, value in line.items() if name != "kind")
+    assert all(np.isfinite(value) for line in lines for name, value in line.items() if name != "kind")
     assert second["loss"] < first["loss"]
-    assert second["loss"] == pytest.approx(np.mean([line["loss"] for line in metrics[7:13]]))
-    picture = matplotlib.image.imread(run_dir / "reconstructions.png")
+    assert second["loss"] == pytest.approx(np.mean([line["loss"] for line in lines[7:13]]))
+    picture = matplotlib.image.imread(tiny_run.folder / "reconstructions.png")
     assert len(np.unique(picture)) > 50
-    assert sorted(path.name for path in run_dir.iterdir()) == [
+    assert sorted(path.name for path in tiny_run.folder.iterdir()) == [
         "checkpoints",
         "config.json",
         "metrics.jsonl",
@@ -101,17 +86,11 @@ def test_the_run_folder_holds_config_metrics_weights_and_picture(run_dir):
     ]
 
 
-def test_a_folder_that_holds_a_run_is_refused_and_left_alone(run_dir, idx_folder, capsys):
-    before = contents(run_dir)
-    assert train(idx_folder, run_dir) == 2
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(tiny_run, capsys):
+    before = contents(tiny_run.folder)
+    assert train(tiny_run.data_dir, tiny_run.folder) == 2
     assert "holds a run already" in capsys.readouterr().err
-    assert contents(run_dir) == before
-
-
-def test_a_folder_that_cannot_be_written_is_an_error_before_training(idx_folder, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert train(idx_folder, tmp_path / "file" / "run") == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert contents(tiny_run.folder) == before
 
 
 def test_a_loss_that_is_not_finite_keeps_what_was_saved(idx_folder, tmp_path, capsys):
@@ -120,7 +99,7 @@ def test_a_loss_that_is_not_finite_keeps_what_was_saved(idx_folder, tmp_path, ca
     assert (tmp_path / "run" / "config.json").exists()
 
 
-def test_too_little_memory_is_a_sentence_that_says_what_needs_less(idx_folder, tmp_path, monkeypatch, capsys):
+def test_exhausted_memory_is_a_sentence_that_says_what_needs_less(idx_folder, tmp_path, monkeypatch, capsys):
     def exhausted(self):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nDetails")
 
@@ -131,10 +110,10 @@ def test_too_little_memory_is_a_sentence_that_says_what_needs_less(idx_folder, t
     assert error.count("\n") == 1
 
 
-def test_evaluation_on_images_of_another_shape_is_an_error(run_dir, idx_folder, capsys):
+def test_evaluation_on_images_of_another_shape_is_an_error(tiny_run, idx_folder, capsys):
     for name, count in (("train", 50), ("t10k", 23)):
         write_idx(idx_folder / f"{name}-images-idx3-ubyte.gz", np.zeros((count, 9, 12), np.uint8))
-    assert main(["evaluate", str(run_dir)]) == 2
+    assert main(["evaluate", str(tiny_run.folder), "--data-dir", str(idx_folder)]) == 2
     assert "(9, 12, 1), and the model was made for (9, 11, 1)" in capsys.readouterr().err
 
 
@@ -150,7 +129,7 @@ def test_your_own_routing_is_found_where_you_are(idx_folder, tmp_path, monkeypat
     assert main(["evaluate", str(tmp_path / "run")]) == 0
 
 
-def test_a_routing_that_returns_nan_is_named_with_the_step(idx_folder, tmp_path, monkeypatch, capsys):
+def test_a_routing_that_returns_nan_is_reported_with_the_step(idx_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "nan_routing.py").write_text(
         "from capsnet_jax.routing import dynamic\n"
         "def broken(votes, activations):\n"
@@ -181,76 +160,15 @@ def test_a_model_without_decoder_trains_and_has_no_picture(idx_folder, tmp_path)
     options = ("--decoder-hidden", "None", "--reconstruction-weight", "0", "--loss", "spread")
     assert train(idx_folder, tmp_path / "run", *options, "--train-limit", "20") == 0
     assert not (tmp_path / "run" / "reconstructions.png").exists()
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    epochs = [line for line in metrics if line["kind"] == "epoch"]
+    epochs = [line for line in metrics(tmp_path / "run") if line["kind"] == "epoch"]
     assert [(line["step"], line["reconstruction"]) for line in epochs] == [(2, 0), (4, 0)]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--dataset", "digits", "--preset", "readable"), "8 x 8 are too small"),
-        (("--preset", "nothing"), "expected readable, digits, official"),
-        (("--routing", "dynamic,leak=true"), "Routing dynamic has no option 'leak'; expected num_iterations (int, 3)"),
-        (("--routing", "em,annealing=warm"), "Routing em: annealing is 'warm'; expected a finite number"),
-        (("--routing", "dynamic,leaky"), "Routing dynamic: leaky is ''; expected true or false"),
-        (("--routing", "dynamic,leaky=true,leaky=false"), "Routing dynamic: leaky is given twice"),
-        (("--routing", "em,min_variance=nan"), "Routing em: min_variance is 'nan'; expected a finite number"),
-        (("--routing", "random,seed=-1"), "Routing random: seed is -1, and must be at least 0"),
-        (("--routing", "os:getcwd"), "expected votes, activations and keyword arguments"),
-        (("--routing", "capsnet_jax.ops:mask_by_label"), "Routing capsnet_jax.ops:mask_by_label raises "),
-        (("--shared-class-transform", "--class-dim", "1"), "two components of a pose, and out_dim is 1"),
-        (("--routing", "json:dumpz"), "Routing 'json:dumpz' cannot be imported"),
-        (("--routing", "capsnet_jax.routing:ROUTINGS"), "is of type dict; expected a function"),
-        (("--train-limit", "5000"), "train_limit is 5000, with only 1442 training images"),
-        (("--decoder-hidden", "None"), "reconstruction_weight is 10.0, and must be 0 for a model without a decoder"),
-        (("--matrix-poses", "--class-dim", "5"), "no square matrices"),
-        (("--conv-capsules", "4", "4", "5", "1"), "8 x 8 are too small"),
-        (("--routing", "nothing"), "expected dynamic"),
-        (("--data-dir", "nowhere"), "nowhere does not exist"),
-        (("--augment", "shft=0.1"), "Unknown augmentation 'shft=0.1'; expected any of rotation=DEGREES"),
-        (("--augment", "crop=9"), "The crop is 9 x 9; expected 1 to 8, of 8 x 8"),
-        (("--resume",), "--resume needs the folder of the run; expected --run-dir, too"),
-        (("--process-id", "1"), "Got --process-id for a run of one process; expected --distributed, too"),
-        (("--seeds", "0"), "seeds is 0, and must be at least 1"),
-        (("--validation", "0.999"), "batch_size is 32, with only 1 training images"),
-        (("--batch-size", "5000"), "with only 1442 training images"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value[0],
-)
-def test_a_wrong_option_is_one_sentence_and_leaves_nothing(options, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["train", *options]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["--epochs", "--batch-size", "--num-iterations", "--primary-groups"])
-@pytest.mark.parametrize("value", ["0", "-3"])
-def test_a_number_below_1_is_an_error_with_the_name_and_the_value(name, value, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["train", name, value])
-    assert exit.value.code == 2
-    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert f"{name[2:].replace('-', '_')} is {value}, and must be at least 1" in error
-
-
-def test_compare_refuses_the_option_of_train(capsys):
-    assert main(["compare", "--routing", "em"]) == 2
-    assert "compare has no --routing; expected --routings" in capsys.readouterr().err
-
-
-def test_evaluating_what_is_no_run_is_an_error(tmp_path, capsys):
-    assert main(["evaluate", str(tmp_path)]) == 2
-    assert "is not the folder of a run: it has no config.json" in capsys.readouterr().err
-
-
-def test_the_preset_follows_the_data_set():
-    assert default_options([]) == {"config": PRESETS["digits"]}
-    assert default_options(["--dataset", "mnist"]) == {"config": PRESETS["readable"]}
-    assert default_options(["--dataset=mnist", "--preset=digits"]) == {"config": PRESETS["digits"]}
+@pytest.mark.parametrize("command", [Train, Compare])
+def test_the_preset_follows_the_data_set(command):
+    assert command.default([]).config == PRESETS["digits"]
+    assert command.default(["--dataset", "mnist"]).config == PRESETS["readable"]
+    assert command.default(["--dataset=mnist", "--preset=digits"]).config == PRESETS["digits"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
@@ -258,7 +176,7 @@ def test_the_help_has_a_line_for_each_command_on_one_screen(arguments, capsys):
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 24
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 80
     names = [line.split()[0] for line in lines if line.startswith("  ")]
     assert names == list(COMMANDS)
     documented = "train evaluate predict compare check-routing report benchmark verify convert export"
@@ -266,11 +184,12 @@ def test_the_help_has_a_line_for_each_command_on_one_screen(arguments, capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_is_where_the_table_says(name, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main([name, "--help"])
-    assert exit.value.code == 0
-    assert f"usage: capsnet {name} [" in capsys.readouterr().out
+def test_every_command_has_help_that_fits_a_terminal(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([name, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"usage: capsnet {name} [")
+    assert max(map(len, lines[1:])) <= 80
 
 
 def test_the_version_is_that_of_the_package(capsys):
@@ -278,44 +197,73 @@ def test_the_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"capsnet-jax {version('capsnet-jax')}\n"
 
 
+GROUPS = ["options", "data options", "model options", "training options"]
+
+
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (
-            "trian",
-            "Unknown command 'trian' (did you mean train?); expected train, evaluate, predict, report, compare, ",
-        ),
-        ("check_routing", "Unknown command 'check_routing' (did you mean check-routing?); expected train, "),
-        ("fly", "Unknown command 'fly'; expected train, "),
-        ("--epochs", "Unknown command '--epochs'; expected train, "),
-    ],
+    ("command", "groups"),
+    [("train", [*GROUPS, "run options", "device options"]), ("compare", [*GROUPS, "comparison options"])],
 )
-def test_an_unknown_command_names_the_nearest(name, message, capsys):
-    assert main([name, "--epochs", "1"]) == 2
-    out, error = capsys.readouterr()
-    assert out == ""
-    assert error.startswith(f"capsnet: error: {message}")
-    assert error.endswith(", export.\n")
-    assert error.count("\n") == 1
+def test_the_options_of_training_are_in_groups_with_everyday_ones_first(command, groups, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main([command, "--help"]) == 0
+    options: dict[str, list[str]] = {}
+    for line in capsys.readouterr().out.splitlines():
+        if title := re.fullmatch(r"(?:[a-z]+ )?options", line.strip("╭─╮ ")):  # in a box, or in plain ASCII
+            options[title[0]] = []
+        elif option := re.match(r"[│ ] --([a-z][a-z-]+)", line):
+            options[[*options][-1]].append(option[1])
+    assert list(options) == groups
+    config = PRESETS["digits"]
+    for section in ("data", "model", "training"):
+        names = [name.replace("_", "-") for name in vars(getattr(config, section))]
+        hidden = {"image-shape", "num-classes"}  # set by the data set
+        assert options[f"{section} options"] == [name for name in names if name not in hidden]
+    assert options["options"] == ["preset"]
+    assert options["data options"][:3] == ["dataset", "data-dir", "augment"]
+    assert options["model options"][:2] == ["routing", "num-iterations"]
+    assert options["training options"][:4] == ["epochs", "batch-size", "learning-rate", "seed"]
+    if command == "train":
+        assert options["run options"] == ["run-dir", "resume", "seeds", "tensorboard"]
+        assert options["device options"] == ["distributed", "coordinator", "num-processes", "process-id"]
+    else:
+        assert options["comparison options"] == ["routings", "seeds", "output", "seeds-at-once"]
 
 
-def test_help_names_every_field_with_its_default(capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["train", "--help"])
-    assert exit.value.code == 0
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for section in (PRESETS["digits"].model, PRESETS["digits"].data, PRESETS["digits"].training):
-        for name in vars(section).keys() - {"image_shape", "num_classes"}:  # those of the data set
-            assert f"--{name.replace('_', '-')}" in text
-    assert "--image-shape" not in text
+def test_the_help_of_training_has_defaults_and_ends_with_tables_of_routings_and_augmentations(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["train", "--help"]) == 0
+    options, _, tables = capsys.readouterr().out.partition("\nRoutings")
+    text = " ".join(options.replace("│", " ").replace("|", " ").split())
     assert "Number of routing iterations. (default: 3)" in text
+    assert "Number of passes over the training images. (default: 30)" in text
     assert all(preset in text for preset in PRESETS)
-    assert "em: num_iterations (int, 3), beta_u (float, 0.0, learned)" in text
+    routings, augmentations = " ".join(tables.split()).split(" Changes for --augment")
+    assert routings.startswith("for --routing, with options after commas")
+    assert "(docs/routing.md): dynamic num_iterations (int, 3), leaky (bool, False)" in routings
+    assert "em num_iterations (int, 3), beta_u (float, 0.0, learned)" in routings
+    assert routings.endswith("random seed (int, 0)")
+    assert "(docs/training.md): rotation=DEGREES (from 0 to 180)" in augmentations
+    assert "shift=FRACTION (at least 0 and less than 1)" in augmentations
+
+
+def test_an_error_box_of_tyro_becomes_one_sentence():
+    """Also in colour, and in plain ASCII characters."""
+    box = """\x1b[31m+- Value error --------+\x1b[0m
+| Error parsing --epochs: invalid literal for   |
+| int() with base 10: 'ten'                     |
+| --------------------------------------------- |
+| Argument helptext:                            |
+|     --epochs INT                              |
+|     Number of passes. (default: 30)           |
++-----------------------------------------------+"""
+    expected = "--epochs is 'ten'; expected a whole number (`capsnet train --help` explains it)."
+    assert in_a_sentence(box, "capsnet train --help") == expected
 
 
 def test_the_script_and_the_command_are_the_same(tmp_path):
     """In processes of their own, as a user starts them, on the real digits."""
-    options = ["--epochs", "1", "--stem-channels", "8", "--seed", "3"]
+    options = ["--epochs", "1", "--stem-channels", "8", "--seed", "3", "--train-limit", "64"]
     commands = ([sys.executable, str(ROOT / "train.py")], [str(Path(sys.executable).parent / "capsnet"), "train"])
     lines = []
     for number, command in enumerate(commands):
@@ -325,9 +273,8 @@ def test_the_script_and_the_command_are_the_same(tmp_path):
         )
     assert lines[0][-1] == lines[1][-1]
     assert lines[0][0].startswith("CapsNet of ")
-    assert (tmp_path / "run0" / "model.safetensors").read_bytes() == (
-        tmp_path / "run1" / "model.safetensors"
-    ).read_bytes()
+    weights = [(tmp_path / f"run{number}" / "model.safetensors").read_bytes() for number in (0, 1)]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -335,9 +282,8 @@ def test_the_config_survives_json(preset):
     assert Config.from_json(json.loads(json.dumps(PRESETS[preset].to_json()))) == PRESETS[preset]
 
 
-def test_weights_on_disk_are_those_of_the_last_epoch(idx_folder, tmp_path):
-    """Half the run, again from the same seed, has other weights; they are not those of the first epoch."""
-    assert train(idx_folder, tmp_path / "two") == 0
-    assert train(idx_folder, tmp_path / "one", "--epochs", "1") == 0
-    weights = [to_torch(load_run(tmp_path / name)[1])["decoder.2.weight"] for name in ("one", "two")]
+def test_weights_on_disk_are_those_of_the_last_epoch(tiny_run, tmp_path):
+    """Half the run from the same seed has other weights, so they are not those of the first epoch."""
+    assert train(tiny_run.data_dir, tmp_path / "one", "--epochs", "1") == 0
+    weights = [to_torch(load_run(folder)[1])["decoder.2.weight"] for folder in (tiny_run.folder, tmp_path / "one")]
     assert np.abs(weights[0] - weights[1]).max() > 1e-3

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 import sys
 
 import pytest
@@ -16,6 +17,7 @@ from capsnet_jax.presets import PRESETS
 from tests.cli.conversions import SMALL_RUN, convert, error_of
 from tests.interchange.architectures import ARCHITECTURES, CONVOLUTIONAL, assert_same, new_run, random_state
 from tests.interchange.damages import DAMAGED_STATES, Bomb
+from tests.tiny_run import metrics, printed
 
 
 @pytest.fixture(scope="module")
@@ -184,20 +186,15 @@ def test_without_torch_a_file_of_torch_says_what_to_install(run_dir, tmp_path, m
     assert (tmp_path / "model.pt").read_bytes() == b""
 
 
-def test_a_converted_run_is_evaluated_as_the_run_itself(idx_folder, tmp_path, capsys):
-    sizes = ["--stem-channels", "6", "--stem-kernel", "3", "--primary-groups", "2", "--primary-kernel", "3"]
-    sizes += ["--primary-scale", "1", "--decoder-hidden", "12", "14", "--batch-size", "8", "--epochs", "2"]
-    data = ["--dataset", "mnist", "--data-dir", str(idx_folder)]
-    assert main(["train", *data, *sizes, "--run-dir", str(tmp_path / "run")]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert convert(tmp_path / "run", "--to", tmp_path / "copy") == 0
-    assert main(["evaluate", str(tmp_path / "copy")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == last
+def test_a_converted_run_is_evaluated_as_the_run_itself(tiny_run, tmp_path, capsys):
+    assert convert(tiny_run.folder, "--to", tmp_path / "copy") == 0
+    assert printed("evaluate", str(tmp_path / "copy"))[-1] == tiny_run.lines[-1]
     card = (tmp_path / "copy" / "README.md").read_text()
-    measured = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["test_accuracy"]
-    assert last.startswith(f"test accuracy {measured:.4f} on ")
+    measured = metrics(tiny_run.folder)[-1]["test_accuracy"]
+    assert tiny_run.lines[-1].startswith(f"test accuracy {measured:.4f} on ")
     assert f"      value: {measured:.4f}\n" in card
-    # Weights that are not the last ones were not measured last.
-    (tmp_path / "run" / "best.safetensors").write_bytes((tmp_path / "run" / "model.safetensors").read_bytes())
-    assert convert(tmp_path / "run" / "best.safetensors", "--to", tmp_path / "best") == 0
+    # Other weights than the last ones were not measured last.
+    run = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    (run / "model.safetensors").rename(run / "best.safetensors")
+    assert convert(run / "best.safetensors", "--to", tmp_path / "best") == 0
     assert "Nothing was measured" in (tmp_path / "best" / "README.md").read_text()

@@ -1,7 +1,5 @@
 """What the model of a run sees in image files, and every file that it refuses."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -149,12 +147,3 @@ def test_what_no_file_can_be_predicted_with_is_an_error(run_dir, files, tmp_path
         read_image(files[0], new_run(tmp_path, (9, 11, 2)))
     with pytest.raises(UsageError, match="is not the folder of a run"):
         Predict(tmp_path, tuple(files)).run()
-
-
-def test_help_says_what_the_number_is(capsys):
-    with pytest.raises(SystemExit):
-        tyro.cli(Predict, args=["--help"])
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "the length of its pose" in text
-    assert "not a calibrated probability" in text
-    assert all(f"--{field.name}" in text for field in dataclasses.fields(Predict)[2:])

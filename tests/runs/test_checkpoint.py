@@ -1,5 +1,6 @@
-"""Checkpoints: exact, or not used; what is damaged is told of, and the one before it serves."""
+"""Checkpoints: restored exactly, or not at all; a damaged one is reported, and the one before it is used."""
 
+import dataclasses
 import json
 import re
 import resource
@@ -18,9 +19,8 @@ from capsnet_jax.runs import checkpoint
 from capsnet_jax.runs.checkpoint import Checkpoints
 from capsnet_jax.runs.folder import read_run
 from capsnet_jax.train.loop import Snapshot, Trainer
-from tests.cli.test_cli import SMALL as SMALL_OPTIONS
-from tests.cli.test_cli import contents
 from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset, write_idx_folder
+from tests.tiny_run import contents, train
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, ema_decay=0.9, clip_norm=0.5)
 DEPENDS_ON = {"model": {"routing": "dynamic"}, "seeds": [3]}
@@ -233,54 +233,47 @@ def test_a_full_disk_is_one_sentence_and_earlier_checkpoints_stay(saved, folder)
     assert_same(checkpoints(folder).restore(trainer.snapshot), saved[2][1])
 
 
-def train(idx_folder: Path, run_dir: Path, *more: str) -> int:
-    data = ["--dataset", "mnist", "--data-dir", str(idx_folder)]
-    return main(["train", *data, *SMALL_OPTIONS, "--run-dir", str(run_dir), "--resume", *more])
+def resume(run_dir: Path, *more: str) -> int:
+    return main(["train", "--resume", "--run-dir", str(run_dir), *more])
 
 
-def test_a_run_is_not_gone_on_with_by_other_options(idx_folder, tmp_path, capsys):
-    assert train(idx_folder, tmp_path / "run", "--epochs", "1") == 0
-    assert train(idx_folder, tmp_path / "run", "--learning-rate", "0.02", "--num-iterations", "2") == 2
-    message = "cannot be resumed, as learning_rate was 0.01 and is 0.02; num_iterations was 3 and is 2."
+def test_a_run_is_resumed_with_its_own_options_only(tiny_run, tmp_path, capsys):
+    """More epochs are the same run; so are the same images in another folder, but not other images."""
+    run = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    assert resume(run, "--learning-rate", "0.02", "--num-iterations", "2") == 2
+    message = "cannot be resumed, as learning_rate was 0.01 and is 0.02; num_iterations was 3 and is 2; expected"
     assert message in capsys.readouterr().err
-    # More epochs are no other run.
-    assert train(idx_folder, tmp_path / "run", "--epochs", "3") == 0
-    assert "Going on after step 6 of 18" in capsys.readouterr().out
-    assert main(["train", "--run-dir", str(tmp_path / "run"), "--resume"]) == 0
+    moved = shutil.copytree(tiny_run.data_dir, tmp_path / "moved")
+    assert resume(run, "--epochs", "3", "--data-dir", str(moved)) == 0
+    assert "Going on after step 12 of 18" in capsys.readouterr().out
+    assert resume(run) == 0
     assert "Going on after step 18 of 18" in capsys.readouterr().out
-    assert train(idx_folder, tmp_path / "run", "--epochs", "2") == 2
-    assert "epochs is 2, 12 steps, with 18 steps done" in capsys.readouterr().err
-    assert read_run(tmp_path / "run").config.training.epochs == 3
+    assert train(moved, run, "--resume") == 2
+    assert "epochs is 2, 12 steps, with 18 steps done; expected more epochs." in capsys.readouterr().err
+    assert read_run(run).config.training.epochs == 3
 
-
-def test_a_run_is_not_gone_on_with_by_other_images(idx_folder, tmp_path, capsys):
-    """Wherever they are; and the folder may have moved."""
-    assert train(idx_folder, tmp_path / "run", "--epochs", "1") == 0
-    moved = idx_folder.rename(tmp_path / "moved")
-    assert train(moved, tmp_path / "run", "--epochs", "2") == 0
     dataset = make_small_dataset()
     labels = dataset.train_labels.copy()
     labels[3] = (labels[3] + 1) % 10
     other = write_idx_folder(tmp_path / "other", dataset._replace(train_labels=labels))
-    capsys.readouterr()
-    assert train(other, tmp_path / "run", "--epochs", "3") == 2
-    assert re.search(r"cannot be resumed, as data_checksum was \d+ and is \d+\.", capsys.readouterr().err)
+    assert resume(run, "--data-dir", str(other)) == 2
+    assert re.search(r"cannot be resumed, as data_checksum was \d+ and is \d+;", capsys.readouterr().err)
 
 
-def test_checkpoints_of_another_preset_are_refused(idx_folder, tmp_path, capsys):
+def test_checkpoints_of_another_config_are_refused_and_kept(tiny_run, tmp_path, capsys):
     """Copied into the folder of a run that has none of its own."""
-    assert train(idx_folder, tmp_path / "one", "--epochs", "1") == 0
-    assert train(idx_folder, tmp_path / "other", "--epochs", "1", "--class-dim", "6") == 0
-    shutil.rmtree(tmp_path / "other" / "checkpoints")
-    shutil.copytree(tmp_path / "one" / "checkpoints", tmp_path / "other" / "checkpoints")
-    capsys.readouterr()
-    assert main(["train", "--run-dir", str(tmp_path / "other"), "--resume"]) == 2
-    error = capsys.readouterr().err
-    assert "checkpoints/6 is of another config: class_dim was 5 and is 6." in error
-    assert (tmp_path / "other" / "checkpoints" / "6").exists()
+    run = read_run(tiny_run.folder)._replace(folder=tmp_path / "run")
+    model = dataclasses.replace(run.config.model, class_dim=6)
+    run._replace(config=dataclasses.replace(run.config, model=model)).write_config()
+    shutil.copytree(tiny_run.folder / "checkpoints", run.folder / "checkpoints")
+    assert resume(run.folder) == 2
+    assert "checkpoints/12 is of another config: class_dim was 5 and is 6." in capsys.readouterr().err
+    assert (run.folder / "checkpoints" / "12").exists()
 
 
-def test_a_cosine_is_not_prolonged(idx_folder, tmp_path, capsys):
-    assert train(idx_folder, tmp_path / "run", "--epochs", "1", "--schedule", "cosine") == 0
-    assert train(idx_folder, tmp_path / "run", "--epochs", "2", "--schedule", "cosine") == 2
-    assert "epochs was 1 and is 2" in capsys.readouterr().err
+def test_a_cosine_schedule_cannot_be_extended(tiny_run, tmp_path, capsys):
+    run = read_run(tiny_run.folder)._replace(folder=tmp_path / "run")
+    training = dataclasses.replace(run.config.training, schedule="cosine")
+    run._replace(config=dataclasses.replace(run.config, training=training)).write_config()
+    assert resume(run.folder, "--epochs", "3") == 2
+    assert "epochs was 2 and is 3" in capsys.readouterr().err

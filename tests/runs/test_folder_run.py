@@ -1,7 +1,5 @@
 """Your own images from beginning to end: trained, evaluated, predicted and reported by the command alone."""
 
-import contextlib
-import io
 import json
 import re
 from pathlib import Path
@@ -10,8 +8,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from capsnet_jax.cli.main import main
 from tests.data.tiny_images import class_image, write_image_folder
+from tests.tiny_run import printed
 
 pytestmark = pytest.mark.slow
 HEIGHT, WIDTH = 37, 29
@@ -22,13 +20,6 @@ MODEL = """
 """.split()  # noqa: SIM905
 TRAINING = "--epochs 10 --batch-size 10 --validation 0.15 --ema-decay 0.9 --tensorboard".split()  # noqa: SIM905
 AUGMENT = "--augment rotation=10 shift=0.05 flip brightness=0.1".split()  # noqa: SIM905
-
-
-def printed(*arguments: str) -> list[str]:
-    """The lines that the command prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as stdout:
-        assert main(arguments) == 0
-    return stdout.getvalue().splitlines()
 
 
 def accuracy(line: str) -> float:

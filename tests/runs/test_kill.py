@@ -1,9 +1,9 @@
-"""A training that is killed at any moment and gone on with ends as one that was left alone, to the last bit."""
+"""A training that is killed at any moment and resumed is the same to the last bit as one that was not."""
 
-import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,15 +14,14 @@ import pytest
 
 from capsnet_jax.cli.main import main
 from capsnet_jax.runs.metrics import MetricsLog
-from tests.cli.test_cli import SMALL
+from tests.conftest import make_small_dataset, write_idx_folder
+from tests.tiny_run import metrics, options_of
 
 OPTIONS = ["--save-minutes", "0", "--validation", "0.2", "--ema-decay", "0.9", "--batch-norm"]
-WRITTEN = ("images_per_second", "peak_memory_bytes")  # what a run tells of the machine and not of itself
 
 
 def arguments(data: Path, run_dir: Path) -> list[str]:
-    data_set = ["--dataset", "mnist", "--data-dir", str(data)]
-    return ["train", *data_set, *SMALL, *OPTIONS, "--resume", "--run-dir", str(run_dir)]
+    return options_of(data, run_dir, *OPTIONS, "--resume")
 
 
 def start(data: Path, run_dir: Path, cache: Path, epochs: int) -> subprocess.Popen:
@@ -47,11 +46,6 @@ def being_saved(run_dir: Path) -> bool:
     return any((run_dir / "checkpoints").glob("*-tmp*"))
 
 
-def metrics(run_dir: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in WRITTEN} for line in lines]
-
-
 def wait_until(process: subprocess.Popen, condition) -> None:
     deadline = time.monotonic() + 300
     while process.poll() is None and not condition():
@@ -66,7 +60,7 @@ def wait_until(process: subprocess.Popen, condition) -> None:
         pytest.param(20, 60, marks=[pytest.mark.slow, pytest.mark.exhaustive]),
     ],
 )
-def test_killed_and_gone_on_with_is_the_same_to_the_last_bit(kills, epochs, idx_folder, tmp_path):
+def test_killed_and_resumed_is_the_same_to_the_last_bit(kills, epochs, idx_folder, tmp_path):
     """Epochs of 5 steps, with a checkpoint after each."""
     data, alone, killed, cache = idx_folder, *(tmp_path / name for name in ("alone", "killed", "cache"))
     process = start(data, alone, cache, epochs)
@@ -101,13 +95,23 @@ def test_killed_and_gone_on_with_is_the_same_to_the_last_bit(kills, epochs, idx_
     assert whole_checkpoints(killed) == whole_checkpoints(alone)
 
 
+TWO_EPOCHS = ["--epochs", "2", "--save-minutes", "60"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run of two epochs of five steps that is not stopped, and the folder of its data."""
+    here = tmp_path_factory.mktemp("alone")
+    data = write_idx_folder(here / "idx", make_small_dataset())
+    assert main([*arguments(data, here / "run"), *TWO_EPOCHS]) == 0
+    return here / "run", data
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_to_stop_saves_and_tells_how_to_go_on(number, status, idx_folder, tmp_path, monkeypatch, capsys):
-    """Sent by the training itself, at a step of which there would be no checkpoint otherwise."""
+def test_a_signal_to_stop_saves_and_prints_how_to_resume(number, status, alone, tmp_path, monkeypatch, capsys):
+    """Sent by the training itself, at a step that would have no checkpoint otherwise."""
     before = signal.getsignal(number)
-    more = ["--epochs", "2", "--save-minutes", "60"]
-    alone, stopped = ([*arguments(idx_folder, tmp_path / name), *more] for name in ("alone", "stopped"))
-    assert main(alone) == 0
+    uninterrupted, data = alone
     write = MetricsLog.write
 
     def signalling(self, progress, seed):
@@ -117,26 +121,23 @@ def test_a_signal_to_stop_saves_and_tells_how_to_go_on(number, status, idx_folde
 
     with monkeypatch.context() as patch:
         patch.setattr(MetricsLog, "write", signalling)
-        capsys.readouterr()
-        assert main(stopped) == status
+        assert main([*arguments(data, tmp_path / "stopped"), *TWO_EPOCHS]) == status
     expected = (
-        f"Stopped by {number.name} after step 7. To go on: capsnet train --resume --run-dir {tmp_path / 'stopped'}"
+        f"Stopped by {number.name} after step 7. To continue: capsnet train --resume --run-dir {tmp_path}/stopped"
     )
     assert expected in capsys.readouterr().err
     assert whole_checkpoints(tmp_path / "stopped")[-1] == 7
     assert main(["train", "--resume", "--run-dir", str(tmp_path / "stopped")]) == 0
     assert "Going on after step 7 of 10" in capsys.readouterr().out
-    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "alone")
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("alone", "stopped")]
+    assert metrics(tmp_path / "stopped") == metrics(uninterrupted)
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (uninterrupted, tmp_path / "stopped")]
     assert weights[0] == weights[1]
     assert signal.getsignal(number) == before
 
 
-def test_going_on_with_a_run_that_is_done_tells_its_result_again(idx_folder, tmp_path, capsys):
-    command = [*arguments(idx_folder, tmp_path / "run"), "--epochs", "1"]
-    assert main(command) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    before = metrics(tmp_path / "run")
-    assert main(command) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == last
-    assert metrics(tmp_path / "run") == before
+def test_resuming_a_finished_run_prints_its_result_again(tiny_run, tmp_path, capsys):
+    run = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    before = metrics(run)
+    assert main(["train", "--resume", "--run-dir", str(run)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == tiny_run.lines[-1]
+    assert metrics(run) == before

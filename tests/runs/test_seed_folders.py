@@ -1,7 +1,5 @@
-"""Folders of runs from several seeds: told, gone on with and reported together, and never mixed with others."""
+"""Folders of runs from several seeds: reported and resumed together, and never mixed with others."""
 
-import contextlib
-import io
 import json
 import math
 import os
@@ -20,24 +18,16 @@ from capsnet_jax.runs import seeds
 from capsnet_jax.runs.folder import Run
 from capsnet_jax.runs.metrics import MetricsLog
 from capsnet_jax.runs.seeds import SeedFolders, read_seeds, saved_options
-from tests.cli.test_cli import SMALL, contents
 from tests.conftest import IMAGE_SHAPE, make_small_dataset, write_idx_folder
-from tests.runs.test_kill import metrics
+from tests.tiny_run import contents, metrics, printed
+from tests.tiny_run import options_of as tiny_options
 
 SEEDS = (0, 1, 2)
 OPTIONS = ["--seeds", "3", "--validation", "0.2", "--ema-decay", "0.9"]  # epochs are of five steps
 
 
-def printed(*arguments: str) -> list[str]:
-    """The lines that the command prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as stdout:
-        assert main(arguments) == 0
-    return stdout.getvalue().splitlines()
-
-
 def options_of(data: Path, folder: Path) -> list[str]:
-    data_set = ["--dataset", "mnist", "--data-dir", str(data)]
-    return ["train", *data_set, *SMALL, *OPTIONS, "--run-dir", str(folder)]
+    return tiny_options(data, folder, *OPTIONS)
 
 
 class Trained(NamedTuple):
@@ -114,7 +104,7 @@ def test_report_tells_of_all_in_the_folder(trained, tmp_path):
     assert rows[-1][5] == errors[1]
 
 
-def test_stopped_and_gone_on_with_they_end_as_if_left_alone(trained, data, tmp_path, monkeypatch, capsys):
+def test_stopped_and_resumed_they_end_as_if_uninterrupted(trained, data, tmp_path, monkeypatch, capsys):
     """Stopped within the second epoch, of all seeds or of the second; then there is more or less memory than before."""
     folder = tmp_path / "stopped"
     write, stopped = MetricsLog.write, 0 if trained.at_once == 3 else 1
@@ -128,7 +118,7 @@ def test_stopped_and_gone_on_with_they_end_as_if_left_alone(trained, data, tmp_p
         patch.setattr(seeds, "available_memory", lambda: math.inf if trained.at_once == 3 else 0)
         patch.setattr(MetricsLog, "write", signalling)
         assert main(options_of(data, folder)) == 143
-    assert f"after step 7. To go on: capsnet train --resume --run-dir {folder}" in capsys.readouterr().err
+    assert f"after step 7. To continue: capsnet train --resume --run-dir {folder}" in capsys.readouterr().err
     monkeypatch.setattr(seeds, "available_memory", lambda: 0 if trained.at_once == 3 else math.inf)
     lines = printed("train", "--resume", "--run-dir", str(folder))
     assert [line for line in lines if line.startswith("Going on")] == (
@@ -152,10 +142,10 @@ ALREADY = "holds runs already; give a new one, or --resume, too."
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--resume", "--seeds", "2"], "are from seeds 0, 1, 2, and not 0, 1."),
-        (["--resume", "--seeds", "4"], "are from seeds 0, 1, 2, and not 0, 1, 2, 3."),
-        (["--resume", "--seed", "1"], "are from seeds 0, 1, 2, and not 1, 2, 3."),
-        (["--resume", "--seeds", "1"], "are from seeds 0, 1, 2, and not 0."),
+        (["--resume", "--seeds", "2"], "are from seeds 0, 1, 2, and not 0, 1;"),
+        (["--resume", "--seeds", "4"], "are from seeds 0, 1, 2, and not 0, 1, 2, 3;"),
+        (["--resume", "--seed", "1"], "are from seeds 0, 1, 2, and not 1, 2, 3;"),
+        (["--resume", "--seeds", "1"], "are from seeds 0, 1, 2, and not 0;"),
         (["--resume", "--learning-rate", "0.02"], "seed-0 cannot be resumed, as learning_rate was 0.01 and is"),
         (["--seeds", "3"], ALREADY),
         (["--seeds", "1"], ALREADY),
@@ -200,10 +190,10 @@ def test_how_many_train_side_by_side_is_known_when_they_are_resumed(run):
     folders = SeedFolders(run, (5, 6, 7))
     folders.check(resume=False)
     folders.create()
-    # A crash before it is found loses nothing, not even the number of seeds.
+    # A crash before it is known loses nothing, not even the number of seeds.
     assert read_seeds(run.folder) == ([5, 6, 7], 0)
-    assert saved_options(run.folder)["seeds"] == 3
-    assert saved_options(run.folder)["config"].training.seed == 5
+    config, num_seeds = saved_options(run.folder)
+    assert (config.training.seed, num_seeds) == (5, 3)
     for before, found in ((0, 2), (2, 2)):
         folders = SeedFolders(run, (5, 6, 7))
         folders.check(resume=True)
