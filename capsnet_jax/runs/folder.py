@@ -189,7 +189,7 @@ def load(path: str | Path, *, best: bool = False) -> CapsNet:
         >>> from capsnet_jax import ModelConfig, load
         >>> from capsnet_jax.config import Config
         >>> from capsnet_jax.runs.folder import Run
-        >>> model = ModelConfig((8, 8, 1), 2, stem_channels=4, stem_kernel=3, primary_groups=2, primary_kernel=3)
+        >>> model = ModelConfig((8, 8, 1), 2, stem_kernel=3, stem_channels=4, primary_kernel=3, decoder_hidden=None)
         >>> run = Run(pathlib.Path(tempfile.mkdtemp()), Config(model), class_names=("cat", "dog"))
         >>> run.write_config()
         >>> run.save_weights(run.new_model())  # `capsnet train` does all of this

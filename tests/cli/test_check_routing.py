@@ -1,4 +1,4 @@
-"""How users are told what a routing breaks, what they have to mend, and where it differs from one for torch."""
+"""The command `check-routing`: what it prints, its exit status, and the comparison with PyTorch."""
 
 import subprocess
 import sys
@@ -42,7 +42,7 @@ def test_the_command_says_what_was_not_run(capsys, monkeypatch, tmp_path):
     assert lines[-1] == "stuck_routing:stuck failed 1 of 12 checks (result); 11 were not run."
 
 
-def test_wrong_arguments_are_told_in_the_name_of_the_routing():
+def test_errors_about_arguments_name_the_routing():
     """In a process of its own, as shapes are not checked there by annotations, which would come first."""
     program = """
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ except UsageError as error:
 
 
 @pytest.mark.parametrize("name", [name for name in ROUTINGS if get_routing(name).takes("num_iterations")])
-def test_no_iterations_are_told_in_the_name_of_the_routing(name):
+def test_errors_about_iterations_name_the_routing(name):
     with pytest.raises(UsageError, match=f"Routing {name}: num_iterations is 0, and must be at least 1"):
         get_routing(f"{name},num_iterations=0")
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from importlib.metadata import version
@@ -23,7 +24,7 @@ from capsnet_jax.runs.folder import load_run
 from capsnet_jax.train.evaluation import evaluate
 from capsnet_jax.train.loop import Trainer
 from tests.conftest import write_idx
-from tests.tiny_run import contents, metrics, printed, train
+from tests.tiny_run import contents, metrics, options_of, printed, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,7 +118,7 @@ def test_evaluation_on_images_of_another_shape_is_an_error(tiny_run, idx_folder,
     assert "(9, 12, 1), and the model was made for (9, 11, 1)" in capsys.readouterr().err
 
 
-def test_your_own_routing_is_found_where_you_are(idx_folder, tmp_path, monkeypatch, capsys):
+def test_a_routing_in_the_working_directory_is_found(idx_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "mean_routing.py").write_text(
         "from capsnet_jax.routing import dynamic\n"
         "def mean(votes, activations):\n"
@@ -261,20 +262,23 @@ def test_an_error_box_of_tyro_becomes_one_sentence():
     assert in_a_sentence(box, "capsnet train --help") == expected
 
 
-def test_the_script_and_the_command_are_the_same(tmp_path):
-    """In processes of their own, as a user starts them, on the real digits."""
-    options = ["--epochs", "1", "--stem-channels", "8", "--seed", "3", "--train-limit", "64"]
-    commands = ([sys.executable, str(ROOT / "train.py")], [str(Path(sys.executable).parent / "capsnet"), "train"])
-    lines = []
-    for number, command in enumerate(commands):
-        arguments = [*command, *options, "--run-dir", f"run{number}"]
-        lines.append(
-            subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
-        )
-    assert lines[0][-1] == lines[1][-1]
-    assert lines[0][0].startswith("CapsNet of ")
-    weights = [(tmp_path / f"run{number}" / "model.safetensors").read_bytes() for number in (0, 1)]
+def test_the_script_in_the_repository_is_the_command_train(tiny_run, tmp_path, monkeypatch, capsys):
+    options = options_of(tiny_run.data_dir, tmp_path / "run")[1:]
+    monkeypatch.setattr(sys, "argv", ["train.py", *options])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert exit.value.code == 0
+    assert capsys.readouterr().out.splitlines()[-1] == tiny_run.lines[-1]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (tiny_run.folder, tmp_path / "run")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    "command", [[str(Path(sys.executable).parent / "capsnet")], [sys.executable, "-m", "capsnet_jax"]]
+)
+def test_the_installed_command_and_the_module_run_in_a_process_of_their_own(command):
+    result = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout == f"capsnet-jax {version('capsnet-jax')}\n"
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -1,4 +1,4 @@
-"""The comparison of routings: fair, resumable, and what its seeds would be on their own."""
+"""The comparison of routings: fair, resumable, and the same as separate runs."""
 
 import csv
 import dataclasses
@@ -31,6 +31,8 @@ from capsnet_jax.train.loop import Trainer
 from tests.conftest import IMAGE_SHAPE, make_small_dataset, write_idx_folder
 from tests.conftest import SMALL as SMALL_MODEL
 from tests.tiny_run import SMALL, contents
+
+pytestmark = pytest.mark.xdist_group("compare")  # one process, as one comparison is shared
 
 FILES = ["comparison.csv", "comparison.md", "comparison.png", "config.json", "results.jsonl"]
 RUN_FILES = ["config.json", "metrics.jsonl", "model.safetensors"]
@@ -82,7 +84,7 @@ def run(data_dir: Path, output: Path, *more: str) -> int:
 
 @pytest.fixture(scope="module")
 def whole(data_dir, tmp_path_factory) -> Path:
-    """A comparison that was not interrupted."""
+    """A finished comparison that was never interrupted."""
     output = tmp_path_factory.mktemp("whole") / "comparison"
     assert run(data_dir, output) == 0
     return output
@@ -94,7 +96,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def without_speed(folder: Path) -> list:
-    """All that a folder says, but for speeds."""
+    """The content of a folder, without speeds."""
     results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     table = [line.split("|") for line in (folder / "comparison.md").read_text().splitlines()]
     place = [heading.strip() for heading in table[0]].index("images/s")
@@ -109,11 +111,11 @@ def without_speed(folder: Path) -> list:
 
 
 def weights(folder: Path) -> dict[Path, bytes]:
-    """Those of all runs."""
+    """The weights of all runs, by file."""
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("model.safetensors")}
 
 
-def test_the_table_and_the_sheet_say_what_the_results_say(whole):
+def test_table_and_csv_hold_the_values_of_the_results(whole):
     assert sorted(path.name for path in whole.iterdir() if path.is_file()) == FILES
     results = read_results(whole)
     assert list(results) == ["uniform", HARD, ALSO_UNIFORM]
@@ -137,8 +139,8 @@ def test_the_table_and_the_sheet_say_what_the_results_say(whole):
         assert float(cells[6]) == pytest.approx(float(row["coupling_entropy"]), abs=0.005)
 
 
-def test_it_is_the_last_epoch_that_counts(whole):
-    """Not the best one, which is another for one of the seeds at least."""
+def test_the_error_is_the_one_of_the_last_epoch(whole):
+    """Not of the best epoch, which is another one for at least one of the seeds."""
     errors = read_results(whole)["uniform"].test_errors
     assert errors.min(axis=1).mean() < errors[:, -1].mean()
     assert float(rows(whole)[0]["test_error_percent"]) == pytest.approx(errors[:, -1].mean())
@@ -153,7 +155,7 @@ def test_uniform_couplings_have_an_entropy_of_1_and_hard_ones_of_0(whole):
 
 
 def test_every_routing_sees_the_same_images_in_the_same_order_and_shifts(whole):
-    """The same function by two names, trained one after the other, is the same to the last bit."""
+    """The same function under two names gives the same results, to the last bit."""
     results = read_results(whole)
     assert results["uniform"].seeds == results[ALSO_UNIFORM].seeds
     assert results["uniform"].seeds[0].train_loss != results["uniform"].seeds[1].train_loss
@@ -172,7 +174,7 @@ def test_seeds_start_from_the_same_weights_whatever_the_routing(small_dataset):
 
 
 def test_each_routing_has_runs_of_its_own(whole, capsys):
-    """Ordinary ones, which other commands read; their checkpoints are deleted, as they are done with."""
+    """Other commands can read them. Their checkpoints are deleted at the end."""
     names = ["uniform", "tests.cli.test_compare-hard", "tests.cli.test_compare-also_uniform"]
     assert sorted(path.name for path in whole.iterdir() if path.is_dir()) == sorted(names)
     results = read_results(whole)
@@ -193,7 +195,7 @@ def test_each_routing_has_runs_of_its_own(whole, capsys):
 
 
 def begun(monkeypatch) -> list[str]:
-    """Notes every training, by the name of its routing, as it begins."""
+    """Record the routing of every training that starts."""
     train, trained = Trainer.run, []
 
     def noting(self):
@@ -204,9 +206,12 @@ def begun(monkeypatch) -> list[str]:
     return trained
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, None], ids=["stopped", "crashed"])
-def test_a_comparison_that_was_stopped_goes_on(number, whole, data_dir, tmp_path, monkeypatch, capsys):
-    """In the middle of the second routing, and while a line was being written; in the end all is as without that."""
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGTERM, id="stopped"), pytest.param(None, id="crashed", marks=pytest.mark.exhaustive)],
+)
+def test_a_comparison_that_was_stopped_is_resumed(number, whole, data_dir, tmp_path, monkeypatch, capsys):
+    """Stopped in the middle of the second routing and of a line of results. The final results are the same."""
     output = tmp_path / "comparison"
     trained, write, steps = begun(monkeypatch), MetricsLog.write, []
 
@@ -254,7 +259,7 @@ def test_a_comparison_that_was_stopped_goes_on(number, whole, data_dir, tmp_path
 
 
 def test_one_seed_at_a_time_has_the_same_results_and_runs(whole, data_dir, tmp_path):
-    """But for what is measured of the machine, and rounding errors."""
+    """Except for measured speed and memory, and rounding errors."""
     output = tmp_path / "comparison"
     assert run(data_dir, output, "--routings", "uniform", "--seeds-at-once", "1") == 0
     (result,) = read_results(output).values()
@@ -262,8 +267,8 @@ def test_one_seed_at_a_time_has_the_same_results_and_runs(whole, data_dir, tmp_p
     assert (result.seeds_at_once, expected.seeds_at_once) == (1, 3)
     assert result.memory_bytes < expected.memory_bytes
     assert result.test_errors.shape == expected.test_errors.shape
-    for ours, theirs in zip(result.seeds, expected.seeds, strict=True):
-        np.testing.assert_allclose(ours.train_loss[0], theirs.train_loss[0], rtol=1e-3)
+    for seed, expected_seed in zip(result.seeds, expected.seeds, strict=True):
+        np.testing.assert_allclose(seed.train_loss[0], expected_seed.train_loss[0], rtol=1e-3)
 
 
 def test_a_single_seed_has_the_folder_of_the_routing_for_itself(data_dir, tmp_path):
@@ -272,17 +277,19 @@ def test_a_single_seed_has_the_folder_of_the_routing_for_itself(data_dir, tmp_pa
     assert sorted(path.name for path in (output / "uniform").iterdir()) == RUN_FILES
 
 
-def test_a_comparison_by_the_version_before_is_gone_on_with(whole, data_dir, tmp_path, monkeypatch):
-    """It had results alone, and no runs."""
+def test_a_comparison_by_version_0_1_0_is_resumed(whole, data_dir, tmp_path, monkeypatch):
+    """It has results only, and no runs."""
     output = tmp_path / "comparison"
     output.mkdir()
     for name in FILES:
         shutil.copy(whole / name, output)
+    lines = (output / "results.jsonl").read_text().splitlines(keepends=True)
+    (output / "results.jsonl").write_text("".join(lines[:2]))
     trained = begun(monkeypatch)
-    assert run(data_dir, output, "--routings", HARD, "random") == 0
-    assert trained == ["random"]
-    assert list(read_results(output)) == ["uniform", HARD, ALSO_UNIFORM, "random"]
-    assert [path.name for path in output.iterdir() if path.is_dir()] == ["random"]
+    assert run(data_dir, output, "--routings", HARD, ALSO_UNIFORM) == 0
+    assert trained == [ALSO_UNIFORM]
+    assert list(read_results(output)) == ["uniform", HARD, ALSO_UNIFORM]
+    assert [path.name for path in output.iterdir() if path.is_dir()] == ["tests.cli.test_compare-also_uniform"]
 
 
 def test_a_folder_of_another_comparison_is_refused_and_left_alone(whole, data_dir, tmp_path, capsys):

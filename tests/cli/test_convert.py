@@ -1,4 +1,4 @@
-"""The command that turns one kind of file of weights into another, and every damaged file that it refuses."""
+"""The command `convert`: no bit of a weight changes, and every damaged file is refused."""
 
 import dataclasses
 import json
@@ -10,7 +10,6 @@ import sys
 import pytest
 import safetensors.numpy
 
-from capsnet_jax.cli.main import main
 from capsnet_jax.config import Config
 from capsnet_jax.interchange.state_files import read_state
 from capsnet_jax.presets import PRESETS
@@ -34,8 +33,20 @@ def run_dir(state, tmp_path):
     return run.folder
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("model", [*ARCHITECTURES.values(), CONVOLUTIONAL], ids=[*ARCHITECTURES, "convolutional"])
+KINDS = ARCHITECTURES | {"convolutional": CONVOLUTIONAL}
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype"),
+    [
+        *(pytest.param(model, "float32", id=f"{kind}-float32") for kind, model in KINDS.items()),
+        pytest.param(CONVOLUTIONAL, "float64", id="convolutional-float64"),
+        *(
+            pytest.param(model, "float64", id=f"{kind}-float64", marks=pytest.mark.exhaustive)
+            for kind, model in ARCHITECTURES.items()
+        ),
+    ],
+)
 def test_there_and_back_changes_no_bit(model, dtype, tmp_path, capsys):
     run = new_run(model, tmp_path / "run")
     state = random_state(run, dtype)
@@ -54,7 +65,7 @@ def test_there_and_back_changes_no_bit(model, dtype, tmp_path, capsys):
     assert (tmp_path / "back" / "config.json").read_text() == (run.folder / "config.json").read_text()
 
 
-def test_a_line_for_each_file_tells_how_much_is_in_it(run_dir, state, tmp_path, capsys):
+def test_the_line_of_each_file_has_its_number_of_weights(run_dir, state, tmp_path, capsys):
     encoder = sum(array.size for name, array in state.items() if name.startswith("encoder"))
     decoder = sum(array.size for name, array in state.items() if name.startswith("decoder"))
     assert convert(run_dir, "--to", tmp_path / "e.safetensors", tmp_path / "d.safetensors") == 0

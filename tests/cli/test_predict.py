@@ -1,4 +1,4 @@
-"""What the model of a run sees in image files, and every file that it refuses."""
+"""The command `predict`: the line for each image, how files are read, and which files are refused."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +26,7 @@ def new_run(folder, image_shape=IMAGE_SHAPE, labels_per_image=1, **data) -> Run:
 
 @pytest.fixture
 def run_dir(tmp_path, small_model):
-    """A run of models whose capsules are long enough to tell apart by two decimals."""
+    """A run with two models whose activations differ within two decimals."""
     run = new_run(tmp_path / "run")
     run.write_config()
     for name, seed in ((WEIGHTS, 0), (BEST, 1)):
@@ -60,7 +60,7 @@ def expected_lines(files, model):
     return lines
 
 
-def test_a_line_for_each_image_tells_class_activation_and_runner_up(run_dir, files, capsys):
+def test_a_line_for_each_image_has_class_activation_and_runner_up(run_dir, files, capsys):
     tyro.cli(Predict, args=[str(run_dir), *map(str, files)]).run()
     last = capsys.readouterr().out.splitlines()
     assert last == expected_lines(files, new_model(0))
@@ -70,14 +70,14 @@ def test_a_line_for_each_image_tells_class_activation_and_runner_up(run_dir, fil
     assert best != last
 
 
-def test_as_many_classes_are_told_as_images_have():
+def test_as_many_classes_are_named_as_an_image_has_labels():
     activations = np.array([0.31, 0.875, 0.3149, 0.06], np.float32)
     assert describe(activations, NAMES) == "bee (0.88; next cat at 0.31)"
     assert describe(activations, NAMES, 2) == "bee and cat (0.88, 0.31; next ant at 0.31)"
     assert describe(activations[:2], NAMES, 2) == "bee and ant (0.88, 0.31)"
 
 
-def test_the_run_knows_how_many_classes_to_tell(tmp_path, files, capsys):
+def test_the_number_of_labels_is_read_from_the_run(tmp_path, files, capsys):
     run = new_run(tmp_path / "pairs", labels_per_image=2)
     run.write_config()
     save_weights(run.folder / WEIGHTS, new_model(0))
@@ -109,7 +109,7 @@ def test_files_are_resized_only_where_the_run_resized_its_own(tmp_path):
         read_image(tmp_path / "large.png", new_run(tmp_path))
 
 
-def test_the_middle_counts_where_the_run_cropped(tmp_path):
+def test_files_are_cropped_in_the_middle_if_the_run_cropped(tmp_path):
     run = new_run(tmp_path, (5, 5, 1), augment=("crop=5",))
     Image.fromarray(PIXELS[0]).save(tmp_path / "whole.png")
     np.testing.assert_array_equal(read_image(tmp_path / "whole.png", run)[..., 0], PIXELS[0][2:7, 3:8])
@@ -140,7 +140,7 @@ def test_a_wrong_file_is_named_and_nothing_is_printed(run_dir, files, tmp_path, 
     assert capsys.readouterr().out == ""
 
 
-def test_what_no_file_can_be_predicted_with_is_an_error(run_dir, files, tmp_path):
+def test_a_wrong_run_or_no_images_is_an_error(run_dir, files, tmp_path):
     with pytest.raises(UsageError, match="There are no images to predict; expected one file or more"):
         tyro.cli(Predict, args=[str(run_dir)]).run()
     with pytest.raises(UsageError, match="is of images of 2 channels; expected 1 or 3"):

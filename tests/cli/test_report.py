@@ -1,4 +1,4 @@
-"""What is told of runs that went before: from their metrics alone, and honestly at the last epoch."""
+"""The command `report`: a table and learning curves from metrics alone, with the results of the last epoch."""
 
 import json
 import statistics
@@ -21,7 +21,7 @@ SPEEDS = (100.0, 900.0, 1234.0, 1100.0, 1000.0)
 
 
 def write_run(folder, test, validation=(), *, epochs=3, memory=1_500_000_000, **options):
-    """A run with these accuracies after its epochs; those of the test are not best at the end."""
+    """Write a run with these accuracies after its epochs."""
     routing = {"dataset": options.pop("dataset", "digits")}
     config = Config(data=DataConfig(**routing), training=TrainingConfig(epochs=epochs, **options))
     Run(folder, config.with_sizes((8, 8, 1), 2), ("a", "b")).write_config()
@@ -46,7 +46,7 @@ def report(*arguments):
     tyro.cli(Report, args=list(map(str, arguments))).run()
 
 
-def test_a_run_is_told_as_it_was_after_its_last_epoch(tmp_path, capsys):
+def test_the_row_of_a_run_is_that_of_its_last_epoch(tmp_path, capsys):
     write_run(tmp_path / "run", (0.5, 0.98, 0.9), (0.4, 0.95, 0.875))
     report("run")
     assert capsys.readouterr().out == (
@@ -57,7 +57,7 @@ def test_a_run_is_told_as_it_was_after_its_last_epoch(tmp_path, capsys):
     assert len(np.unique(matplotlib.image.imread("learning_curves.png"))) > 20
 
 
-def test_runs_are_told_with_the_options_that_differ(tmp_path, capsys):
+def test_options_that_differ_have_columns(tmp_path, capsys):
     write_run(tmp_path / "a", (0.5, 0.9), learning_rate=0.01, clip_norm=2.0)
     write_run(tmp_path / "b", (0.5, 0.75, 0.9, 0.95, 0.9), memory=None, dataset="mnist", epochs=5)
     report("a", "b", "--output", "curves.png")
@@ -73,7 +73,7 @@ def test_runs_are_told_with_the_options_that_differ(tmp_path, capsys):
     assert not (tmp_path / "learning_curves.png").exists()
 
 
-def test_seeds_have_a_line_of_mean_and_sample_deviation(tmp_path, capsys):
+def test_seeds_have_a_row_of_mean_and_sample_deviation(tmp_path, capsys):
     last = {2: 0.9, 0: 0.95, 10: 0.97}
     for seed, accuracy in last.items():
         write_run(tmp_path / "many" / f"seed-{seed}", (0.99, accuracy), epochs=2, seed=seed)
@@ -91,7 +91,7 @@ def test_seeds_have_a_line_of_mean_and_sample_deviation(tmp_path, capsys):
     assert deviation == pytest.approx(statistics.stdev(errors))
 
 
-def test_one_seed_has_no_deviation_and_unequal_epochs_are_told(tmp_path, capsys):
+def test_one_seed_has_no_deviation_and_unequal_epochs_are_marked(tmp_path, capsys):
     write_run(tmp_path / "one" / "seed-7", (0.9,))
     write_run(tmp_path / "two" / "seed-1", (0.9,))
     write_run(tmp_path / "two" / "seed-2", (0.9, 0.8))
@@ -131,7 +131,7 @@ def test_a_last_line_that_was_not_finished_does_not_count(tmp_path, capsys):
         (None, r"run/metrics.jsonl has no metrics yet"),
     ],
 )
-def test_metrics_that_cannot_be_told_are_named(tmp_path, metrics, message, capsys):
+def test_metrics_that_cannot_be_read_are_named(tmp_path, metrics, message, capsys):
     folder = write_run(tmp_path / "run", (0.5,))
     write_run(tmp_path / "good", (0.5,))
     (folder / METRICS).unlink()
@@ -142,7 +142,7 @@ def test_metrics_that_cannot_be_told_are_named(tmp_path, metrics, message, capsy
     assert capsys.readouterr().out == ""
 
 
-def test_what_is_no_run_is_an_error(tmp_path):
+def test_a_folder_without_a_run_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         UsageError, match=r"empty is not the folder of a run: it has no config.json, and no runs seed-0"

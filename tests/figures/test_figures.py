@@ -1,4 +1,4 @@
-"""Pictures show the images they are given."""
+"""Figures show the arrays that they are given."""
 
 import numpy as np
 

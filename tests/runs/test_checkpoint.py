@@ -24,8 +24,11 @@ from tests.tiny_run import contents, train
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, ema_decay=0.9, clip_norm=0.5)
 DEPENDS_ON = {"model": {"routing": "dynamic"}, "seeds": [3]}
-# What Orbax leaves open when a file is not what it expected is its own affair.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+# Orbax does not close all files after an error.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.xdist_group("checkpoints"),  # one process, as the checkpoints are shared
+]
 
 
 def checkpoints(
@@ -38,9 +41,9 @@ def checkpoints(
 def assert_same(one: Snapshot, other: Snapshot) -> None:
     leaves = [jax.tree.leaves_with_path(snapshot.state) for snapshot in (one, other)]
     assert [path for path, _ in leaves[0]] == [path for path, _ in leaves[1]]
-    for (path, ours), (_, theirs) in zip(*leaves, strict=True):
-        assert ours.dtype == theirs.dtype, path
-        np.testing.assert_array_equal(ours, theirs, err_msg=str(path))
+    for (path, leaf), (_, other_leaf) in zip(*leaves, strict=True):
+        assert leaf.dtype == other_leaf.dtype, path
+        np.testing.assert_array_equal(leaf, other_leaf, err_msg=str(path))
     np.testing.assert_array_equal(one.sums, other.sums)
 
 
@@ -67,7 +70,7 @@ def folder(saved, tmp_path):
     return shutil.copytree(saved[0], tmp_path / "checkpoints")
 
 
-def test_the_last_checkpoint_comes_back_to_the_last_bit(saved, folder):
+def test_the_last_checkpoint_is_restored_to_the_last_bit(saved, folder):
     _, trainer, snapshots = saved
     restored = checkpoints(folder).restore(trainer.snapshot)
     assert_same(restored, snapshots[1])
@@ -103,7 +106,7 @@ def test_whatever_file_is_damaged_the_checkpoint_is_exact_or_the_one_before_it_i
         DAMAGES[damage](folder / file)
         warnings: list[str] = []
         restored = checkpoints(folder, warnings=warnings).restore(trainer.snapshot)
-        # Some files are of no consequence; none makes a wrong state pass for a right one.
+        # Some files are not needed. No damage leads to a wrong state.
         assert_same(restored, snapshots[0 if warnings else 1])
         if warnings:
             fallen_back += 1
@@ -113,7 +116,7 @@ def test_whatever_file_is_damaged_the_checkpoint_is_exact_or_the_one_before_it_i
 
 
 def test_flipped_bytes_of_weights_are_noticed_by_their_checksum(saved, folder):
-    """Orbax itself would hand them over."""
+    """Orbax itself would return them."""
     largest = max(
         (path for path in (folder / "2" / "state").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
     )
@@ -122,12 +125,12 @@ def test_flipped_bytes_of_weights_are_noticed_by_their_checksum(saved, folder):
     largest.write_bytes(content)
     warnings: list[str] = []
     assert checkpoints(folder, warnings=warnings).restore(saved[1].snapshot).state.step == 1
-    # Or by the decompressor, if the byte is not of a weight but of a header between them.
+    # Or by the decompressor, if the byte belongs to a header and not to a weight.
     assert "the checksum of " in warnings[0] or "corruption" in warnings[0]
 
 
 def test_if_none_can_be_used_none_is_touched(saved, folder):
-    """As if it was not the files that are at fault, but the disk that they are read from."""
+    """The cause may be the disk, and not the files."""
     for step in "12":
         shutil.rmtree(folder / step / "state")
     with pytest.raises(UsageError, match=r"None of the checkpoints in .* can be used; .*: 2: .*; 1: "):
@@ -149,8 +152,8 @@ def test_a_half_written_checkpoint_is_not_seen(saved, folder):
     assert warnings == []
 
 
-def test_training_goes_on_where_a_damaged_checkpoint_was(saved, folder):
-    """The step of that checkpoint comes again, and is saved again."""
+def test_training_continues_past_a_damaged_checkpoint(saved, folder):
+    """The step of that checkpoint is trained and saved again."""
     shutil.rmtree(folder / "2" / "state")
     _, trainer, snapshots = saved
     store = checkpoints(folder, warnings=[])
@@ -203,7 +206,7 @@ def test_the_last_ones_and_the_best_are_kept(saved, tmp_path):
     accuracies = {2: 0.5, 3: 0.9, 5: 0.7}
     for progress in trainer.run():
         store.save(trainer.snapshot, validation=accuracies.get(progress.step))
-        if progress.step == 4:  # in between, the process ends and another one goes on
+        if progress.step == 4:  # the process ends, and another one continues
             store.close()
             store = checkpoints(tmp_path / "kept", keep=2)
         if progress.step == 6:
@@ -213,7 +216,7 @@ def test_the_last_ones_and_the_best_are_kept(saved, tmp_path):
 
 
 def test_a_full_disk_is_one_sentence_and_earlier_checkpoints_stay(saved, folder):
-    """A limit on the size of files stands for the disk."""
+    """Simulated by a limit on the size of files."""
     trainer, store = saved[1], checkpoints(folder)
     assert store.restore(trainer.snapshot).state.step == 2
     later = trainer.with_seeds(trainer.seeds)

@@ -1,4 +1,4 @@
-"""Your own images from beginning to end: trained, evaluated, predicted and reported by the command alone."""
+"""A folder of images from beginning to end: train, evaluate, predict and report with the commands alone."""
 
 import json
 import re
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.data.tiny_images import class_image, write_image_folder
-from tests.tiny_run import printed
+from tests.tiny_run import SMALL, printed
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("letters")]  # one process, as one run is shared
 HEIGHT, WIDTH = 37, 29
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 MODEL = """
@@ -30,7 +30,7 @@ def accuracy(line: str) -> float:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder of ten images of each letter, a run on them, and what it printed."""
+    """A folder of ten images of each letter, a run trained on it, and what training printed."""
     here = tmp_path_factory.mktemp("here")
     images = write_image_folder(here / "letters", LETTERS, HEIGHT, WIDTH, per_class=10)
     run = here / "run"
@@ -67,11 +67,11 @@ def test_most_letters_are_learnt(trained):
     assert np.ptp(picture, axis=2).max() > 0.9  # in colour
 
 
-def test_evaluate_tells_the_same_and_of_every_letter(trained):
+def test_evaluate_prints_the_same_result_and_a_row_for_every_letter(trained):
     _, run, lines = trained
-    told = printed("evaluate", str(run))
-    assert told[-1] == lines[-1]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told[2:28]]
+    output = printed("evaluate", str(run))
+    assert output[-1] == lines[-1]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output[2:28]]
     assert [row[:2] for row in rows] == [[letter, "2"] for letter in LETTERS]
     assert np.mean([float(row[3]) for row in rows]) == pytest.approx(accuracy(lines[-1]), abs=1e-4)
 
@@ -83,19 +83,19 @@ def test_the_best_weights_are_those_of_the_epoch_that_was_best_on_validation(tra
 
 
 def test_predict_names_the_letters_in_files(trained):
-    """As many right ones as evaluation counts."""
+    """As often correctly as in the evaluation."""
     images, run, lines = trained
     files = [str(images / letter / f"{number:03}.png") for letter in LETTERS for number in (4, 9)]
-    told = printed("predict", str(run), *files)
+    output = printed("predict", str(run), *files)
     right = 0
-    for file, line in zip(files, told, strict=True):
+    for file, line in zip(files, output, strict=True):
         match = re.fullmatch(rf"{re.escape(file)}: ([a-z]) \(\d\.\d\d; next ([a-z]) at \d\.\d\d\)", line)
         assert match, line
         right += match[1] == Path(file).parent.name
     assert right / 52 == pytest.approx(accuracy(lines[-1]), abs=1e-4)
 
 
-def test_report_tells_how_it_went(trained, tmp_path):
+def test_report_prints_the_results_of_the_last_epoch(trained, tmp_path):
     _, run, lines = trained
     row = printed("report", str(run), "--output", str(tmp_path / "curves.png"))[-1]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
@@ -109,14 +109,14 @@ def test_report_tells_how_it_went(trained, tmp_path):
 def test_an_npz_file_with_names_as_labels_trains_too(tmp_path):
     names, rng = ("owl", "bat", "fox"), np.random.default_rng(0)
     labels = np.array(names)[np.arange(33) % 3]
-    images = np.stack([class_image(names.index(name), 3, HEIGHT, WIDTH, rng) for name in labels])
+    images = np.stack([class_image(names.index(name), 3, 13, 11, rng) for name in labels])
     arrays = {"x_train": images[:26], "y_train": labels[:26], "x_test": images[26:], "y_test": labels[26:]}
     np.savez(tmp_path / "animals.npz", **arrays)
     run = str(tmp_path / "run")
     data = ["--dataset", str(tmp_path / "animals.npz"), "--run-dir", run]
-    lines = printed("train", *data, *MODEL, "--epochs", "1", "--batch-size", "4")
-    assert "26 training and 7 test images of 37 x 29 x 3 in 3 classes" in lines[0]
-    told = printed("evaluate", run)
-    assert told[-1] == lines[-1]
-    counts = [[cell.strip() for cell in line.split("|")[1:3]] for line in told[2:5]]
+    lines = printed("train", *data, *SMALL, "--epochs", "1")
+    assert "26 training and 7 test images of 13 x 11 x 3 in 3 classes" in lines[0]
+    output = printed("evaluate", run)
+    assert output[-1] == lines[-1]
+    counts = [[cell.strip() for cell in line.split("|")[1:3]] for line in output[2:5]]
     assert counts == [["bat", "2"], ["fox", "3"], ["owl", "2"]]

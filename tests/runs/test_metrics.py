@@ -1,4 +1,4 @@
-"""The metrics of a run: lines that a crash cannot spoil, the best so far, and the same in TensorBoard's files."""
+"""Metrics of a run: lines that survive a crash, the best so far, and the same values in TensorBoard files."""
 
 import json
 import math
@@ -22,7 +22,7 @@ ALWAYS = {"kind", "epoch", "step", "learning_rate", "images_per_second", "peak_m
 
 
 def means(step: int, kind: str) -> dict[str, float]:
-    """Of the steps of a chunk or epoch; numbers whose decimals never end, to be kept to the last bit."""
+    """Means over a chunk or epoch, with infinitely many decimals, to check that they are kept to the last bit."""
     first = step if kind == "chunk" else -step
     return {
         "total": 1 / (first + 0.1),
@@ -34,12 +34,12 @@ def means(step: int, kind: str) -> dict[str, float]:
 
 
 def evaluation(num_correct: int, num_images: int) -> Evaluation:
-    """With so many right answers; nothing else of it is written."""
+    """An evaluation with this number of right answers; no other field is written."""
     return Evaluation(num_correct, num_images, (), (), (), None, 1.0, None, None)
 
 
-def told(step: int, validation: int | None = None, speed: float = 100.0) -> tuple[Progress, SeedProgress]:
-    """What training tells after this step; at the end of an epoch with right answers out of 40 validation images."""
+def progress_at(step: int, validation: int | None = None, speed: float = 100.0) -> tuple[Progress, SeedProgress]:
+    """The progress after a step; at the end of an epoch with this number of right answers on 40 validation images."""
     ends = step % STEPS_PER_EPOCH == 0
     seed = SeedProgress(
         seed=3,
@@ -52,9 +52,9 @@ def told(step: int, validation: int | None = None, speed: float = 100.0) -> tupl
 
 
 def write(folder: Path, steps: dict[int, int | None], **options) -> list[bool]:
-    """What `write` answers after each of these steps, given the right answers on validation."""
+    """Write these steps, given the right answers on validation; return what `write` returned for each."""
     log = MetricsLog(folder, **options)
-    answers = [log.write(*told(step, validation)) for step, validation in steps.items()]
+    answers = [log.write(*progress_at(step, validation)) for step, validation in steps.items()]
     log.close()
     return answers
 
@@ -105,7 +105,7 @@ def test_images_per_second_of_an_epoch_are_all_images_over_all_the_time(tmp_path
     batch_size, speeds = 8, {2: 10.0, 4: 160.0, 5: 40.0, 9: 64.0, 10: 32.0}
     log = MetricsLog(tmp_path)
     for step, speed in speeds.items():
-        log.write(*told(step, speed=speed))
+        log.write(*progress_at(step, speed=speed))
     log.close()
     seconds = np.array([2 * batch_size / 10, 2 * batch_size / 160, batch_size / 40])
     first, second = (line for line in lines(tmp_path) if line["kind"] == "epoch")
@@ -113,14 +113,14 @@ def test_images_per_second_of_an_epoch_are_all_images_over_all_the_time(tmp_path
     assert second["images_per_second"] == pytest.approx(5 / (4 / 64 + 1 / 32))
     log = MetricsLog(tmp_path, step=7)
     for step in (9, 10):
-        log.write(*told(step, speed=speeds[step]))
+        log.write(*progress_at(step, speed=speeds[step]))
     log.close()
     assert lines(tmp_path)[-1]["images_per_second"] == pytest.approx(3 / (2 / 64 + 1 / 32))
 
 
 @pytest.mark.parametrize("step", [0, 4, 5, 9, 10])
 @pytest.mark.parametrize("tail", ["", '{"kind": "chunk", "epoch": 2, "st'], ids=["whole", "half-written"])
-def test_reopened_it_keeps_what_was_until_that_step_to_the_last_byte(step, tail, tmp_path):
+def test_reopening_keeps_all_lines_until_that_step_to_the_last_byte(step, tail, tmp_path):
     write(tmp_path, {2: None, 4: None, 5: 30, 7: None, 9: None, 10: 31})
     path = tmp_path / METRICS
     before = path.read_bytes().splitlines(keepends=True)
@@ -130,7 +130,7 @@ def test_reopened_it_keeps_what_was_until_that_step_to_the_last_byte(step, tail,
     kept = [line for line in before if json.loads(line)["step"] <= step]
     assert len(kept) == {0: 0, 4: 2, 5: 4, 9: 6, 10: 8}[step]
     assert path.read_bytes() == b"".join(kept)
-    log.write(*told(12))
+    log.write(*progress_at(12))
     log.sync()
     assert path.read_bytes().startswith(b"".join(kept))
     assert [line["step"] for line in lines(tmp_path)[len(kept) :]] == [12]
@@ -138,14 +138,14 @@ def test_reopened_it_keeps_what_was_until_that_step_to_the_last_byte(step, tail,
     assert [file.name for file in tmp_path.iterdir()] == [METRICS]
 
 
-def test_reopened_it_knows_the_best_of_what_it_keeps(tmp_path):
+def test_reopening_restores_the_best_of_the_lines_that_are_kept(tmp_path):
     write(tmp_path, {5: 20, 10: 30, 15: 25})
     path = tmp_path / METRICS
     for step, best, more in ((15, 0.75, 29), (14, 0.75, 30), (9, 0.5, 21), (4, None, 0)):
         before = path.read_bytes()
         log = MetricsLog(tmp_path, step=step)
         assert log.best == best
-        assert log.write(*told(20, validation=more)) == (more != 29)
+        assert log.write(*progress_at(20, validation=more)) == (more != 29)
         assert log.best == (0.75 if more == 29 else more / 40)
         log.close()
         path.write_bytes(before)
@@ -162,7 +162,7 @@ def test_a_line_in_the_middle_that_is_no_json_is_named(tmp_path):
 
 
 def events_of(path: Path) -> list:
-    """The events of a file of TensorBoard's, by its format alone.
+    """Read the events of a TensorBoard file without TensorBoard.
 
     A record is the length of its content in 8 bytes, 4 bytes of checksum, the content, and 4 bytes of checksum.
     """
@@ -186,7 +186,7 @@ def scalars(events: list) -> dict[tuple[str, int], float]:
     }
 
 
-def test_tensorboard_is_told_what_the_lines_say(tmp_path):
+def test_tensorboard_events_have_the_values_of_the_lines(tmp_path):
     write(tmp_path, {2: None, 4: None, 5: 30, 7: None}, tensorboard=True)
     (path,) = (tmp_path / EVENTS).iterdir()
     untold = {"kind", "epoch", "step", "images_per_second", "peak_memory_bytes"}
@@ -210,7 +210,7 @@ def visible(events: list) -> dict[tuple[str, int], float]:
 
 
 @pytest.mark.parametrize("step", [0, 4, 5])
-def test_gone_on_with_tensorboard_shows_what_the_lines_say(step, tmp_path):
+def test_after_resuming_tensorboard_shows_the_values_of_the_lines(step, tmp_path):
     """Also where a run is begun anew, as there was no checkpoint yet."""
     write(tmp_path, {2: None, 4: None, 5: 30, 7: None}, tensorboard=True)
     (path,) = (tmp_path / EVENTS).iterdir()

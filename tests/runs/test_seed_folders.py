@@ -22,6 +22,7 @@ from tests.conftest import IMAGE_SHAPE, make_small_dataset, write_idx_folder
 from tests.tiny_run import contents, metrics, printed
 from tests.tiny_run import options_of as tiny_options
 
+pytestmark = pytest.mark.xdist_group("seeds")  # one process, as the runs are shared
 SEEDS = (0, 1, 2)
 OPTIONS = ["--seeds", "3", "--validation", "0.2", "--ema-decay", "0.9"]  # epochs are of five steps
 
@@ -52,14 +53,14 @@ def trained(request, data, tmp_path_factory):
         return Trained(folder, printed(*options_of(data, folder)), request.param)
 
 
-def test_each_seed_has_a_run_of_its_own_and_they_are_told_together(trained):
+def test_each_seed_has_a_run_of_its_own_and_a_line_with_its_result(trained):
     accuracies = []
     for seed, line in zip(SEEDS, trained.lines[-4:-1], strict=True):
-        told = printed("evaluate", str(trained.folder / f"seed-{seed}"))[-1]
-        assert line == f"seed {seed}: {told}"
+        last = printed("evaluate", str(trained.folder / f"seed-{seed}"))[-1]
+        assert line == f"seed {seed}: {last}"
         epochs = [one for one in metrics(trained.folder / f"seed-{seed}") if one["kind"] == "epoch"]
         accuracies.append(epochs[-1]["test_accuracy"])
-        assert told.startswith(f"test accuracy {accuracies[-1]:.4f} on 23 images")
+        assert last.startswith(f"test accuracy {accuracies[-1]:.4f} on 23 images")
     mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
     assert deviation > 0
     assert trained.lines[-1] == (
@@ -107,10 +108,10 @@ def test_report_tells_of_all_in_the_folder(trained, tmp_path):
 def test_stopped_and_resumed_they_end_as_if_uninterrupted(trained, data, tmp_path, monkeypatch, capsys):
     """Stopped within the second epoch, of all seeds or of the second; then there is more or less memory than before."""
     folder = tmp_path / "stopped"
-    write, stopped = MetricsLog.write, 0 if trained.at_once == 3 else 1
+    write, stopped_seed = MetricsLog.write, 0 if trained.at_once == 3 else 1
 
     def signalling(self, progress, seed):
-        if (progress.step, seed.seed) == (7, stopped):
+        if (progress.step, seed.seed) == (7, stopped_seed):
             os.kill(os.getpid(), signal.SIGTERM)
         return write(self, progress, seed)
 
@@ -128,10 +129,10 @@ def test_stopped_and_resumed_they_end_as_if_uninterrupted(trained, data, tmp_pat
     )
     assert lines[-4:] == trained.lines[-4:]
     for seed in SEEDS:
-        ours, theirs = folder / f"seed-{seed}", trained.folder / f"seed-{seed}"
-        assert metrics(ours) == metrics(theirs)
+        stopped, uninterrupted = folder / f"seed-{seed}", trained.folder / f"seed-{seed}"
+        assert metrics(stopped) == metrics(uninterrupted)
         for name in ("model.safetensors", "best.safetensors"):
-            assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+            assert (stopped / name).read_bytes() == (uninterrupted / name).read_bytes()
     assert (folder / "seeds.json").read_text() == (trained.folder / "seeds.json").read_text()
 
 
@@ -180,9 +181,9 @@ def test_several_seeds_in_the_folder_of_one_are_refused(resume, run):
 def test_one_of_several_seeds_is_refused(resume, run):
     SeedFolders(run, SEEDS).create()
     before = contents(run.folder)
-    alone = run._replace(folder=run.folder / "seed-1")
+    of_one_seed = run._replace(folder=run.folder / "seed-1")
     with pytest.raises(UsageError, match=r"runs/seed-1 is one of the runs in .*runs; expected that as --run-dir\."):
-        SeedFolders(alone, (1,)).check(resume=resume)
+        SeedFolders(of_one_seed, (1,)).check(resume=resume)
     assert contents(run.folder) == before
 
 

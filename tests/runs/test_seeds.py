@@ -1,4 +1,4 @@
-"""Training from several seeds: each is what it would be alone, side by side or in groups."""
+"""Training from several seeds, side by side or in groups: the same as training from each alone."""
 
 import dataclasses
 
@@ -13,6 +13,7 @@ from capsnet_jax.runs.seeds import groups_of_seeds
 from capsnet_jax.train.loop import Trainer, fit
 from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset
 
+pytestmark = pytest.mark.xdist_group("seeds")  # one process, as one training is shared
 CONFIG = TrainingConfig(epochs=2, batch_size=8, learning_rate=0.003)
 AUGMENT = ("shift=0.2",)
 
@@ -31,13 +32,13 @@ def losses(progress, index: int) -> list[float]:
 
 
 def answers(seed) -> tuple | None:
-    """All that an evaluation counts; activations differ by rounding errors."""
+    """All counts of an evaluation; activations differ by rounding errors."""
     return None if seed.test is None else seed.test[:6]
 
 
 @pytest.fixture(scope="module")
 def together():
-    """Three seeds side by side: the trainer, and what it told."""
+    """Three seeds side by side: the trainer, and its progress."""
     trainer = new_trainer(seeds=(0, 1, 2))
     return trainer, list(trainer.run())
 
@@ -57,7 +58,7 @@ def test_seeds_side_by_side_equal_runs_of_their_own(together):
     assert losses(progress, 0) != losses(progress, 1)
 
 
-def test_what_is_told_of_all_is_the_mean(together):
+def test_progress_over_all_seeds_is_the_mean(together):
     _, progress = together
     last = progress[-1]
     assert last.losses["total"] == pytest.approx(np.mean([seed.epoch["total"] for seed in last.seeds]))
