@@ -1,10 +1,12 @@
 """Figures: functions of arrays that return a matplotlib Figure, without a window."""
 
-from capsnet_jax.figures.comparison import comparison_figure
-from capsnet_jax.figures.confusion import confusion_figure
-from capsnet_jax.figures.files import save_figure
-from capsnet_jax.figures.learning_curves import Curves, learning_curves_figure
-from capsnet_jax.figures.reconstructions import reconstructions_figure
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from capsnet_jax.errors import UsageError
+from capsnet_jax.figures.curves import Curves, comparison_figure, learning_curves_figure
+from capsnet_jax.figures.images import confusion_figure, reconstructions_figure
 
 __all__ = [
     "Curves",
@@ -14,3 +16,16 @@ __all__ = [
     "reconstructions_figure",
     "save_figure",
 ]
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Save a figure in the format of the file name, such as .png, .pdf or .svg.
+
+    Raises:
+        UsageError: The file cannot be written, or its ending is not that of a picture.
+    """
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"The picture {path} cannot be written: {reason}") from error
