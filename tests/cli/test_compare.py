@@ -296,7 +296,7 @@ def test_a_folder_of_another_comparison_is_refused_and_left_alone(whole, data_di
     before = contents(whole)
     assert run(data_dir, whole, "--seeds", "2", "--learning-rate", "0.5") == 2
     error = capsys.readouterr().err
-    assert "learning_rate was 0.2 and is 0.5; seeds was 3 and is 2." in error
+    assert "learning_rate was 0.2 and is 0.5; seeds was 3 and is 2; expected a new --output" in error
     assert error.count("\n") == 1
     assert contents(whole) == before
     broken = shutil.copytree(whole, tmp_path / "broken")
