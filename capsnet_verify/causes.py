@@ -1,17 +1,17 @@
-"""What usually makes two implementations part where they did: by the numbers if they tell, or by the place."""
+"""The most likely cause of a difference: from the numbers if they show one, or else from where it comes first."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from jaxtyping import Shaped
 
 Array = Shaped[np.ndarray, "..."]
 
-CLOSE = 1e-5  # of the largest value: rounding errors of float32 are smaller
-VISIBLE = 1e-3  # mistakes other than of precision are larger
+CLOSE = 1e-5  # of the largest value; rounding errors of float32 are smaller
+VISIBLE = 1e-3  # mistakes other than a lack of precision are larger
 
-# By the first words of a check. What is computed before it agrees.
+# By the first words of the first check that differs; everything before it agrees.
 PLACES = {
     "weight": "weights of another training step or precision, or an entry that was changed",
     "poses with running means": "the running means of batch normalisation, or a layer that stays in training mode",
@@ -34,103 +34,67 @@ PLACES = {
 
 
 def usual_cause(name: str) -> str:
-    """What usually makes a check the first that differs, in words."""
+    """The usual cause if this check is the first that differs."""
     return next(words for place, words in PLACES.items() if name.startswith(place))
 
 
 def cause(name: str, actual: Array, expected: Array) -> str:
-    """The same, or what the numbers tell if they do.
+    """The cause that the numbers show, or else the usual one.
 
     Args:
         name: of the check.
-        actual: what JAX computed.
-        expected: what PyTorch computed.
+        actual: computed by JAX.
+        expected: computed by PyTorch.
     """
     if actual.shape != expected.shape:
         return "another order of axes, or other sizes"
     if not (np.isfinite(actual).all() and np.isfinite(expected).all()):
         return "a quotient, root or logarithm at zero, or an overflow"
     if _off_by(actual, expected) < VISIBLE:
-        if name.startswith("weight"):  # of which nothing is computed
+        if name.startswith("weight"):  # not computed from anything
             return usual_cause(name)
         return f"an epsilon, or less precision somewhere in between; otherwise {usual_cause(name)}"
-    found = (sign(name, actual, expected) for sign in SIGNS)
-    return next(filter(None, found), usual_cause(name))
+    return next(_shown(name, actual, expected), usual_cause(name))
+
+
+def mixed_up(name: str, expected: Array, weights: Mapping[str, Array]) -> str | None:
+    """The cause of a difference in a weight that equals another weight of the JAX side, if it does."""
+    own = name.removeprefix("weight ")
+    for other, array in weights.items():
+        if other != own and name != own and np.array_equal(array, expected):
+            return f"entries mixed up: {own} of PyTorch is {other} of JAX"
+    return None
 
 
 def _off_by(actual: Array, expected: Array) -> float:
     return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), np.finfo(float).tiny))
 
 
-def _even_couplings(name: str, actual: Array, expected: Array) -> str | None:
-    if not name.startswith("couplings"):
-        return None
-    for side, couplings in (("JAX", actual), ("PyTorch", expected)):
-        if np.ptp(couplings) < CLOSE:
-            return f"routing that does nothing in {side}: its couplings are all the same"
-    return None
-
-
-def _softmax_axis(name: str, actual: Array, expected: Array) -> str | None:
-    if not name.startswith("couplings"):
-        return None
-    sums = {
-        side: [np.ptp(couplings.sum(axis)) < CLOSE * couplings.sum(axis).max() for axis in (-2, -1)]
-        for side, couplings in (("JAX", actual), ("PyTorch", expected))
-    }
-    for side, (over_inputs, over_outputs) in sums.items():
-        if over_inputs and not over_outputs:
-            return f"the softmax axis: couplings of {side} sum to one over input capsules, not over output capsules"
-    return None
-
-
-def _same_for_all(name: str, actual: Array, expected: Array) -> str | None:
-    if expected.ndim < 2 or len(expected) < 2 or name.startswith(("weight", "gradient")):
-        return None
-    alike = [np.ptp(array, axis=0).max() < CLOSE * np.abs(array).max() for array in (actual, expected)]
-    if alike[0] == alike[1]:
-        return None
-    return f"something averaged over the batch in {'JAX' if alike[0] else 'PyTorch'}: all examples are the same"
-
-
-def _factor(name: str, actual: Array, expected: Array) -> str | None:
-    if expected.size < 2:
-        return None
-    factor = float((actual * expected).sum() / max((expected * expected).sum(), np.finfo(float).tiny))
-    if abs(factor) < CLOSE or _off_by(actual, factor * expected) > CLOSE:
-        return None
-    return f"a factor: JAX has {factor:.6g} times the values of PyTorch, so a scale, or a mean in place of a sum"
-
-
-def _other_axes(name: str, actual: Array, expected: Array) -> str | None:
+def _shown(name: str, actual: Array, expected: Array) -> Iterator[str]:
+    """The causes that the numbers show, the surest first."""
+    sides = {"JAX": actual, "PyTorch": expected}
+    if name.startswith("couplings"):
+        for side, couplings in sides.items():
+            if np.ptp(couplings) < CLOSE:
+                yield f"routing that does nothing in {side}: its couplings are all the same"
+        for side, couplings in sides.items():
+            sums = [couplings.sum(axis) for axis in (-2, -1)]
+            over_inputs, over_outputs = (np.ptp(total) < CLOSE * total.max() for total in sums)
+            if over_inputs and not over_outputs:
+                yield f"the softmax axis: couplings of {side} sum to one over input capsules, not over output capsules"
+    if expected.ndim > 1 and len(expected) > 1 and not name.startswith(("weight", "gradient")):
+        same = {side: np.ptp(array, axis=0).max() < CLOSE * np.abs(array).max() for side, array in sides.items()}
+        if same["JAX"] != same["PyTorch"]:
+            side = "JAX" if same["JAX"] else "PyTorch"
+            yield f"something averaged over the batch in {side}: all examples are the same"
     for axes in itertools.permutations(range(expected.ndim)):
-        same_shape = tuple(expected.shape[axis] for axis in axes) == actual.shape
-        if same_shape and list(axes) != sorted(axes) and _off_by(actual, expected.transpose(axes)) < CLOSE:
-            return f"transposed: JAX has the axes of PyTorch in the order {', '.join(map(str, axes))}"
-    return None
-
-
-def _other_order(name: str, actual: Array, expected: Array) -> str | None:
-    if expected.size < 2 or _off_by(np.sort(actual, axis=None), np.sort(expected, axis=None)) > CLOSE:
-        return None
-    return "axis order: both have the same numbers, in another order, as after a reshape that takes axes apart wrongly"
-
-
-SIGNS: tuple[Callable[[str, Array, Array], str | None], ...] = (
-    _even_couplings,
-    _softmax_axis,
-    _same_for_all,
-    _other_axes,
-    _other_order,
-    _factor,
-)
-"""What the numbers tell, the surest first."""
-
-
-def mixed_up(name: str, expected: Array, others: Mapping[str, Array]) -> str | None:
-    """Which other weight of JAX this one of PyTorch is, if it is one."""
-    own = name.removeprefix("weight ")
-    for other, array in others.items():
-        if other != own and name != own and np.array_equal(array, expected):
-            return f"entries mixed up: {own} of PyTorch is {other} of JAX"
-    return None
+        transposed = expected.transpose(axes)
+        if list(axes) != sorted(axes) and transposed.shape == actual.shape and _off_by(actual, transposed) < CLOSE:
+            yield f"transposed: JAX has the axes of PyTorch in the order {', '.join(map(str, axes))}"
+    if expected.size < 2:
+        return
+    if _off_by(np.sort(actual, axis=None), np.sort(expected, axis=None)) <= CLOSE:
+        yield "axis order: both have the same numbers, in another order, as after a wrong reshape"
+    factor = float((actual * expected).sum() / max((expected * expected).sum(), np.finfo(float).tiny))
+    if abs(factor) >= CLOSE and _off_by(actual, factor * expected) <= CLOSE:
+        yield f"a factor: JAX has {factor:.6g} times the values of PyTorch, so a scale, or a mean in place of a sum"

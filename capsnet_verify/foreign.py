@@ -15,16 +15,15 @@ from capsnet_jax.errors import UsageError
 from capsnet_jax.interchange.weights import from_torch, to_torch, weight_table
 from capsnet_verify.causes import cause, usual_cause
 from capsnet_verify.checks import AGREES, DIFFERS, Check, compare, tolerance_of
-from capsnet_verify.devices import both_on
 from capsnet_verify.foreign_module import ForeignModule
 from capsnet_verify.heat import Heat, heat
 from capsnet_verify.map_mistakes import mended
-from capsnet_verify.pair import Pair
+from capsnet_verify.pair import Pair, both_on, new_pair
 from capsnet_verify.proposal import propose_map, propose_outputs
-from capsnet_verify.subjects import Subject
+from capsnet_verify.subjects import Settings, Subject
 from capsnet_verify.torch_module import default_dtype
 from capsnet_verify.values import AT_REST, in_jax, in_torch
-from capsnet_verify.verification import Settings, Verification, pair_of
+from capsnet_verify.verification import Verification
 from capsnet_verify.weight_map import WeightMap
 
 Array = Shaped[np.ndarray, "..."]
@@ -105,7 +104,7 @@ def _new_pair(subject: Subject, settings: Settings, *, decoder: bool) -> Pair:
     else:
         model = replace(model, decoder_hidden=None)
     config = replace(run.config, model=model, training=training)
-    return pair_of(run._replace(config=config), settings)
+    return new_pair(subject._replace(run=run._replace(config=config), state=None), settings)
 
 
 def _heat(foreign: ForeignModule, heats: Sequence[Heat]) -> None:

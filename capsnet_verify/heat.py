@@ -1,7 +1,7 @@
-"""Capsules made long enough for routing to matter, so that a check can see it.
+"""Scale capsules so long that routing matters, or else no check could see it.
 
-As the reference model is drawn, its class capsules are 4e-4 long: couplings differ from uniform ones by less than any
-tolerance, and a model with no routing at all would agree.
+With its initial weights, the reference model has class capsules of length 4e-4. Couplings differ from even ones by less
+than any tolerance, and a model without any routing would agree.
 """
 
 from typing import NamedTuple
@@ -19,18 +19,18 @@ from capsnet_jax.nn.layers import CapsuleLayer
 from capsnet_verify.pair import Pair
 from capsnet_verify.values import QUICKLY_COMPILED
 
-ACTIVE = (0.1, 0.9)  # between these, the mean activation of a hot layer
-UNEVEN = 0.2  # at least so far is one coupling of a hot layer from the mean of its input capsule
-LARGEST = 30  # power of two that weights are multiplied by, up or down
+ACTIVE = (0.1, 0.9)  # range of the mean activation of a hot layer
+UNEVEN = 0.2  # smallest deviation of a hot layer's most uneven coupling from the mean of its input capsule
+LARGEST = 30  # exponent of the largest factor 2^n of a weight, and of the smallest, 2^-n
 
 
 class Heat(NamedTuple):
-    """How hot a layer is.
+    """How a capsule layer was scaled.
 
     Attributes:
-        factor: that its weight was multiplied by, a power of two, which leaves every mantissa as it is.
-        activation: the mean one of its capsules.
-        unevenness: the largest |c / mean - 1| of a coupling c to the mean over outputs of that input capsule.
+        factor: of its weight; a power of two, which leaves every mantissa as it is.
+        activation: mean activation of its capsules.
+        unevenness: the largest |c / mean - 1| of a coupling c, with the mean over outputs for its input capsule.
     """
 
     factor: float
@@ -49,20 +49,20 @@ class Heat(NamedTuple):
 
 
 def heat(pair: Pair) -> list[Heat]:
-    """Multiplies the weight of each capsule layer by the power of two next to 1 that makes the layer hot, if any does.
+    """Scale the weight of each capsule layer, on both sides, by the power of two next to 1 that makes the layer hot.
 
     Returns:
-        How hot each layer is then. Where no factor makes it hot, it is the one with the most uneven couplings.
+        The scaling of each layer. A layer that no factor makes hot gets the one with the most uneven couplings.
     """
-    model, twin = pair.jax_model, pair.torch_model.encoder
+    model, encoder = pair.jax_model, pair.torch_model.encoder
     graphdef, state = nnx.split(model)
 
     def primary_capsules(state: nnx.State) -> Capsules:
-        encoder = nnx.merge(graphdef, state, copy=True)
-        return encoder.primary_capsules(encoder.stem(pair.images))
+        model = nnx.merge(graphdef, state, copy=True)
+        return model.primary_capsules(model.stem(pair.images))
 
     capsules = jax.jit(primary_capsules, compiler_options=QUICKLY_COMPILED)(state)
-    torch_layers = [*twin.hidden_capsules, twin.primary2digit_capsules]
+    torch_layers = [*encoder.hidden_capsules, encoder.primary2digit_capsules]
     heats = []
     for layer, torch_layer in zip(model.capsule_layers, torch_layers, strict=True):
         found, capsules = _hottest(layer, capsules)
@@ -75,7 +75,7 @@ def heat(pair: Pair) -> list[Heat]:
 
 
 def _hottest(layer: CapsuleLayer | ConvCapsules, capsules: Capsules) -> tuple[Heat, Capsules]:
-    """How hot the layer is at the best factor, and its capsules then."""
+    """The best scaling of a layer, and its capsules then."""
     graphdef, state = nnx.split(layer)
 
     def measure(state: nnx.State, capsules: Capsules, factor: jax.Array) -> tuple[jax.Array, jax.Array, Capsules]:
@@ -83,10 +83,9 @@ def _hottest(layer: CapsuleLayer | ConvCapsules, capsules: Capsules) -> tuple[He
         scaled.weight[...] *= factor.astype(scaled.weight.dtype)
         routed = scaled.route(capsules)
         means = reduce(routed.couplings, "... i o -> ... i 1", "mean")
-        flat = Capsules(
-            rearrange(routed.poses, "b ... h -> b (...) h"), rearrange(routed.activations, "b ... -> b (...)")
-        )
-        return routed.activations.mean(), jnp.abs(routed.couplings / means - 1).max(), flat
+        poses, activations = rearrange(routed.poses, "b ... h -> b (...) h"), routed.activations
+        above = Capsules(poses, rearrange(activations, "b ... -> b (...)"))
+        return activations.mean(), jnp.abs(routed.couplings / means - 1).max(), above
 
     compiled = jax.jit(measure, compiler_options=QUICKLY_COMPILED)
     found = []

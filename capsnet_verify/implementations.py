@@ -1,7 +1,7 @@
 """The implementations that `auto` may choose for a model, and batches at which each of them is chosen."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -9,13 +9,13 @@ from unittest import mock
 import jax
 
 from capsnet_jax.nn.model import CapsNet
+from capsnet_verify.pair import FEWEST_IMAGES
 
-FIRST = 3  # images: fewer would not tell an example from another, or from the mean of both
-SIZES = (*range(FIRST, 65), 128, 256, 1, 2)
+SIZES = (*range(FEWEST_IMAGES, 65), 128, 256, 1, 2)
 """Batch sizes at which an implementation may first be chosen, the preferred ones first."""
 FAST = ("fourier", "fused")
 PLATFORMS = ("cpu", "gpu")
-MOST_PRODUCTS = 2e8  # in XLA's own convolutions, which take a CPU 15 seconds for as many, gradients included
+MOST_PRODUCTS = 2e8  # in XLA's own convolutions; a CPU takes 15 seconds for as many, gradients included
 
 Layer = tuple[str, str]
 """Name of a layer and of its implementation."""
@@ -26,8 +26,8 @@ class Batch(NamedTuple):
 
     Attributes:
         size: number of images.
-        implementations: of each layer, by name.
-        platform: whose implementations they are, if not those of the platform that computes.
+        implementations: name of the implementation of each layer.
+        platform: the platform that would choose these implementations, if another than the one that computes.
     """
 
     size: int
@@ -39,11 +39,11 @@ class Batch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What to compare.
+    """The batches to compare.
 
     Attributes:
-        batches: at which all values and gradients are; the first is the one that all others are told from.
-        unproved: layers and implementations that `auto` may choose, and no batch has.
+        batches: those whose values and gradients are compared.
+        unproved: layers and implementations that `auto` may choose, and that no batch has.
     """
 
     batches: Sequence[Batch]
@@ -51,9 +51,9 @@ class Plan(NamedTuple):
 
     @property
     def for_training(self) -> Batch:
-        """The batch with the most of the fast implementations, of those as on this platform."""
-        ours = [batch for batch in self.batches if batch.platform is None]
-        return max(ours, key=lambda batch: sum(name in FAST for name in batch.implementations.values()))
+        """The batch with the most fast implementations, among those of this platform."""
+        here = [batch for batch in self.batches if batch.platform is None]
+        return max(here, key=lambda batch: sum(name in FAST for name in batch.implementations.values()))
 
     def new(self, batch: Batch) -> list[Layer]:
         """The layers and implementations that no earlier batch has."""
@@ -62,14 +62,14 @@ class Plan(NamedTuple):
         return [layer for layer in batch.implementations.items() if layer not in seen]
 
 
-def plan(model: CapsNet, platform: str, *, only: int | None = None, training_size: int = FIRST) -> Plan:
-    """Finds a few small batches among whose implementations is each that `auto` may choose, on every platform.
+def plan(model: CapsNet, platform: str, *, only: int | None = None, training_size: int = FEWEST_IMAGES) -> Plan:
+    """Find a few small batches that together use every implementation that `auto` may choose, on every platform.
 
     Args:
         model: its weights may be abstract.
         platform: where both sides compute, "cpu" or "gpu".
-        only: size of the one batch that is compared.
-        training_size: of the batches that the model is trained with.
+        only: size of the one batch to compare.
+        training_size: batch size with which the model is trained.
     """
     possible = {
         each: [
@@ -79,8 +79,9 @@ def plan(model: CapsNet, platform: str, *, only: int | None = None, training_siz
         for each in sorted(PLATFORMS, key=lambda name: name != platform)
     }
     every = dict.fromkeys(layer for of in possible.values() for batch in of for layer in batch.implementations.items())
-    first = Batch(only or FIRST, implementations(model, only or FIRST, platform))
-    batches, missing = [first], every.keys() - first.implementations.items()
+    size = only or FEWEST_IMAGES
+    batches = [Batch(size, implementations(model, size, platform))]
+    missing = every.keys() - batches[0].implementations.items()
 
     def num_new(batch: Batch) -> int:
         return len(missing & batch.implementations.items())
@@ -106,12 +107,12 @@ def implementations(model: CapsNet, batch_size: int, platform: str) -> dict[str,
 
 @contextmanager
 def as_on(platform: str | None) -> Iterator[None]:
-    """What is traced has the implementations of this platform, wherever it is computed then; None leaves all as is."""
+    """Trace functions with the implementations of a platform, wherever they run; None changes nothing."""
     if platform is None:
         yield
         return
 
-    def choose(*operands: Any, default: Callable[..., Any], **branches: Callable[..., Any]) -> Any:
+    def choose(*operands: Any, default: Any, **branches: Any) -> Any:
         return branches.get(platform, default)(*operands)
 
     with mock.patch.object(jax.lax, "platform_dependent", choose):
@@ -119,7 +120,7 @@ def as_on(platform: str | None) -> Iterator[None]:
 
 
 def _is_affordable(model: CapsNet, batch: Batch) -> bool:
-    """Whether XLA's own convolutions, if they are to be computed on a CPU, take seconds, and not minutes."""
+    """Whether a CPU computes XLA's own convolutions, if the batch needs them, in seconds and not in minutes."""
     if batch.platform in (None, "cpu"):
         return True
     shape, products = (batch.size, *model.config.image_shape), 0

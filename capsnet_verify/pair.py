@@ -1,27 +1,31 @@
 """A JAX model and its twin on shared weights and a shared batch."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 import capsnet_jax
 import capsnet_torch
-from capsnet_jax.config import ModelConfig, TrainingConfig
 from capsnet_jax.errors import UsageError, in_words
 from capsnet_jax.interchange.weights import from_torch, to_torch, weight_table
 from capsnet_jax.routing import get_routing
 from capsnet_torch.routing import ROUTINGS
+from capsnet_verify.subjects import Settings, Subject
+
+FEWEST_IMAGES = 3  # with fewer, an example cannot be told from another and from the mean of both
 
 
 class Pair(NamedTuple):
-    """Two models of the same weights, the same batch for each of them, and what they are to minimise.
+    """Two models with the same weights, a batch, and the loss that they minimize.
 
     Attributes:
         jax_model: of `dtype`; in bfloat16 its weights are float32, and the operands of its products bfloat16.
@@ -29,7 +33,7 @@ class Pair(NamedTuple):
         images: in [0, 1].
         labels: class indices, one or several for each image.
         dtype: float64, float32 or bfloat16.
-        loss: options of `compute_losses` of both sides.
+        loss: options of `compute_losses` on both sides.
     """
 
     jax_model: capsnet_jax.CapsNet
@@ -45,91 +49,75 @@ class Pair(NamedTuple):
         return to_channels_first(self.images), torch.tensor(np.asarray(self.labels)).long()
 
 
-def new_pair(
-    dtype: str,
-    model: ModelConfig,
-    training: TrainingConfig,
-    *,
-    labels_per_image: int = 1,
-    batch_size: int = 3,
-    seed: int = 1,
-    state: Mapping[str, Shaped[np.ndarray, "..."]] | None = None,
-    torch_state: Mapping[str, Shaped[np.ndarray, "..."]] | None = None,
-    torch_routing: str | Callable[..., Any] | None = None,
-) -> Pair:
-    """Both sides of a model, in training mode, and a batch of random images and labels.
-
-    Args:
-        dtype: float64, which needs `jax.enable_x64`, float32 or bfloat16.
-        model: its sizes.
-        training: what of it decides the loss.
-        labels_per_image: number of classes that an image shows.
-        batch_size: number of images.
-        seed: of the weights and the batch.
-        state: weights, under the twin's names; by default they are drawn as PyTorch does.
-        torch_state: those of the twin, if they are to be others.
-        torch_routing: that of the twin, if it is another; a name in its registry or a function.
+@contextmanager
+def both_on(device: str, dtype: str) -> Iterator[None]:
+    """Make both frameworks compute on a device, "cpu" or "gpu", in this dtype and without TF32.
 
     Raises:
-        UsageError: sizes do not fit, weights are not those of the model, or the sides have not the same weights.
+        UsageError: there is no GPU that both can use.
     """
-    image_shape, num_classes = model.image_shape, model.num_classes
-    param_dtype = "float64" if dtype == "float64" else "float32"
-    # Without drawing its weights, for which JAX would compile a program for each shape.
-    jax_model = nnx.eval_shape(
-        lambda: capsnet_jax.CapsNet.from_config(model, param_dtype=param_dtype, rngs=nnx.Rngs(seed))
-    )
-    options = dict(vars(model))
-    if torch_routing is not None:
-        options["routing"] = torch_routing
-    elif get_routing(model.routing).name not in ROUTINGS:
-        raise UsageError(f"Routing {model.routing} has no twin in PyTorch; expected --jax-routing and --torch-routing.")
-    rng = np.random.default_rng(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        torch_model = capsnet_torch.CapsNet.from_config(options)
-    torch_model = torch_model.to(getattr(torch, param_dtype))
-    if torch_routing is not None:
-        _try(torch_model, rng.random((2, *image_shape)).astype(param_dtype))
-    # A copy, as JAX may read an array of NumPy long after it was given. Running counts of batches are read by nothing.
+    if device == "gpu" and not (jax.default_backend() == "gpu" and torch.cuda.is_available()):
+        raise UsageError("There is no GPU that both JAX and PyTorch can use; expected --device cpu.")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    with (
+        torch.device("cuda" if device == "gpu" else "cpu"),
+        jax.default_device(jax.devices(device)[0]),
+        jax.default_matmul_precision("highest"),
+        jax.enable_x64(dtype == "float64"),
+    ):
+        yield
+
+
+def new_pair(subject: Subject, settings: Settings) -> Pair:
+    """Create both sides of a model, in training mode, and a batch of random images and labels.
+
+    Args:
+        subject: without weights, they are drawn as PyTorch does.
+        settings: a dtype of float64 needs `jax.enable_x64`.
+
+    Raises:
+        UsageError: sizes do not fit, weights are not the model's, or the two sides have different weights.
+    """
+    config, training = subject.run.config.model, subject.run.config.training
+    dtype = "float64" if settings.dtype == "float64" else "float32"
+    rng = np.random.default_rng(settings.seed)
+    torch_model = _new_twin(subject, settings, dtype, rng)
+    # Abstract, as JAX would compile a program for each shape of the weights that it draws.
+    jax_model = nnx.eval_shape(lambda: capsnet_jax.CapsNet.from_config(config, param_dtype=dtype, rngs=nnx.Rngs(0)))
+    # Copies, as JAX may read an array of NumPy late. Nothing reads counts of batches.
     drawn = {
         name: np.array(tensor.numpy(force=True))
         for name, tensor in torch_model.state_dict().items()
         if "num_batches" not in name
     }
     _check_same_names([row.name for row in weight_table(jax_model)], drawn)
-    if state is None:
-        state = {name: _shaken(name, array, rng) for name, array in drawn.items()}
-    if torch_state is not None:
+    state = subject.state or {name: _shaken(name, array, rng) for name, array in drawn.items()}
+    if settings.torch_state is not None:
         try:
-            from_torch(nnx.clone(jax_model), torch_state)  # refuses what is not of this model
+            from_torch(nnx.clone(jax_model), settings.torch_state)  # refuses weights of another model
         except UsageError as error:
             raise UsageError(f"Of the PyTorch side: {error}") from error
     from_torch(jax_model, state)
-    weights = to_torch(jax_model) if torch_state is None else torch_state
+    weights = to_torch(jax_model) if settings.torch_state is None else settings.torch_state
     torch_model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()}, strict=False)
     jax_model.train()
     torch_model.train()
-    return Pair(
-        jax_model,
-        torch_model,
-        *_draw_batch(rng, (batch_size, *image_shape), param_dtype, num_classes, labels_per_image),
-        dtype,
-        {
-            "reconstruction_weight": training.reconstruction_weight if model.decoder_hidden else 0.0,
-            "reconstruction_error": training.reconstruction_error,
-            "loss": training.loss,
-        },
-    )
+    loss = {
+        "reconstruction_weight": training.reconstruction_weight if config.decoder_hidden else 0.0,
+        "reconstruction_error": training.reconstruction_error,
+        "loss": training.loss,
+    }
+    size = settings.batch_size or FEWEST_IMAGES
+    batch = _draw_batch(rng, size, jax_model, subject.run.labels_per_image, dtype)
+    return Pair(jax_model, torch_model, *batch, settings.dtype, loss)
 
 
 def with_batch(pair: Pair, size: int, *, seed: int) -> Pair:
-    """The same models with a batch of another size, of random images and labels; with their own if it has that size."""
+    """The same models with a batch of random images and labels; with their own, if it has that size."""
     if size == len(pair.images):
         return pair
-    num_classes, labels_per_image = pair.jax_model.config.num_classes, pair.labels[0].size
-    shape, rng = (size, *pair.images.shape[1:]), np.random.default_rng((seed, size))
-    images, labels = _draw_batch(rng, shape, pair.images.dtype, num_classes, labels_per_image)
+    rng, labels_per_image = np.random.default_rng((seed, size)), pair.labels[0].size
+    images, labels = _draw_batch(rng, size, pair.jax_model, labels_per_image, pair.images.dtype)
     return pair._replace(images=images, labels=labels)
 
 
@@ -139,34 +127,45 @@ def to_channels_first(images: Any) -> torch.Tensor:
 
 
 def _draw_batch(
-    rng: np.random.Generator, shape: tuple[int, ...], dtype: DTypeLike, num_classes: int, labels_per_image: int
+    rng: np.random.Generator, size: int, model: capsnet_jax.CapsNet, labels_per_image: int, dtype: DTypeLike
 ) -> tuple[Float[Array, "b height width channels"], Int[Array, "b *classes"]]:
-    images = jnp.asarray(rng.random(shape), dtype)
-    labels = np.stack([rng.permutation(num_classes)[:labels_per_image] for _ in images])
+    images = jnp.asarray(rng.random((size, *model.config.image_shape)), dtype)
+    labels = np.stack([rng.permutation(model.config.num_classes)[:labels_per_image] for _ in range(size)])
     return images, jnp.asarray(labels if labels_per_image > 1 else labels[:, 0], "int32")
 
 
+def _new_twin(subject: Subject, settings: Settings, dtype: str, rng: np.random.Generator) -> capsnet_torch.CapsNet:
+    config, options = subject.run.config.model, dict(vars(subject.run.config.model))
+    if settings.torch_routing is not None:
+        options["routing"] = settings.torch_routing
+    elif get_routing(config.routing).name not in ROUTINGS:
+        raise UsageError(f"Routing {config.routing} has no twin in PyTorch; expected --torch-routing, too.")
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        model = capsnet_torch.CapsNet.from_config(options)
+    model = model.to(getattr(torch, dtype))
+    if settings.torch_routing is not None:  # perhaps the user's own, which may raise anything, forward or backward
+        images = rng.random((2, *config.image_shape)).astype(dtype)
+        try:
+            capsules = model.encode(to_channels_first(images))
+            (capsules.poses.sum() + capsules.activations.sum()).backward()
+        except Exception as error:
+            raise UsageError(f"The routing of the PyTorch side raises {in_words(error)}.") from error
+        model.zero_grad()
+    return model
+
+
 def _shaken(name: str, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A weight with noise, if it starts from a constant, often zero, which would hide what is wrong with it."""
+    """A weight with noise if it starts constant, often zero, which would hide mistakes with it."""
     if ".routing_weights." in name:
         return array + 0.5 * rng.normal(size=array.shape).astype(array.dtype)
-    if np.ndim(array) and np.ptp(array) == 0:  # of batch normalisation
+    if np.ndim(array) and np.ptp(array) == 0:  # of batch normalization
         return array + rng.uniform(-0.3, 0.3, array.shape).astype(array.dtype)
     return array
 
 
-def _try(model: capsnet_torch.CapsNet, images: Float[np.ndarray, "b height width channels"]) -> None:
-    """A dry run forward and backward, as the routing may be the user's own and raise anything."""
-    try:
-        capsules = model.encode(to_channels_first(images))
-        (capsules.poses.sum() + capsules.activations.sum()).backward()
-    except Exception as error:
-        raise UsageError(f"The routing of the PyTorch side raises {in_words(error)}.") from error
-    model.zero_grad()
-
-
-def _check_same_names(ours: Collection[str], theirs: Collection[str]) -> None:
-    missing, unknown = sorted(set(theirs) - set(ours)), sorted(set(ours) - set(theirs))
+def _check_same_names(in_jax: Collection[str], in_torch: Collection[str]) -> None:
+    missing, unknown = sorted(set(in_torch) - set(in_jax)), sorted(set(in_jax) - set(in_torch))
     if missing or unknown:
         raise UsageError(
             f"The sides have not the same weights: PyTorch has {', '.join(missing) or 'none'} beyond those of JAX, "

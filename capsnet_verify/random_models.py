@@ -8,7 +8,7 @@ import numpy as np
 from capsnet_jax.config import ModelConfig, TrainingConfig
 from capsnet_jax.errors import UsageError
 from capsnet_jax.routing import ROUTINGS
-from capsnet_verify.subjects import TELLING_OPTIONS, Subject, of_model
+from capsnet_verify.subjects import EVERY_TERM, Subject, of_model
 
 
 def random_subject(seed: int) -> Subject:
@@ -18,9 +18,10 @@ def random_subject(seed: int) -> Subject:
         image_shape = (*_integers(rng, (9, 21), (9, 21)), int(rng.integers(1, 4)))
         model = _random_model(rng)
         num_classes, labels_per_image = _integers(rng, (2, 7), (1, 3))
-        if _fits(image_shape, model) and _gradients_pass(model, num_classes):
+        model = replace(model, image_shape=image_shape, num_classes=num_classes)
+        if _fits(model) and _gradients_pass(model):
             break
-    subject = of_model(f"random model {seed}", model, image_shape, num_classes, labels_per_image)
+    subject = of_model(f"random model {seed}", model, labels_per_image=labels_per_image)
     training = TrainingConfig(
         loss="margin" if labels_per_image > 1 else _choice(rng, "margin", "spread"),
         reconstruction_weight=_choice(rng, 0.5, 10.0),
@@ -39,8 +40,9 @@ def _random_model(rng: np.random.Generator) -> ModelConfig:
     groups, dim = int(rng.integers(2, 5)), pose_size()
     routing = _choice(rng, *ROUTINGS)
     if _chance(rng, 0.5):
-        routing = TELLING_OPTIONS.get(routing, routing)
-    # At first all outputs of variational routing are active alike, but for rounding errors, by which it then divides.
+        routing = EVERY_TERM.get(routing, routing)
+    # In the first iteration of variational routing all outputs are active alike, but for rounding errors, by which it
+    # then divides.
     fewest_iterations = 2 if routing.startswith("variational") else 1
     stem_channels, stem_kernel, stem_stride = _integers(rng, (3, 12), (1, 5), (1, 3))
     primary_kernel, primary_stride = _integers(rng, (1, 5), (1, 3))
@@ -75,26 +77,27 @@ def _random_model(rng: np.random.Generator) -> ModelConfig:
     )
 
 
-def _fits(image_shape: tuple[int, int, int], model: ModelConfig) -> bool:
+def _fits(model: ModelConfig) -> bool:
     try:
-        _ = replace(model, image_shape=image_shape).primary_grid
+        _ = model.primary_grid
     except UsageError:
         return False
     return True
 
 
-def _gradients_pass(model: ModelConfig, num_classes: int) -> bool:
-    """Whether layer normalisation is of more than two values, as of two it leaves signs alone, and no gradient."""
+def _gradients_pass(model: ModelConfig) -> bool:
+    """Whether every layer normalization is over more than two values: of two it keeps the signs alone, no gradient."""
     layers = [*((types, dim) for types, dim, *_ in model.conv_capsules), *model.hidden_capsules]
-    if str(model.routing).startswith("inverted_attention"):  # of each pose
-        return min(dim for _, dim in [*layers, (num_classes, model.class_dim)]) > 2
+    layers.append((model.num_classes, model.class_dim))
+    if str(model.routing).startswith("inverted_attention"):  # over each pose
+        return min(dim for _, dim in layers) > 2
     if str(model.routing).startswith("variational"):  # over all capsules
-        return min(number for number, _ in [*layers, (num_classes, model.class_dim)]) > 2
+        return min(number for number, _ in layers) > 2
     return True
 
 
 def _integers(rng: np.random.Generator, *ranges: tuple[int, int]) -> Any:
-    """An integer of each range, of which the end is not one."""
+    """An integer of each range, whose end is excluded."""
     return tuple(int(rng.integers(*ends)) for ends in ranges)
 
 

@@ -1,4 +1,4 @@
-"""What was verified, in tables and a plain sentence, and as JSON."""
+"""Verifications as tables with a sentence, and as JSON."""
 
 import math
 from collections.abc import Sequence
@@ -10,32 +10,37 @@ from capsnet_verify.heat import Heat
 from capsnet_verify.implementations import in_words
 from capsnet_verify.verification import Verification
 
-GROUPS = {"values": (), "gradients": ("gradient",), "steps": ("step",)}
-"""Columns of a summary, by the first word of a check; any other check is of a value."""
+GROUPS = ("values", "gradients", "steps")
+"""Columns of a summary; the first is for the checks whose names begin with neither "gradient" nor "step"."""
 
 
 def describe(verification: Verification) -> str:
-    """Every check in a row, and what is to be said of all of them."""
+    """A table of all checks, how layers were scaled, which implementations were compared, and a sentence."""
     rows = [("check", "scale", "error", "tolerance", "verdict")]
     rows += [
         (check.name, _number(check.scale), _number(check.error), f"{check.tolerance:.0e}", check.verdict)
         for check in verification.checks
     ]
-    heats, batches = _of_heats(verification.heats), _of_batches(verification)
-    said = [*heats, *batches, *verification.notes, sentence(verification)]
-    return "\n\n".join([markdown_table(rows), *said])
+    scaled = [
+        f"The weight of capsule layer {number} was multiplied by {found.factor:g} on both sides, so that routing "
+        f"matters: mean activation {found.activation:.2f}, couplings up to {100 * found.unevenness:.0f} % from even."
+        for number, found in enumerate(verification.heats)
+        if found.factor != 1
+    ]
+    paragraphs = ["\n".join(lines) for lines in (scaled, _compared(verification)) if lines]
+    return "\n\n".join([markdown_table(rows), *paragraphs, *verification.notes, sentence(verification)])
 
 
 def summarize(verifications: Sequence[Verification]) -> str:
-    """A row for each, with the largest errors; and a sentence of those that do not agree."""
+    """A row for each verification with its largest errors, and a sentence for each that does not agree."""
     rows: list[Sequence[str]] = [("model", "dtype", *GROUPS, "factors", "verdict"), *map(row, verifications)]
     others = [
         f"{verification.subject.title}, {verification.settings.dtype}: {sentence(verification)}"
         for verification in verifications
         if verification.status
     ]
-    agreed = sum(verification.status == 0 for verification in verifications)
-    return "\n\n".join([markdown_table(rows), *others, f"{agreed} of {len(verifications)} agree."])
+    agreed = f"{len(verifications) - len(others)} of {len(verifications)} agree."
+    return "\n\n".join([markdown_table(rows), *others, agreed])
 
 
 def row(verification: Verification) -> tuple[str, ...]:
@@ -47,7 +52,7 @@ def row(verification: Verification) -> tuple[str, ...]:
 
 
 def sentence(verification: Verification) -> str:
-    """Agreement, or the first divergence and its usual cause, or what could not be seen."""
+    """Agreement, or the first divergence and its likely cause, or the checks that proved nothing."""
     title, number = verification.subject.title, len(verification.checks)
     first = verification.first_divergence
     if first is not None:
@@ -62,68 +67,45 @@ def sentence(verification: Verification) -> str:
 
 
 def largest_errors(verification: Verification) -> dict[str, float]:
-    """The largest scale-relative error of each group of checks; NaN for none."""
-    errors = dict.fromkeys(GROUPS, math.nan)
+    """The largest scale-relative error of each group of checks; NaN for an empty group."""
+    errors: dict[str, list[float]] = {name: [] for name in GROUPS}
     for check in verification.checks:
-        of = next((name for name, words in GROUPS.items() if words and check.name.startswith(words)), "values")
-        errors[of] = check.error if math.isnan(errors[of]) else max(errors[of], check.error)
-    return errors
+        errors[next((name for name in GROUPS if check.name.startswith(name[:-1])), GROUPS[0])].append(check.error)
+    return {name: max(found, default=math.nan) for name, found in errors.items()}
 
 
 def to_json(verification: Verification) -> dict[str, Any]:
-    """All of it in types that JSON has; numbers that are not finite are None."""
-    first = verification.first_divergence
-    options = {
-        name: getattr(verification.settings, name)
-        for name in ("dtype", "device", "steps", "learning_rate", "batch_size", "seed")
-    }
+    """The whole verification in types that JSON has; numbers that are not finite are None."""
+    settings, plan, first = verification.settings, verification.plan, verification.first_divergence
+    options = ("dtype", "device", "steps", "learning_rate", "batch_size", "seed")
+    batches = [] if plan is None else plan.batches
     return {
         "model": verification.subject.title,
-        **options,
+        **{name: getattr(settings, name) for name in options},
         "status": verification.status,
         "sentence": sentence(verification),
         "first_divergence": None if first is None else first.name,
         "cause": verification.cause,
         "without_power": verification.without_power,
         "notes": verification.notes,
-        **_plan_in_json(verification),
+        "batches": [batch._asdict() | {"platform": batch.platform or settings.device} for batch in batches],
+        "unproved": [] if plan is None else [list(layer) for layer in plan.unproved],
         "capsule_layers": [_in_json(found) for found in verification.heats],
         "checks": [_in_json(check) for check in verification.checks],
     }
 
 
-def _of_heats(heats: Sequence[Heat]) -> list[str]:
-    scaled = [
-        f"The weight of capsule layer {number} was multiplied by {found.factor:g} on both sides, so that routing "
-        f"matters: mean activation {found.activation:.2f}, couplings up to {100 * found.unevenness:.0f} % from even."
-        for number, found in enumerate(heats)
-        if found.factor != 1
-    ]
-    return ["\n".join(scaled)] if scaled else []
-
-
-def _of_batches(verification: Verification) -> list[str]:
-    """Which implementations were compared at which batch, each where it is new, and which were not."""
+def _compared(verification: Verification) -> list[str]:
+    """The implementations that were compared, each with the batch that is the first to have it, and all others."""
     if verification.plan is None:
         return []
-    batches, unproved = verification.plan
     verb = "compared" if verification.status else "proved"
+    batches, unproved = verification.plan
     new = "; ".join(f"at a {batch}, {in_words(verification.plan.new(batch))}" for batch in batches)
-    said = [f"{verb.capitalize()} {new}."]
+    lines = [f"{verb.capitalize()} {new}."]
     if unproved:
-        said.append(f"Not {verb}, as other batch sizes or platforms have them: {in_words(unproved)}.")
-    return ["\n".join(said)]
-
-
-def _plan_in_json(verification: Verification) -> dict[str, Any]:
-    if verification.plan is None:
-        return {}
-    batches = [
-        {"size": batch.size, "platform": batch.platform or verification.settings.device}
-        | {"implementations": dict(batch.implementations)}
-        for batch in verification.plan.batches
-    ]
-    return {"batches": batches, "unproved": [list(layer) for layer in verification.plan.unproved]}
+        lines.append(f"Not {verb}, as other batch sizes or platforms have them: {in_words(unproved)}.")
+    return lines
 
 
 def _number(value: float) -> str:

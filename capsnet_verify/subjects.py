@@ -1,16 +1,19 @@
-"""What can be verified: a preset, a run, a file of weights, or a small model in which nothing is equal by chance."""
+"""What can be verified, and how: a preset, a run, a file of weights, or a small model whose sizes all differ."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Shaped
 
 from capsnet_jax.config import Config, ModelConfig
 from capsnet_jax.errors import UsageError
 from capsnet_jax.interchange.architecture import infer_architecture
 from capsnet_jax.interchange.state_files import CONFIG, read_state
 from capsnet_jax.interchange.weights import StateDict
-from capsnet_jax.presets import PRESETS, get_preset
+from capsnet_jax.presets import get_preset
 from capsnet_jax.routing import ROUTINGS
 from capsnet_jax.runs.folder import Run, read_run
 
@@ -27,11 +30,10 @@ SMALL = ModelConfig(
     class_dim=6,
     decoder_hidden=(11, 13),
 )
-SMALL_IMAGES, SMALL_CLASSES = SMALL.image_shape, SMALL.num_classes
-
-# Options with which all that is in an algorithm matters: by default little variance makes the Gaussians of EM collapse
-# onto few votes, and weights that are there on demand only are not there.
-TELLING_OPTIONS = {
+# Options with which every term of an algorithm matters. By default, EM's small variance makes its Gaussians collapse
+# onto few votes, optional weights are left out, and the strong prior of variational routing makes activations small
+# differences of large entropies, which float32 resolves to 4e-5 only.
+EVERY_TERM = {
     "dynamic": "dynamic,leaky=true,prior_logits=0,capsule_bias=0.1",
     "em": "em,inverse_temperature=4,annealing=0.5,min_variance=0.4",
     "variational": "variational,psi0=1",
@@ -42,9 +44,9 @@ class Subject(NamedTuple):
     """A model to verify.
 
     Attributes:
-        title: what it is called in tables.
+        title: name of the model in tables.
         run: its sizes and losses.
-        state: its weights, under the twin's names; None if they are to be drawn.
+        state: its weights, under the twin's names; None for random ones.
     """
 
     title: str
@@ -52,73 +54,78 @@ class Subject(NamedTuple):
     state: StateDict | None = None
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a model is verified.
+
+    Attributes:
+        dtype: float64, float32 or bfloat16.
+        device: cpu or gpu.
+        steps: number of training steps.
+        learning_rate: of Adam. A large one amplifies rounding errors: gradients of the reference model are as small as
+            Adam's epsilon, so that 1e-3 moves its weights apart by 1e-9 in the first step.
+        batch_size: number of images; by default several batches are compared, one for each implementation of a layer.
+        seed: of weights and batches.
+        torch_routing: routing of the twin, if it is not the model's.
+        torch_state: weights of the twin, if they are not the model's.
+    """
+
+    dtype: str = "float64"
+    device: str = "cpu"
+    steps: int = 20
+    learning_rate: float = 1e-4
+    batch_size: int | None = None
+    seed: int = 0
+    torch_routing: str | Callable[..., Any] | None = None
+    torch_state: Mapping[str, Shaped[np.ndarray, "..."]] | None = None
+
+
+def of_model(title: str, model: ModelConfig, *, labels_per_image: int = 1) -> Subject:
+    """A model of these sizes, trained with the default losses."""
+    return Subject(title, Run(Path(), Config(model=model), _classes(model.num_classes), labels_per_image))
+
+
 def of_preset(name: str) -> Subject:
-    """A preset at full size, on images as it is for.
+    """A preset at full size.
 
     Raises:
-        UsageError: there is none of this name.
+        UsageError: there is no such preset.
     """
     config = get_preset(name)
-    return Subject(f"preset {name}", Run(Path(), config, tuple(map(str, range(config.model.num_classes)))))
-
-
-def of_every_preset() -> list[Subject]:
-    """Each preset at full size."""
-    return [of_preset(name) for name in PRESETS]
-
-
-def with_routing(subject: Subject, routing: str) -> Subject:
-    """The same model, of the same weights if it has any, with another routing."""
-    config = subject.run.config
-    config = replace(config, model=replace(config.model, routing=routing))
-    return subject._replace(title=f"{subject.title} with {routing}", run=subject.run._replace(config=config))
+    return Subject(f"preset {name}", Run(Path(), config, _classes(config.model.num_classes)))
 
 
 def of_routing(routing: str) -> Subject:
-    """A small model with this routing."""
+    """The small model with a routing."""
     # Activations of variational routing are differences of entropies, all but equal if no output wins.
     scale = 4.0 if routing.startswith("variational") else SMALL.primary_scale
     return of_model(f"routing {routing}", replace(SMALL, routing=routing, primary_scale=scale))
 
 
 def of_every_routing() -> list[Subject]:
-    """A small model for each registered routing, with options that make all of it matter."""
-    return [of_routing("dynamic"), *(of_routing(TELLING_OPTIONS.get(name, name)) for name in ROUTINGS)]
+    """The small model with each registered routing, and options with which every term of it matters."""
+    return [of_routing("dynamic"), *(of_routing(EVERY_TERM.get(name, name)) for name in ROUTINGS)]
 
 
-def of_model(
-    title: str,
-    model: ModelConfig,
-    image_shape: tuple[int, int, int] = SMALL_IMAGES,
-    num_classes: int = SMALL_CLASSES,
-    labels_per_image: int = 1,
-) -> Subject:
-    """A model of these sizes."""
-    config = Config(model=model).with_sizes(image_shape, num_classes)
-    return Subject(title, Run(Path(), config, tuple(map(str, range(num_classes))), labels_per_image))
-
-
-def of_config(folder: Path) -> Subject:
-    """The model of a run, of which only the config.json is read.
-
-    Raises:
-        UsageError: the folder is not that of a run.
-    """
-    return Subject(str(folder), read_run(folder))
+def with_routing(subject: Subject, routing: str) -> Subject:
+    """The same model, and the same weights if it has any, with another routing."""
+    config = subject.run.config
+    config = replace(config, model=replace(config.model, routing=routing))
+    return subject._replace(title=f"{subject.title} with {routing}", run=subject.run._replace(config=config))
 
 
 def of_files(
     paths: Sequence[Path], preset: str | None = None, image_shape: tuple[int, int, int] | None = None
 ) -> Subject:
-    """A run, or weights in one of the files that `read_state` reads.
+    """A run, or weights in files that `read_state` reads.
 
     Args:
-        paths: folder of the run, file of the weights, or those of encoder and decoder.
-        preset: what weights without a config.json beside them do not tell, by default as in the reference model.
+        paths: the folder of a run, a file of weights, or the two files of encoder and decoder.
+        preset: what the weights do not tell without a config.json beside them; by default the reference model.
         image_shape: height, width and number of channels, for weights without a decoder and without a config.json.
 
     Raises:
-        UsageError: they cannot be read, are not those of a model, or a config.json tells what is given.
+        UsageError: they cannot be read, are not the weights of a model, or an option contradicts a config.json.
     """
     state = read_state(paths)
     folder = paths[0] if paths[0].is_dir() else paths[0].parent
@@ -128,7 +135,11 @@ def of_files(
             raise UsageError(f"{folder / CONFIG} tells what model it is; expected neither --preset nor --image-shape.")
         return Subject(title, read_run(folder), state)
     preset = preset or "readable"
-    title, config = f"{title} as preset {preset}", of_preset(preset).run.config
+    config = get_preset(preset)
     model = infer_architecture(state, config.model, image_shape=image_shape)
-    run = Run(folder, replace(config, model=model), tuple(map(str, range(model.num_classes))))
-    return Subject(title, run, state)
+    run = Run(folder, replace(config, model=model), _classes(model.num_classes))
+    return Subject(f"{title} as preset {preset}", run, state)
+
+
+def _classes(number: int) -> tuple[str, ...]:
+    return tuple(map(str, range(number)))

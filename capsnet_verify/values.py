@@ -1,6 +1,7 @@
 """Everything that both sides compute, from the image to the gradients, each after what it depends on."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -11,12 +12,10 @@ from einops import rearrange
 from flax import nnx
 
 from capsnet_jax.interchange.weights import to_torch
-from capsnet_jax.nn.layers import CapsuleLayer
 from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.nn.precision import for_products
 from capsnet_jax.ops import mask_by_label
 from capsnet_jax.train.step import compute_losses
-from capsnet_torch import layers as torch_layers
 from capsnet_torch import training as torch_training
 from capsnet_torch.ops import mask_by_label as torch_mask_by_label
 from capsnet_verify.pair import Pair
@@ -24,23 +23,78 @@ from capsnet_verify.pair import Pair
 QUICKLY_COMPILED = {"xla_backend_optimization_level": 0}
 """Half the time to compile; the program before code generation is the same."""
 AT_REST = "poses with running means"  # of evaluation mode
-LOSSES = ("margin", "reconstruction", "total")
+CHANNELS_LAST = "b channels height width -> b height width channels"
 
 
 def in_jax(pair: Pair) -> dict[str, np.ndarray]:
-    """Every intermediate, loss and gradient of the JAX side; float32 where it computes in bfloat16."""
+    """Every intermediate, loss and gradient of the JAX side; in float32 where it computes in bfloat16."""
     graphdef = nnx.graphdef(pair.jax_model)
     params, batch_stats = (nnx.state(pair.jax_model, kind) for kind in (nnx.Param, nnx.BatchStat))
 
-    def all_of_it(params: nnx.State, images: jax.Array, labels: jax.Array) -> tuple[dict[str, Any], nnx.State]:
-        return _jax_values(pair, graphdef, params, batch_stats, images, labels)
+    def new_model(params: nnx.State) -> CapsNet:
+        weights = for_products(params, jnp.bfloat16) if pair.dtype == "bfloat16" else params
+        return nnx.merge(graphdef, weights, batch_stats, copy=True)
 
-    compiled = jax.jit(all_of_it, compiler_options=QUICKLY_COMPILED)
+    def compute(params: nnx.State, images: jax.Array, labels: jax.Array) -> tuple[dict[str, Any], nnx.State]:
+        model = new_model(params)
+        features = model.stem.features(images)
+        values = {f"stem {number}": array for number, array in enumerate(features)}
+        values |= _of_capsules(model.primary_capsules(features[-1]), model.capsule_layers)
+        # The model's own composition, in case the one above is another.
+        capsules = model.encode(images)
+        values |= {"encoded poses": capsules.poses, "encoded activations": capsules.activations}
+        if model.stem.norms:
+            at_rest = new_model(params)
+            at_rest.eval()
+            values[AT_REST] = at_rest.encode(images).poses
+        if model.decoder is not None:
+            hidden = model.decoder.hidden_features(mask_by_label(capsules.poses, labels))
+            values |= {f"decoder {number}": array for number, array in enumerate(hidden)}
+            values["reconstructions"] = model.decode(capsules.poses, labels)
+
+        def loss(params: nnx.State) -> tuple[jax.Array, Any]:
+            losses = compute_losses(new_model(params), images, labels, **pair.loss)
+            return losses.total, losses
+
+        gradients, losses = jax.grad(loss, has_aux=True)(params)
+        return values | _of_losses(pair, losses), gradients
+
+    compiled = jax.jit(compute, compiler_options=QUICKLY_COMPILED)
     values, gradients = compiled(params, pair.images, pair.labels)
-    grads = to_torch(nnx.merge(graphdef, gradients, batch_stats))
-    values |= {f"gradient {name}": grad for name, grad in grads.items() if "running" not in name}
+    for name, gradient in to_torch(nnx.merge(graphdef, gradients, batch_stats)).items():
+        if "running" not in name:
+            values[f"gradient {name}"] = gradient
     dtype = "float32" if pair.dtype == "bfloat16" else None
     return {name: np.asarray(array, dtype) for name, array in values.items()}
+
+
+def in_torch(pair: Pair) -> dict[str, np.ndarray]:
+    """The same arrays of the PyTorch side, which is left as it is, running means included."""
+    model, (images, labels) = copy.deepcopy(pair.torch_model), pair.torch_batch
+    at_rest = model.eval().encode(images)  # before training mode changes the running means
+    model.train()
+    values = {
+        f"stem {number}": rearrange(tensor, CHANNELS_LAST)
+        for number, tensor in enumerate(model.encoder.features(images))
+    }
+    encoder = model.encoder
+    values |= _of_capsules(encoder.primary_capsules(images), [*encoder.hidden_capsules, encoder.primary2digit_capsules])
+    capsules = model.encode(images)
+    values |= {"encoded poses": capsules.poses, "encoded activations": capsules.activations}
+    if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
+        values[AT_REST] = at_rest.poses
+    if model.decoder is not None:
+        masked = torch_mask_by_label(capsules.poses, labels)
+        values |= {f"decoder {number}": model.decoder[: 2 * number + 2](masked) for number in (0, 1)}
+        values["reconstructions"] = rearrange(model.decode(capsules.poses, labels), CHANNELS_LAST)
+    losses = torch_training.compute_losses(model, images, labels, **pair.loss)
+    values |= _of_losses(pair, losses)
+    losses.total.backward()
+    # From the output back to the input. Without a reconstruction in the loss, the decoder has no gradient.
+    for name, param in reversed(list(model.named_parameters())):
+        if pair.loss["reconstruction_weight"] or not name.startswith("decoder."):
+            values[f"gradient {name}"] = torch.zeros_like(param) if param.grad is None else param.grad
+    return {name: tensor.numpy(force=True) for name, tensor in values.items()}
 
 
 def jittered(pair: Pair, seed: int) -> Pair:
@@ -55,77 +109,18 @@ def jittered(pair: Pair, seed: int) -> Pair:
     return pair._replace(jax_model=model, images=jitter(pair.images))
 
 
-def _jax_values(
-    pair: Pair, graphdef: nnx.GraphDef, params: nnx.State, batch_stats: nnx.State, images: jax.Array, labels: jax.Array
-) -> tuple[dict[str, Any], nnx.State]:
-    def new_model(params: nnx.State) -> CapsNet:
-        weights = for_products(params, jnp.bfloat16) if pair.dtype == "bfloat16" else params
-        return nnx.merge(graphdef, weights, batch_stats, copy=True)
-
-    model = new_model(params)
-    features = model.stem.features(images)
-    values = {f"stem {number}": array for number, array in enumerate(features)}
-    capsules = model.primary_capsules(features[-1])
-    values |= {"primary poses": capsules.poses, "primary activations": capsules.activations}
-    for number, layer in enumerate(model.capsule_layers):
-        routed = layer.route(capsules)
-        seen = capsules.poses if isinstance(layer, CapsuleLayer) else layer.under_kernel(capsules.poses)
-        values |= {f"votes {number}": layer.votes(seen), f"couplings {number}": routed.couplings}
+def _of_capsules(capsules: Any, layers: Iterable[Any]) -> dict[str, Any]:
+    """Votes, couplings and capsules of every layer, of either side, from the primary capsules on."""
+    values = {"primary poses": capsules.poses, "primary activations": capsules.activations}
+    for number, layer in enumerate(layers):
+        convolutional = hasattr(layer, "under_kernel")
+        seen = layer.under_kernel(capsules.poses) if convolutional else capsules.poses
+        values |= {f"votes {number}": layer.votes(seen), f"couplings {number}": layer.route(capsules).couplings}
         capsules = layer(capsules)
         values |= {f"poses {number}": capsules.poses, f"activations {number}": capsules.activations}
-    # The model's own composition, in case the one above is not its own.
-    capsules = model.encode(images)
-    values |= {"encoded poses": capsules.poses, "encoded activations": capsules.activations}
-    if model.stem.norms:
-        at_rest = new_model(params)
-        at_rest.eval()
-        values[AT_REST] = at_rest.encode(images).poses
-    if model.decoder is not None:
-        hidden = model.decoder.hidden_features(mask_by_label(capsules.poses, labels))
-        values |= {f"decoder {number}": array for number, array in enumerate(hidden)}
-        values["reconstructions"] = model.decode(capsules.poses, labels)
-
-    def loss(params: nnx.State) -> tuple[jax.Array, Any]:
-        losses = compute_losses(new_model(params), images, labels, **pair.loss)
-        return losses.total, losses
-
-    gradients, losses = jax.grad(loss, has_aux=True)(params)
-    return values | {f"{name} loss": getattr(losses, name) for name in _loss_names(pair)}, gradients
+    return values
 
 
-def _loss_names(pair: Pair) -> tuple[str, ...]:
-    return LOSSES if pair.loss["reconstruction_weight"] else LOSSES[-1:]
-
-
-def in_torch(pair: Pair) -> dict[str, np.ndarray]:
-    """The same of the PyTorch side, in the order in which it depends on each other; running means stay as they are."""
-    model, (images, labels) = copy.deepcopy(pair.torch_model), pair.torch_batch
-    channels_last = "b channels height width -> b height width channels"
-    at_rest = model.eval().encode(images)  # before training mode changes the running means
-    model.train()
-    features = model.encoder.features(images)
-    values = {f"stem {number}": rearrange(tensor, channels_last) for number, tensor in enumerate(features)}
-    capsules = model.encoder.primary_capsules(images)
-    values |= {"primary poses": capsules.poses, "primary activations": capsules.activations}
-    for number, layer in enumerate([*model.encoder.hidden_capsules, model.encoder.primary2digit_capsules]):
-        routed = layer.route(capsules)
-        seen = capsules.poses if isinstance(layer, torch_layers.CapsuleLayer) else layer.under_kernel(capsules.poses)
-        values |= {f"votes {number}": layer.votes(seen), f"couplings {number}": routed.couplings}
-        capsules = layer(capsules)
-        values |= {f"poses {number}": capsules.poses, f"activations {number}": capsules.activations}
-    capsules = model.encode(images)
-    values |= {"encoded poses": capsules.poses, "encoded activations": capsules.activations}
-    if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
-        values[AT_REST] = at_rest.poses
-    if model.decoder is not None:
-        masked = torch_mask_by_label(capsules.poses, labels)
-        values |= {f"decoder {number}": model.decoder[: 2 * number + 2](masked) for number in (0, 1)}
-        values["reconstructions"] = rearrange(model.decode(capsules.poses, labels), channels_last)
-    losses = torch_training.compute_losses(model, images, labels, **pair.loss)
-    values |= {f"{name} loss": getattr(losses, name) for name in _loss_names(pair)}
-    losses.total.backward()
-    # From the output back to the input. Without a reconstruction in the loss, the decoder has no gradient.
-    for name, param in reversed(list(model.named_parameters())):
-        if pair.loss["reconstruction_weight"] or not name.startswith("decoder."):
-            values[f"gradient {name}"] = torch.zeros_like(param) if param.grad is None else param.grad
-    return {name: tensor.numpy(force=True) for name, tensor in values.items()}
+def _of_losses(pair: Pair, losses: Any) -> dict[str, Any]:
+    names = ("margin", "reconstruction", "total") if pair.loss["reconstruction_weight"] else ("total",)
+    return {f"{name} loss": getattr(losses, name) for name in names}

@@ -1,72 +1,53 @@
-"""Both sides of a model made, made hot, and compared."""
+"""Compare every value and gradient of both sides of a model, in every implementation, and then training."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+import torch
 from flax import nnx
-from jaxtyping import Shaped
 
-from capsnet_jax.interchange.weights import StateDict
+from capsnet_jax.config import TrainingConfig
+from capsnet_jax.interchange.weights import to_torch
 from capsnet_jax.nn.model import CapsNet
-from capsnet_jax.runs.folder import Run
+from capsnet_jax.train.step import create_state, make_train_step
+from capsnet_torch.training import train_step as torch_train_step
 from capsnet_verify.causes import VISIBLE, cause, mixed_up, usual_cause
-from capsnet_verify.checks import DIFFERS, NO_POWER, Check, compare, tolerance_of
-from capsnet_verify.devices import both_on
+from capsnet_verify.checks import DIFFERS, NO_POWER, STEPS, Check, compare, tolerance_of
 from capsnet_verify.heat import Heat, heat
-from capsnet_verify.implementations import FIRST, Layer, Plan, as_on, in_words, plan
-from capsnet_verify.pair import Pair, new_pair, with_batch
-from capsnet_verify.subjects import Subject
-from capsnet_verify.trajectory import trajectory
-from capsnet_verify.values import in_jax, in_torch, jittered
+from capsnet_verify.implementations import Plan, as_on, in_words, plan
+from capsnet_verify.pair import Pair, both_on, new_pair, to_channels_first, with_batch
+from capsnet_verify.subjects import Settings, Subject
+from capsnet_verify.values import QUICKLY_COMPILED, in_jax, in_torch, jittered
 
-JITTERS = 3  # times that rounding errors are tried out; one by itself may happen to move nothing
-ADDED_UP = 30  # as many rounding errors at once add up in a sum of a thousand numbers
+JITTERS = 3  # random roundings that are tried; a single one may happen to change nothing
+ADDED_UP = 30  # rounding errors of a sum of a thousand numbers, relative to one of them
 EVEN = 1e-6  # couplings this close to even, however long poses are, are those of no routing at all
+NOT_COMPARED = ("running_var", "num_batches_tracked")  # PyTorch multiplies the variance by n / (n - 1), Flax does not
+STEPS_IN_FLOAT32 = 5  # after which rounding errors have grown too large
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How a subject is verified.
-
-    Attributes:
-        dtype: float64, float32 or bfloat16.
-        device: cpu or gpu.
-        steps: number of training steps.
-        learning_rate: of Adam, in these steps. With a large one rounding errors are amplified: 1e-3 brings weights of
-            the reference model, whose gradients are as small as Adam's epsilon, off by 1e-9 in the first step.
-        batch_size: number of images; by default several, at which each implementation that `auto` may choose is chosen.
-        seed: of weights and batches.
-        torch_routing: the twin's, if it is another.
-        torch_state: weights of the twin, if they are others.
-    """
-
-    dtype: str = "float64"
-    device: str = "cpu"
-    steps: int = 20
-    learning_rate: float = 1e-4
-    batch_size: int | None = None
-    seed: int = 0
-    torch_routing: str | Callable[..., Any] | None = None
-    torch_state: Mapping[str, Shaped[np.ndarray, "..."]] | None = None
+Result = tuple[Check, str]
+"""A check and, if it differs, the most likely cause."""
 
 
 @dataclass
 class Verification:
-    """What came of it.
+    """The result of verifying a model.
 
     Attributes:
-        subject: what was verified.
-        settings: how.
-        plan: batches that are compared, and which implementations are proved at them; None before they are.
-        heats: of each capsule layer.
-        checks: all of them, in the order in which what is compared depends on each other.
-        cause: of the first divergence, in words; None if there is none.
-        notes: what else is to be told, in sentences.
+        subject: the model.
+        settings: how it was verified.
+        plan: the batches that were compared, and the implementations proved by them; None if there is no choice.
+        heats: scaling of each capsule layer.
+        checks: in the order in which values depend on each other.
+        cause: most likely cause of the first divergence; None if there is none.
+        notes: further sentences for the report.
     """
 
     subject: Subject
@@ -84,7 +65,7 @@ class Verification:
 
     @property
     def without_power(self) -> dict[str, list[str]]:
-        """What could not be seen, by the reason: names of checks, and of layers whose routing hardly matters."""
+        """Checks that proved nothing, and layers whose routing hardly matters, by the reason."""
         found: dict[str, list[str]] = {}
         for check in self.checks:
             if check.verdict == NO_POWER:
@@ -96,7 +77,7 @@ class Verification:
 
     @property
     def status(self) -> int:
-        """0 if both sides agree, 1 if they differ, 2 if not all could be compared."""
+        """0 if both sides agree, 1 if they differ, 2 if not everything could be compared."""
         return 1 if self.first_divergence else 2 if self.without_power or not self.checks else 0
 
 
@@ -104,140 +85,133 @@ def verify(
     subject: Subject,
     settings: Settings,
     *,
-    mutate: Callable[[Pair], AbstractContextManager[None]] | None = None,
-    optimizer: Callable[[float], optax.GradientTransformation] = optax.adam,
+    mistake: AbstractContextManager[Any] | None = None,
     only_first: bool = False,
 ) -> Verification:
-    """Compares every value and gradient, in every implementation, and then training.
+    """Compare every value and gradient of both sides, in every implementation, and then training.
 
     Args:
         subject: the model.
-        settings: how.
-        mutate: makes the JAX side wrong for as long as the context lasts.
-        optimizer: of JAX, given the learning rate.
-        only_first: end with the first check that differs.
+        settings: how it is verified.
+        mistake: a context in which the JAX side is wrong; weights are made and scaled outside it.
+        only_first: stop at the first check that differs.
 
     Raises:
-        UsageError: the two sides cannot be made, or have not the same weights.
+        UsageError: a side cannot be created, or the two have different weights.
     """
     verification = Verification(subject, settings)
-    with both_on(settings.device, settings.dtype):
-        verification.plan = plan_of(subject.run, settings)
-        pair = pair_of(subject.run, settings, state=subject.state)
-        for compared in _weights(subject, settings):
-            _add(verification, compared)
-        verification.heats = heat(pair)
-        with nullcontext() if mutate is None else mutate(pair):
-            for compared in _values_and_steps(pair, verification.plan, settings, optimizer):
-                _add(verification, compared)
-                if only_first and compared.check.verdict == DIFFERS:
+    results = closing(_results(verification, mistake or nullcontext()))
+    with both_on(settings.device, settings.dtype), results as stream:
+        for check, why in stream:
+            verification.checks.append(check)
+            if check.verdict == DIFFERS:
+                verification.cause = verification.cause or why
+                if only_first:
                     break
     return verification
 
 
-class Compared(NamedTuple):
-    """A check, and what was compared.
+def plan_of(subject: Subject, settings: Settings) -> Plan:
+    """The batches at which a model is compared."""
+    config = subject.run.config
+    # The dtype decides how a convolution is computed.
+    model = nnx.eval_shape(lambda: CapsNet.from_config(config.model, param_dtype=settings.dtype, rngs=nnx.Rngs(0)))
+    return plan(model, settings.device, only=settings.batch_size, training_size=config.training.batch_size)
 
-    Attributes:
-        check: what came of it.
-        actual: of JAX, if it is kept.
-        expected: of PyTorch, if it is kept.
-        new: layers and their implementations, if this is the first batch that they are compared at, and not the first.
+
+def trajectory(pair: Pair, settings: Settings) -> Iterator[Result]:
+    """Train both sides by Adam on the same batches; check the loss of each step and, in float64, all weights after it.
+
+    In float32 and bfloat16 neither weights nor later steps are compared: Adam divides rounding errors by small
+    gradients, so that weights part by a whole step while losses agree.
     """
-
-    check: Check
-    actual: np.ndarray | None = None
-    expected: np.ndarray | None = None
-    new: Sequence[Layer] = ()
-
-
-def _add(verification: Verification, compared: Compared) -> None:
-    check, actual, expected, new = compared
-    verification.checks.append(check)
-    if check.verdict != DIFFERS or verification.cause is not None:
-        return
-    if actual is None or expected is None:
-        verification.cause = usual_cause(check.name)
-    else:
-        state = verification.subject.state or {}
-        verification.cause = mixed_up(check.name, expected, state) or cause(check.name, actual, expected)
-    if new:  # and all agrees where others compute the same
-        verification.cause = f"in {in_words(new)}: {verification.cause}"
-
-
-def plan_of(run: Run, settings: Settings) -> Plan:
-    """The batches at which the model of a run is compared."""
-    dtype = settings.dtype  # of the products, by which a convolution is chosen
-    model = nnx.eval_shape(lambda: CapsNet.from_config(run.config.model, param_dtype=dtype, rngs=nnx.Rngs(0)))
-    training_size = run.config.training.batch_size
-    return plan(model, settings.device, only=settings.batch_size, training_size=training_size)
+    optimizer = optax.adam(settings.learning_rate)
+    graphdef, state = create_state(pair.jax_model, optimizer)
+    config = TrainingConfig(precision="bfloat16" if pair.dtype == "bfloat16" else "float32", **pair.loss)
+    train_step = make_train_step(graphdef, optimizer, config)
+    step = jax.jit(train_step, compiler_options=QUICKLY_COMPILED)
+    torch_optimizer = torch.optim.Adam(pair.torch_model.parameters(), settings.learning_rate)
+    rng = np.random.default_rng(10)
+    num_steps = settings.steps if pair.dtype == "float64" else min(settings.steps, STEPS_IN_FLOAT32)
+    for number in range(num_steps):
+        images = rng.random(pair.images.shape).astype(pair.images.dtype)
+        labels = rng.permutation(np.asarray(pair.labels))
+        state, metrics = step(state, jnp.asarray(images), jnp.asarray(labels))
+        batch = to_channels_first(images), torch.tensor(labels).long()
+        torch_metrics = torch_train_step(pair.torch_model, torch_optimizer, *batch, **pair.loss, step=number)
+        sides = {"loss": (metrics.total, torch_metrics.total.numpy(force=True))}
+        if pair.dtype == "float64":
+            weights = to_torch(nnx.merge(graphdef, state.params, state.batch_stats))
+            for name, tensor in pair.torch_model.state_dict().items():
+                if not name.endswith(NOT_COMPARED):
+                    sides[name] = weights[name], tensor.numpy(force=True)
+        name = f"step {number + 1}"
+        yield worst(name, sides, STEPS[pair.dtype]), usual_cause(name)
 
 
-def pair_of(run: Run, settings: Settings, *, state: StateDict | None = None) -> Pair:
-    """Both sides of the model of a run, of these weights if there are any, and the first batch."""
-    return new_pair(
-        settings.dtype,
-        run.config.model,
-        run.config.training,
-        labels_per_image=run.labels_per_image,
-        batch_size=settings.batch_size or FIRST,
-        seed=settings.seed,
-        state=state,
-        torch_state=settings.torch_state,
-        torch_routing=settings.torch_routing,
-    )
+def worst(name: str, sides: dict[str, tuple[Any, np.ndarray]], tolerance: float) -> Check:
+    """The worst check of several pairs of arrays, under one name."""
+    checks = [compare(each, *pair, tolerance=tolerance) for each, pair in sides.items()]
+    found = max(checks, key=lambda check: (check.verdict == DIFFERS, check.verdict == NO_POWER, check.error))
+    return found._replace(name=name, reason=f"{found.name}: {found.reason}" if found.reason else "")
 
 
-def _weights(subject: Subject, settings: Settings) -> Iterator[Compared]:
+def _results(verification: Verification, mistake: AbstractContextManager[Any]) -> Generator[Result, None, None]:
+    subject, settings = verification.subject, verification.settings
+    plan = verification.plan = plan_of(subject, settings)
+    pair = new_pair(subject, settings)
+    yield from _weights(subject, settings)
+    verification.heats = heat(pair)
+    with mistake:
+        yield from _values(pair, plan, settings)
+        yield from trajectory(with_batch(pair, plan.for_training.size, seed=settings.seed), settings)
+
+
+def _weights(subject: Subject, settings: Settings) -> Iterator[Result]:
     """Weights that the two sides have from different files, which must be equal to the last bit."""
     if subject.state is None or settings.torch_state is None:
         return
     for name, expected in settings.torch_state.items():
         actual, wanted = subject.state[name].astype("float64"), expected.astype("float64")
-        yield Compared(compare(f"weight {name}", actual, wanted, tolerance=0.0, floor=-1.0), actual, wanted)
+        check = compare(f"weight {name}", actual, wanted, tolerance=0.0, floor=-1.0)
+        yield check, mixed_up(check.name, wanted, subject.state) or cause(check.name, actual, wanted)
 
 
-def _values_and_steps(
-    pair: Pair, plan: Plan, settings: Settings, optimizer: Callable[[float], optax.GradientTransformation]
-) -> Iterator[Compared]:
-    theirs: dict[int, dict[str, np.ndarray]] = {}
-    for batch in plan.batches:
+def _values(pair: Pair, plan: Plan, settings: Settings) -> Iterator[Result]:
+    expected: dict[int, dict[str, np.ndarray]] = {}
+    for number, batch in enumerate(plan.batches):
         on_batch = with_batch(pair, batch.size, seed=settings.seed)
-        if batch.size not in theirs:
-            theirs[batch.size] = in_torch(on_batch)
-        compared = _values(on_batch, batch.platform, theirs[batch.size], settings)
-        if batch == plan.batches[0]:
-            yield from compared
-            continue
-        for one in compared:
-            yield one._replace(check=one.check._replace(name=f"{one.check.name}, {batch}"), new=plan.new(batch))
-    on_batch = with_batch(pair, plan.for_training.size, seed=settings.seed)
-    for check in trajectory(on_batch, settings.steps, learning_rate=settings.learning_rate, optimizer=optimizer):
-        yield Compared(check)
+        if batch.size not in expected:
+            expected[batch.size] = in_torch(on_batch)
+        for check, why in _on_batch(on_batch, batch.platform, expected[batch.size], settings):
+            if number == 0:
+                yield check, why
+            else:  # the mistake is in what this batch is the first to use, if all agrees elsewhere
+                new = plan.new(batch)
+                why = f"in {in_words(new)}: {why}" if new else why
+                yield check._replace(name=f"{check.name}, {batch}"), why
 
 
-def _values(
-    pair: Pair, platform: str | None, theirs: Mapping[str, np.ndarray], settings: Settings
-) -> Iterator[Compared]:
-    def computed(pair: Pair) -> dict[str, np.ndarray]:
-        with as_on(platform):
-            return in_jax(pair)
-
-    ours = computed(pair)
+def _on_batch(
+    pair: Pair, platform: str | None, expected: dict[str, np.ndarray], settings: Settings
+) -> Iterator[Result]:
+    with as_on(platform):
+        actual = in_jax(pair)
     moved: list[dict[str, np.ndarray]] = []
-    for name, expected in theirs.items():
+    for name in expected:
         tolerance = tolerance_of(name, settings.dtype, settings.device)
-        # In bfloat16 some ReLU turn, which single gradients show in full.
+        # In bfloat16 some ReLU change sides, which single gradients show in full.
         measure = partial(compare, name, tolerance=tolerance, euclidean=settings.dtype == "bfloat16")
-        check = measure(ours[name], expected)
+        check = measure(actual[name], expected[name])
         if check.verdict == DIFFERS and check.error < VISIBLE:
-            moved = moved or [computed(jittered(pair, seed)) for seed in range(JITTERS)]
-            check = _as_far_as_rounding_tells(check, [measure(values[name], ours[name]).error for values in moved])
-        yield Compared(check, ours[name], expected)
+            with as_on(platform):
+                moved = moved or [in_jax(jittered(pair, seed)) for seed in range(JITTERS)]
+            check = _unless_rounding(check, [measure(values[name], actual[name]).error for values in moved])
+        yield check, cause(name, actual[name], expected[name]) if check.verdict == DIFFERS else ""
 
 
-def _as_far_as_rounding_tells(check: Check, jitters: Sequence[float]) -> Check:
-    """Without power, if rounding errors of weights and images alone move the values as far."""
+def _unless_rounding(check: Check, jitters: Sequence[float]) -> Check:
+    """The check, without power if rounding errors of weights and images alone move the values as far."""
     if check.error > ADDED_UP * max(jitters):
         return check
     reason = f"moved as far by rounding errors alone, by {max(jitters):.1e}"

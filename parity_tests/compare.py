@@ -6,7 +6,7 @@ from capsnet_verify.checks import AGREES, compare
 
 
 def assert_close(name: str, actual: ArrayLike, expected: ArrayLike, *, tolerance: float, floor: float = 1e-4) -> float:
-    """Asserts that a check agrees, and returns its scale-relative error; see `capsnet_verify.checks.compare`."""
+    """Assert that a check agrees, and return its scale-relative error; see `capsnet_verify.checks.compare`."""
     check = compare(name, actual, expected, tolerance=tolerance, floor=floor)
     assert check.verdict == AGREES, f"{name}: {check.reason}"
     return check.error

@@ -1,4 +1,4 @@
-"""Both sides in the same precision: float64 and float32, never TF32."""
+"""Both sides in the same precision: float64, and float32 with `-m exhaustive`; never TF32."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ def _exact_products() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["float64", "float32"])
+@pytest.fixture(params=["float64", pytest.param("float32", marks=pytest.mark.exhaustive)])
 def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
     """A precision, in force for JAX; pass it on to PyTorch by name."""
     with jax.enable_x64(request.param == "float64"):
@@ -27,16 +27,28 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def float64() -> Iterator[str]:
-    """Double precision, where single would prove nothing more."""
+    """Double precision, where single precision would prove nothing more."""
     with jax.enable_x64(True):
         yield "float64"
+
+
+@pytest.fixture
+def verify_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `capsnet verify` in this process; returns the exit status and what it prints to stdout and stderr."""
+    from capsnet_jax.cli.main import main
+
+    def verify(*arguments: object) -> tuple[int, str, str]:
+        status = main(["verify", *map(str, arguments)])
+        return status, *capsys.readouterr()
+
+    return verify
 
 
 @pytest.fixture
 def verify_foreign(tmp_path: Path) -> Callable[..., Any]:
     """Compares a module that is built without arguments with ours, by the text of a map."""
     from capsnet_verify.foreign import verify_module
-    from capsnet_verify.verification import Settings
+    from capsnet_verify.subjects import Settings
     from capsnet_verify.weight_map import read_map
     from parity_tests.foreign_models import SUBJECT
 

@@ -13,6 +13,8 @@ from capsnet_jax.config import ModelConfig
 from capsnet_verify.subjects import Subject, of_model
 
 MODEL = ModelConfig(
+    image_shape=(9, 8, 2),
+    num_classes=5,
     stem_channels=12,  # as many as primary capsules have, so that both biases are of one shape
     stem_kernel=3,
     primary_groups=3,
@@ -24,7 +26,7 @@ MODEL = ModelConfig(
     decoder_hidden=(7, 7),  # a square
     decoder_bias=True,
 )
-SUBJECT: Subject = of_model("a small model", MODEL, image_shape=(9, 8, 2), num_classes=5)
+SUBJECT: Subject = of_model("a small model", MODEL)
 
 
 def squash(tensor: Tensor, dim: int = -1) -> Tensor:

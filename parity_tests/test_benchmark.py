@@ -16,7 +16,7 @@ from capsnet_jax.config import Config, TrainingConfig
 from capsnet_jax.interchange.weights import to_torch
 from capsnet_torch import CapsNet, benchmark
 from capsnet_torch.augmentation import random_shift
-from capsnet_verify.subjects import SMALL, SMALL_CLASSES, SMALL_IMAGES
+from capsnet_verify.subjects import SMALL
 
 TINY = ["--preset", "digits", "--image-shape", "8", "9", "2", "--batch-size", "3", "--num-classes", "4"]
 
@@ -134,11 +134,11 @@ def test_without_a_compiler_its_row_is_left_out(tmp_path, monkeypatch, capsys):
 
 def test_flops_equal_the_count_of_pytorch():
     model = CapsNet.from_config(vars(SMALL) | {"routing": "uniform"})
-    images = torch.rand(1, SMALL_IMAGES[2], *SMALL_IMAGES[:2])
+    images = torch.rand(1, SMALL.image_shape[2], *SMALL.image_shape[:2])
     with FlopCounterMode(display=False) as counted:
         model.decode(model.encode(images).poses, torch.tensor([1]))
     capsules = 3 * 8 * 9  # groups and positions; uniform routing sums their votes
-    routing = 2 * capsules * SMALL_CLASSES * SMALL.class_dim
+    routing = 2 * capsules * SMALL.num_classes * SMALL.class_dim
     total = sum(forward_flops(SMALL))
     assert counted.get_total_flops() - total in (0, routing)
 

@@ -195,9 +195,7 @@ def test_weights_that_are_constant_are_compared_all_the_same(verify_foreign):
     assert verify_foreign(with_zero_biases, swapped).first_divergence.name == "stem 0"
 
 
-NORMALIZED = of_model(
-    "normalised", replace(MODEL, batch_norm=True, decoder_hidden=None), image_shape=(9, 8, 2), num_classes=5
-)
+NORMALIZED = of_model("normalised", replace(MODEL, batch_norm=True, decoder_hidden=None))
 NORM = f"""{CONVOLUTIONS.replace("capsules.2", "capsules.3")}
 "norm.weight" = "encoder.image2primary_capsules.2.weight"
 "norm.bias" = "encoder.image2primary_capsules.2.bias"

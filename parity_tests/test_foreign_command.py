@@ -65,13 +65,16 @@ def test_a_softmax_over_inputs_is_exit_status_1(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--map", "map.toml"], "--map tells of the weights of --torch-model; expected that, too."),
-        ([*MODEL[1:], "--torch-weights", "a.pt"], "--torch-model has weights of its own; expected no others."),
-        ([*MODEL[2:], "--preset", "digits", "--all-routings"], "--torch-model is compared with one model of ours"),
+        (["--map", "map.toml"], "--map is given without --torch-model; expected both."),
+        (
+            [*MODEL[1:], "--torch-weights", "a.pt"],
+            "--torch-model and --torch-weights are given; a module has its own weights",
+        ),
+        ([*MODEL[2:], "--preset", "digits", "--all-routings"], "--torch-model is compared with one model"),
         ([*MODEL[1:], "--map", "nowhere.toml"], "nowhere.toml does not exist; expected a map of weights."),
         ([*MODEL[1:-1], "my_capsnet:nothing"], "'my_capsnet:nothing' cannot be imported: AttributeError"),
         (["nowhere", *MODEL[2:]], "nowhere"),
-        (MODEL[2:], "--torch-model is compared with a model of its sizes; expected a run, or --preset."),
+        (MODEL[2:], "--torch-model is given without a model of the same sizes; expected a run, or --preset."),
     ],
 )
 def test_wrong_options_are_told_in_a_sentence(folder, capsys, arguments, sentence):

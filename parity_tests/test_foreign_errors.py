@@ -8,9 +8,8 @@ import torch
 
 from capsnet_jax.errors import UsageError
 from capsnet_verify.foreign import propose, verify_module
-from capsnet_verify.subjects import of_model
+from capsnet_verify.subjects import Settings, of_model
 from capsnet_verify.torch_module import load_module
-from capsnet_verify.verification import Settings
 from capsnet_verify.weight_map import read_map
 from parity_tests.foreign_models import (
     LENGTHS,
@@ -73,7 +72,7 @@ def test_reconstructions_without_a_decoder_of_ours_are_refused(verify_foreign):
 
 
 def test_a_proposal_that_needs_no_editing_can_be_verified(tmp_path):
-    subject = of_model("encoder", replace(MODEL, decoder_hidden=None), image_shape=(9, 8, 2), num_classes=5)
+    subject = of_model("encoder", replace(MODEL, decoder_hidden=None))
     module = load_module("parity_tests.foreign_models:Everything")
     path = tmp_path / "map.toml"
     path.write_text(propose(module, subject, Settings()))

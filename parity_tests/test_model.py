@@ -1,4 +1,7 @@
-"""The whole model: every intermediate, loss and gradient, in order, so that the first divergence is the one named."""
+"""The whole model: every intermediate, loss and gradient, and training.
+
+Float64 and one model of each kind are ordinary tests; float32 and other options are exhaustive ones.
+"""
 
 import inspect
 from dataclasses import replace
@@ -7,35 +10,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import capsnet_torch
 from capsnet_jax.config import ModelConfig
 from capsnet_jax.interchange.weights import to_torch
+from capsnet_jax.nn.fast import fused_dynamic
 from capsnet_jax.ops import convolution
 from capsnet_torch.model import ONLY_IN_JAX
-from capsnet_verify.checks import VALUES
+from capsnet_verify.checks import STEPS, VALUES
+from capsnet_verify.mutants import PLAIN
 from capsnet_verify.report import sentence
-from capsnet_verify.subjects import SMALL, of_model
+from capsnet_verify.subjects import EVERY_TERM, SMALL, Settings, of_model
 from capsnet_verify.values import in_jax, in_torch
-from capsnet_verify.verification import Settings, verify
+from capsnet_verify.verification import verify, worst
 from parity_tests import oracle
 from parity_tests.compare import assert_close
 from parity_tests.pairs import make_pair
 
-OPTIONS = {
-    "default": {},
-    "one iteration": {"num_iterations": 1},
-    "five iterations": {"num_iterations": 5},
-    "three capsule layers": {"hidden_capsules": ((60, 9), (8, 5)), "primary_scale": 10.0},
-    "stride of 3": {"primary_stride": 3},
+TWO_LAYERS = {"hidden_capsules": ((8, 7),), "primary_scale": 5.0, "routing": EVERY_TERM["dynamic"]}
+ORDINARY = {
     "squashed, all biases, as official": {
         "primary_scale": 2.0,
         "primary_squash": "squash",
         "decoder_bias": True,
         "routing": "dynamic,capsule_bias=0.1",
     },
-    "normalised and depthwise, as efficient": {
+    "normalized and depthwise, as efficient": {
         "stem_below": ((5, 3), (6, 2)),
         "stem_channels": 12,
         "stem_stride": 2,
@@ -57,6 +57,16 @@ OPTIONS = {
         "shared_class_transform": True,
         "routing": "em,annealing=0,min_variance=0.1",
     },
+    "two capsule layers, fused": TWO_LAYERS | {"routing_implementation": "fused"},
+}
+EXHAUSTIVE = {
+    "default": {},
+    "fused": {"routing_implementation": "fused"},
+    "one iteration": {"num_iterations": 1},
+    "five iterations": {"num_iterations": 5},
+    "two capsule layers": TWO_LAYERS,
+    "three capsule layers": {"hidden_capsules": ((60, 9), (8, 5)), "primary_scale": 10.0},
+    "stride of 3": {"primary_stride": 3},
     "convolutional and dense capsules": {
         "primary_scale": 20.0,
         "conv_capsules": ((4, 7, 3, 2),),
@@ -66,18 +76,68 @@ OPTIONS = {
     },
     "standardized images of two classes each": {"standardize_images": True, "labels_per_image": 2},
 }
+OPTIONS = ORDINARY | EXHAUSTIVE
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_every_intermediate_and_gradient_agrees(name, dtype):
+def assert_model_agrees(name: str, dtype: str) -> None:
     options = dict(OPTIONS[name])
     labels = options.pop("labels_per_image", 1)
     subject = of_model(name, replace(SMALL, **options), labels_per_image=labels)
-    # Batch normalisation divides by deviations of the batch, and of three images PyTorch itself is off by 7e-5.
+    # Batch normalization divides by deviations of the batch; over three images, PyTorch itself is off by 7e-5.
     batch_size = 12 if subject.run.config.model.batch_norm else 3
     verification = verify(subject, Settings(dtype, steps=0, batch_size=batch_size))
     assert all(found.hot or options.get("num_iterations") == 1 for found in verification.heats)
     assert verification.status == 0, sentence(verification)
+
+
+@pytest.fixture(autouse=True)
+def _in_chunks(monkeypatch):
+    """Fused routing takes a few of the 216 primary capsules at a time."""
+    monkeypatch.setattr(fused_dynamic, "CHUNK_ON_CPU", 36_000)
+    monkeypatch.setattr(fused_dynamic, "CHUNK_ELSEWHERE", 36_000)
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_every_intermediate_and_gradient_agrees(name):
+    assert_model_agrees(name, "float64")
+
+
+def test_every_intermediate_and_gradient_agrees_in_float32():
+    assert_model_agrees("squashed, all biases, as official", "float32")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_intermediate_and_gradient_agrees_with_every_option(name, dtype):
+    assert_model_agrees(name, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "steps", "compared"),
+    [
+        ("float32", 7, 5),
+        pytest.param("float64", 50, 50, marks=pytest.mark.exhaustive),
+        pytest.param("float32", 50, 5, marks=pytest.mark.exhaustive),
+        pytest.param("bfloat16", 50, 5, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_training_agrees(dtype, steps, compared):
+    """In float64 the weights after each step, too; in float32 only losses, and only of the first steps."""
+    verification = verify(PLAIN, Settings(dtype, steps=steps, batch_size=3))
+    checks = [check for check in verification.checks if check.name.startswith("step")]
+    assert [check.name for check in checks] == [f"step {number}" for number in range(1, compared + 1)]
+    assert all(check.error <= STEPS[dtype] for check in checks)
+    assert verification.status == 0
+
+
+def test_the_worst_check_of_a_step_is_one_that_differs():
+    """Even if an array that is too small to be compared is off by more."""
+    cold, off = (np.full(3, 3e-8), np.full(3, 1e-8)), (np.array(1.0), np.array(1.5))
+    found = worst("step 4", {"bias": cold, "loss": off}, 1e-9)
+    assert (found.name, found.verdict, found.reason.partition(":")[0]) == ("step 4", "DIFFERS", "loss")
+    found = worst("step 4", {"bias": cold, "loss": (off[0], off[0])}, 1e-9)
+    assert (found.verdict, found.reason.partition(",")[0]) == ("no power", "bias: cold")
 
 
 def test_agrees_with_the_oracle(float64):
@@ -105,13 +165,13 @@ def test_agrees_with_the_oracle(float64):
     assert_close("reconstructions", decoded, np.stack(expected).transpose(0, 2, 3, 1), tolerance=1e-12)
 
 
+@pytest.mark.exhaustive
 def test_full_size_agrees_at_the_reference_scale():
-    """The 8.2 million weights of the reference model as they are drawn: capsules 4e-4 long, gradients from 4.5e-7."""
+    """The 8.2 million initial weights of the reference model: capsules 4e-4 long, gradients from 4.5e-7."""
     pair = make_pair("float32", batch_size=2, **vars(ModelConfig()))
-    assert sum(param.size for param in to_torch(pair.jax_model).values()) == 8_214_272
-    ours = in_jax(pair)
+    actual = in_jax(pair)
     for name, expected in in_torch(pair).items():
-        assert_close(name, ours[name], expected, tolerance=VALUES["float32"], floor=1e-7)
+        assert_close(name, actual[name], expected, tolerance=VALUES["float32"], floor=1e-7)
 
 
 def test_the_twin_has_the_fields_of_the_config_and_their_defaults():
@@ -120,40 +180,37 @@ def test_the_twin_has_the_fields_of_the_config_and_their_defaults():
     assert {name: parameter.default for name, parameter in parameters.items()} == fields
 
 
-def test_jit_and_the_other_convolution_change_nothing(float64):
-    """What runs on a GPU, XLA's own convolution, is the same function as what runs here."""
-    pair = make_pair(float64)
-    eager = pair.jax_model.encode(pair.images).poses
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("capsnet_jax.nn.fast.convolution.matrix_product", native_with_count := _Counted())
-        native = jax.jit(pair.jax_model.encode)(pair.images).poses
-    assert native_with_count.calls == 2
-    assert_close("native", native, eager, tolerance=1e-12)
+@pytest.fixture(scope="module")
+def poses_in_float64():
+    """The small model in float64, and its class capsules without `jax.jit`."""
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        pair = make_pair("float64")
+        return pair, pair.jax_model.encode(pair.images).poses
 
 
-class _Counted:
-    """XLA's convolution, counting its traces, so that the test knows that it ran."""
+def test_jit_and_the_convolution_of_a_gpu_change_nothing(poses_in_float64, float64, monkeypatch):
+    """XLA's own convolution, which runs on a GPU, computes the same as the one that runs here."""
+    pair, eager = poses_in_float64
+    calls = []
 
-    calls = 0
-
-    def __call__(self, images, kernel, *, stride):
-        self.calls += 1
+    def native(images, kernel, *, stride):
+        calls.append(stride)
         return convolution(images, kernel, stride)
 
+    monkeypatch.setattr("capsnet_jax.nn.fast.convolution.matrix_product", native)
+    assert_close("native", jax.jit(pair.jax_model.encode)(pair.images).poses, eager, tolerance=1e-12)
+    assert len(calls) == 2
 
-def test_channels_last_and_first_are_told_apart(float64):
-    """A check of the checks: an image mirrored on one side only is noticed."""
-    pair = make_pair(float64)
+
+def test_an_image_mirrored_on_one_side_is_noticed(poses_in_float64, float64):
+    pair, poses = poses_in_float64
     mirrored = pair._replace(images=jnp.flip(pair.images, 2))
-    ours = pair.jax_model.encode(pair.images).poses
-    theirs = pair.torch_model.encode(mirrored.torch_batch[0]).poses
+    in_torch = pair.torch_model.encode(mirrored.torch_batch[0]).poses
     with pytest.raises(AssertionError, match="scale-relative error"):
-        assert_close("mirrored", ours, theirs.detach(), tolerance=1e-3)
+        assert_close("mirrored", poses, in_torch.detach(), tolerance=1e-3)
 
 
-def test_float32_inputs_do_not_pass_as_float64(float64):
-    pair = make_pair(float64)
-    poses = pair.torch_model.float().encode(pair.torch_batch[0].float()).poses
+def test_float32_does_not_pass_as_float64(poses_in_float64, float64):
+    _, poses = poses_in_float64
     with pytest.raises(AssertionError, match="dtype"):
-        assert_close("poses", pair.jax_model.encode(pair.images).poses, poses.detach(), tolerance=1)
-    assert poses.dtype == torch.float32
+        assert_close("poses", poses, np.asarray(poses, np.float32), tolerance=1)

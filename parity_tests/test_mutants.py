@@ -1,54 +1,103 @@
-"""Every wrong model must be caught, and by the first check that can see what is wrong with it."""
+"""Each planted mistake must be caught, by the first check that can see it. `-m exhaustive` plants all of them."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from capsnet_jax.routing import dynamic, get_routing
+from capsnet_jax.routing import ROUTINGS
 from capsnet_verify import self_test
-from capsnet_verify.mutants import models
-from capsnet_verify.mutants.models import (
-    IN_ONE_IMPLEMENTATION,
-    MUTANTS,
-    NORMALISED,
-    PLAIN,
-    SPECTRAL,
-    TWO_LABELS,
-    ModelMutant,
-)
-from capsnet_verify.verification import Settings, verify
-from parity_tests.compare import assert_close
+from capsnet_verify.mutants import MUTANTS, OF_IMPLEMENTATIONS, Mutant
+from capsnet_verify.routings import Case, first_divergence
+from capsnet_verify.subjects import Settings
+from capsnet_verify.verification import verify
 from parity_tests.pairs import make_pair
 
-
-@pytest.mark.parametrize("subject", [PLAIN, TWO_LABELS, NORMALISED, SPECTRAL], ids=lambda subject: subject.title)
-def test_the_right_model_is_not_caught(subject):
-    assert self_test.caught_model(ModelMutant("none", "", models.right, subject)) is None
-
-
-def test_the_base_of_the_mutants_is_right(float64):
-    votes = jnp.asarray(np.random.default_rng(7).normal(size=(11, 5, 6)))
-    expected = dynamic(votes, jnp.ones(11))
-    for name, actual in models.dynamic(votes, jnp.ones(11))._asdict().items():
-        assert_close(name, actual, getattr(expected, name), tolerance=1e-12)
-
-
-@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
-def test_wrong_model_is_caught(mutant):
-    assert self_test.caught_model(mutant) == mutant.caught_by
+# One of each kind.
+ORDINARY = [
+    "squash along the capsules",
+    "no gradient through the agreement",
+    "targets that sum to 1",
+    "Adam with another second moment",
+    "XLA mirrors",
+    "dynamic: detaches nothing",
+    "dynamic: softmax over inputs",
+    "em: variance about zero",
+    "variational: activations not normalized",
+    "dynamic without votes: last chunk left out",
+    "dynamic without votes: no gradient of agreement",
+]
 
 
-@pytest.mark.parametrize("mutant", IN_ONE_IMPLEMENTATION, ids=str)
-def test_a_batch_of_three_does_not_show_a_mistake_in_an_implementation_of_larger_ones(mutant):
-    """Why several batches are compared by default, which do show it."""
-    verification = verify(mutant.subject, Settings("float32", steps=0, batch_size=3), mutate=mutant.wrong)
-    assert verification.status == 0
+def mark(mutant: Mutant) -> object:
+    exhaustive = () if mutant.mistake in ORDINARY else (pytest.mark.exhaustive,)
+    return pytest.param(mutant, id=str(mutant), marks=exhaustive)
+
+
+@pytest.mark.parametrize("mutant", [mark(mutant) for mutant in MUTANTS])
+def test_mutant_is_caught(mutant):
+    assert self_test.caught(mutant) == mutant.caught_by
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("control", self_test.CONTROLS, ids=str)
+def test_right_model_is_not_caught(control):
+    assert self_test.caught(control) is None
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "case", dict.fromkeys(mutant.subject for mutant in MUTANTS if isinstance(mutant.subject, Case)), ids=str
+)
+def test_right_routing_is_not_caught(case):
+    assert first_divergence(case, self_test.DTYPE) is None
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mutant", OF_IMPLEMENTATIONS, ids=str)
+def test_batch_of_three_cannot_show_mistakes_in_other_implementations(mutant):
+    """Larger batches are compared by default because of these mistakes."""
+    settings = Settings("float32", steps=0, batch_size=3)
+    assert verify(mutant.subject, settings, mistake=mutant.planted()).status == 0
+
+
+def test_mutants_are_listed():
+    assert len(MUTANTS) == len({mutant.mistake for mutant in MUTANTS}) == 102  # as README.md and docs/parity.md say
+    assert {mutant.mistake for mutant in MUTANTS} >= set(ORDINARY)
+    assert {mutant.subject.name for mutant in MUTANTS if isinstance(mutant.subject, Case)} == set(ROUTINGS)
+
+
+def test_planted_mistakes_are_removed_again():
+    for mutant in MUTANTS:
+        with mutant.planted():
+            pass
+    assert first_divergence(Case("dynamic"), "float32") is None
+
+
+@pytest.mark.parametrize(("expected", "status"), [("couplings", 0), ("poses", 1)])
+def test_self_test_fails_unless_the_right_check_catches(expected, status, monkeypatch):
+    wrong = next(mutant for mutant in MUTANTS if mutant.mistake == "kmeans: softmax over inputs")
+    monkeypatch.setattr(self_test, "CONTROLS", [])
+    monkeypatch.setattr(self_test, "MUTANTS", [wrong._replace(caught_by=expected)])
+    lines = []
+    assert self_test.self_test(lines.append) == status
+    assert lines[0].startswith("FAILED couplings" if status else "ok     couplings")
+
+
+def test_self_test_fails_if_a_mutant_is_not_caught(monkeypatch):
+    monkeypatch.setattr(self_test, "CONTROLS", [Mutant(Case("uniform"), "right")])
+    monkeypatch.setattr(self_test, "MUTANTS", [Mutant(Case("uniform"), "unseen", "poses")])
+    lines = []
+    assert self_test.self_test(lines.append) == 1
+    assert lines[0].startswith("ok     not caught")
+    assert lines[1].startswith("FAILED not caught")
+    assert lines[-1] == "0 of 1 mutants were caught, 1 trials went wrong."
 
 
 def test_at_the_reference_scale_a_model_without_routing_would_pass():
-    """Why models are made hot: at a primary scale of 0.01 the usual tolerances cannot see whether there is routing."""
+    """Why layers are scaled: at a primary scale of 0.01 the usual tolerances cannot tell whether there is routing."""
     pair = make_pair("float32", primary_scale=0.01)
     right = pair.jax_model.encode(pair.images).poses
-    for layer in pair.jax_model.capsule_layers:
-        layer.routing = get_routing(lambda votes, activations: models.dynamic(votes, activations, past=jnp.zeros_like))
-    np.testing.assert_allclose(pair.jax_model.encode(pair.images).poses, right, atol=1e-5)
+    mutant = next(mutant for mutant in MUTANTS if mutant.mistake == "no agreement update at all")
+    with mutant.planted():
+        without = pair.jax_model.encode(pair.images).poses
+    assert not np.array_equal(without, right)
+    np.testing.assert_allclose(without, right, atol=1e-5)

@@ -2,31 +2,33 @@
 
 import pytest
 
-from capsnet_jax.cli.main import main
 from capsnet_verify.checks import AGREES
 from capsnet_verify.random_models import random_subject
 from capsnet_verify.report import sentence
-from capsnet_verify.verification import Settings, verify
+from capsnet_verify.subjects import Settings
+from capsnet_verify.verification import verify
+
+ORDINARY = (3, 11)
 
 
 def check(seed: int) -> None:
     verification = verify(random_subject(seed), Settings(steps=0, batch_size=3))
     repeat = f"capsnet verify --random-model {seed} --steps 0"
     assert verification.first_divergence is None, f"{sentence(verification)}\n{repeat}"
-    # Weights that nothing depends on have no gradient, such as what hidden capsules of some routings are read out by.
+    # Weights that nothing depends on have no gradient, such as a readout of hidden capsules by some routings.
     seen = sum(found.verdict == AGREES for found in verification.checks)
     assert seen >= 0.7 * len(verification.checks), f"{sentence(verification)}\n{repeat}"
 
 
-@pytest.mark.parametrize("seed", range(15))
-def test_a_random_architecture_agrees(seed):
+@pytest.mark.parametrize("seed", ORDINARY)
+def test_random_architecture_agrees(seed):
     check(seed)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(15, 200))
-def test_another_random_architecture_agrees(seed):
+@pytest.mark.parametrize("seed", [seed for seed in range(200) if seed not in ORDINARY])
+def test_every_random_architecture_agrees(seed):
     check(seed)
 
 
@@ -44,17 +46,15 @@ def test_architectures_are_of_every_kind():
         assert 20 < sum(bool(getattr(config, name)) for config in configs) < 180, name
     assert len({config.routing.split(",")[0] for config in configs}) == 9
     assert {config.num_iterations for config in configs} == {1, 2, 3, 4}
-    assert len({run.image_shape for run in models}) > 150
+    assert len({config.image_shape for config in configs}) > 150
     assert random_subject(7) == random_subject(7)
 
 
-def test_the_command_repeats_a_failure(capsys, monkeypatch):
-    monkeypatch.setattr("capsnet_verify.pair.to_torch", lambda model: {})  # the twin keeps weights of its own
-    with pytest.raises(AssertionError, match=r"first in couplings 0(.|\n)*capsnet verify --random-model 17 --steps 0"):
-        check(17)
-    command = ["verify", "--random-model", "17", "--steps", "0"]
-    assert main(command) == 1
-    assert "first in couplings 0" in capsys.readouterr().out
-    monkeypatch.undo()
-    assert main(command) == 0
-    assert "of random model 17: values within" in capsys.readouterr().out
+def test_a_failure_prints_the_command_that_repeats_it(verify_command, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("capsnet_verify.pair.to_torch", lambda model: {})  # the twin keeps weights of its own
+        with pytest.raises(AssertionError, match=r"first in couplings 0(.|\n)*--random-model 17 --steps 0"):
+            check(17)
+    status, printed, _ = verify_command("--random-model", 17, "--steps", 0, "--batch-size", 3)
+    assert status == 0
+    assert "of random model 17: values within" in printed

@@ -1,4 +1,4 @@
-"""The command `capsnet verify`, as its users run it: what it prints, writes, catches and refuses."""
+"""The command `capsnet verify`: what it prints, writes, catches and refuses."""
 
 import importlib.util
 import json
@@ -7,15 +7,14 @@ import pytest
 from flax import nnx
 
 from capsnet_jax import CapsNet
-from capsnet_jax.cli.main import main
 from capsnet_jax.presets import PRESETS
-from capsnet_verify import self_test
-from capsnet_verify.mutants.models import MUTANTS
-from capsnet_verify.self_test import Trial
-from capsnet_verify.subjects import of_preset
-from capsnet_verify.verification import Settings, plan_of
+from capsnet_verify.checks import AGREES, Check
+from capsnet_verify.mutants import MUTANTS
+from capsnet_verify.report import describe, sentence
+from capsnet_verify.subjects import Settings, of_preset, of_routing
+from capsnet_verify.verification import Verification, plan_of, verify
 
-QUICKLY = ["--steps", "0"]
+QUICKLY = ["--batch-size", "3", "--steps", "0"]
 USERS = '''
 """Routings of a user's own, in both frameworks."""
 
@@ -78,14 +77,9 @@ def user(tmp_path, monkeypatch):
     return "users_own_routing"
 
 
-def verify(capsys, *arguments: object) -> tuple[int, str, str]:
-    status = main(["verify", *map(str, arguments)])
-    return status, *capsys.readouterr()
-
-
-def test_every_check_is_a_row_of_the_table_and_of_the_file(tmp_path, capsys):
+def test_every_check_is_a_row_of_the_table_and_of_the_file(tmp_path, verify_command):
     path = tmp_path / "verified.json"
-    status, printed, _ = verify(capsys, "--steps", 2, "--json", path)
+    status, printed, _ = verify_command("--steps", 2, "--json", path)
     assert status == 0
     written = json.loads(path.read_text())
     assert {"versions", "device", "commit"} <= written.keys()
@@ -121,21 +115,24 @@ def test_every_check_is_a_row_of_the_table_and_of_the_file(tmp_path, capsys):
     ) in printed
 
 
-def test_a_batch_size_that_is_given_is_the_only_one(capsys):
-    status, printed, _ = verify(capsys, "--batch-size", 2, *QUICKLY)
-    assert status == 0
-    assert "Proved at a batch of 2, stem 0 by patches, primary capsules by patches, routing 0 by votes.\n" in printed
+def test_only_a_batch_of_the_given_size_is_compared():
+    subject, settings = of_routing("dynamic"), Settings("float32", batch_size=2)
+    plan = plan_of(subject, settings)
+    verification = Verification(subject, settings, plan, checks=[Check("stem 0", 1.0, 1e-15, 1e-12, AGREES)])
+    assert "Proved at a batch of 2, stem 0 by patches, primary capsules by patches, routing 0 by votes.\n" in describe(
+        verification
+    )
     unproved = "routing 0 by fused, stem 0 by xla, primary capsules by xla"
-    assert f"Not proved, as other batch sizes or platforms have them: {unproved}.\n" in printed
+    assert f"Not proved, as other batch sizes or platforms have them: {unproved}.\n" in describe(verification)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_implementation_that_training_and_evaluation_have_is_proved(name):
-    run = of_preset(name).run
-    plan = plan_of(run, Settings("float32"))
+    subject = of_preset(name)
+    run, plan = subject.run, plan_of(subject, Settings("float32"))
     proved = {layer for batch in plan.batches if batch.platform is None for layer in batch.implementations.items()}
     model = nnx.eval_shape(lambda: CapsNet.from_config(run.config.model, rngs=nnx.Rngs(0)))
-    for size in (*range(1, 100), run.config.training.batch_size, 500, 1000, 10_000):
+    for size in (1, 2, 4, 15, 17, 25, 27, 50, 99, run.config.training.batch_size, 500, 10_000):
         choices = model.implementations(size)
         assert {(layer, choice.name) for layer, choice in choices.items()} <= proved, size
     trained = {(layer, choice.name) for layer, choice in model.implementations(plan.for_training.size).items()}
@@ -146,7 +143,7 @@ def test_every_implementation_that_training_and_evaluation_have_is_proved(name):
 
 def test_on_a_gpu_its_own_implementations_are_first():
     """And those of a CPU are proved there, too."""
-    plan = plan_of(of_preset("digits").run, Settings("float32", device="gpu"))
+    plan = plan_of(of_preset("digits"), Settings("float32", device="gpu"))
     assert [(batch.size, batch.platform, [*batch.implementations.values()]) for batch in plan.batches] == [
         (3, None, ["xla", "xla", "votes"]),
         (16, None, ["xla", "xla", "fused"]),
@@ -158,23 +155,21 @@ def test_on_a_gpu_its_own_implementations_are_first():
 
 
 def test_what_takes_a_cpu_minutes_is_left_out_and_named():
-    plan = plan_of(of_preset("readable").run, Settings("float32"))
+    plan = plan_of(of_preset("readable"), Settings("float32"))
     assert [(batch.size, batch.platform) for batch in plan.batches] == [(3, None), (16, None)]
     assert plan.unproved == [("stem 0", "xla"), ("primary capsules", "xla")]
 
 
-def test_a_mistake_in_one_implementation_is_told_as_one(monkeypatch, capsys):
-    wrong = next(mutant for mutant in MUTANTS if mutant.mistake == "softmax over input capsules, without votes")
-    with wrong.wrong(None):
-        status, printed, _ = verify(capsys, *QUICKLY)
-    assert status == 1
-    last = printed.splitlines()[-1]
-    assert "differ, first in couplings 0, batch of 16 (" in last
-    assert "Most likely: in routing 0 by fused: the softmax axis: couplings of JAX sum to one over" in last
+def test_a_mistake_in_one_implementation_is_reported_as_one():
+    wrong = next(mutant for mutant in MUTANTS if mutant.mistake == "fused softmax over inputs")
+    settings = Settings("float32", steps=0)
+    said = sentence(verify(wrong.subject, settings, mistake=wrong.planted(), only_first=True))
+    assert "differ, first in couplings 0, batch of 16 (" in said
+    assert "Most likely: in routing 0 by fused: the softmax axis: couplings of JAX sum to one over" in said
 
 
-def test_both_precisions_are_rows_of_a_summary(capsys):
-    status, printed, told = verify(capsys, "--routing", "uniform", "--dtype", "float32", "bfloat16", *QUICKLY)
+def test_both_precisions_are_rows_of_a_summary(verify_command):
+    status, printed, told = verify_command("--routing", "uniform", "--dtype", "float32", "bfloat16", *QUICKLY)
     assert status == 0
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "uniform" in line]
     assert [(row[1], row[-1]) for row in rows] == [("float32", "agrees"), ("bfloat16", "agrees")]
@@ -185,24 +180,24 @@ def test_both_precisions_are_rows_of_a_summary(capsys):
     assert lines == rows  # one by one, as they are done
 
 
-def test_routings_of_the_users_own_agree(user, capsys):
-    both = ["--jax-routing", f"{user}:ours", "--torch-routing", f"{user}:theirs"]
-    status, printed, _ = verify(capsys, *both, "--steps", 1)
+def test_routings_of_the_users_own_agree(user, verify_command):
+    both = ["--routing", f"{user}:ours", "--torch-routing", f"{user}:theirs"]
+    status, printed, _ = verify_command(*both, "--steps", 1, "--batch-size", 3)
     assert status == 0, printed
     assert "gradient encoder.primary2digit_capsules.routing_weights.offset" in printed
 
 
-def test_a_wrong_one_is_named_with_its_cause(user, capsys):
+def test_a_wrong_routing_is_named_with_its_cause(user, verify_command):
     both = ["--jax-routing", f"{user}:ours", "--torch-routing", f"{user}:theirs_over_inputs"]
-    status, printed, _ = verify(capsys, *both, *QUICKLY)
+    status, printed, _ = verify_command(*both, *QUICKLY)
     assert status == 1
     last = printed.splitlines()[-1]
     assert last.startswith("JAX and PyTorch differ, first in couplings 0 (scale-relative error")
     assert "softmax axis: couplings of PyTorch sum to one over input capsules" in last
 
 
-def test_a_preset_is_made_hot_first(capsys):
-    status, printed, _ = verify(capsys, "--preset", "digits", *QUICKLY)
+def test_a_preset_is_scaled_first(verify_command):
+    status, printed, _ = verify_command("--preset", "digits", *QUICKLY)
     assert status == 0, printed
     assert "of preset digits: values within" in printed
 
@@ -216,26 +211,25 @@ def test_a_preset_is_made_hot_first(capsys):
         (["--json", "nowhere/x.json"], "the folder nowhere does not exist"),
         (["--preset", "nothing"], "Unknown preset 'nothing'; expected readable, digits"),
         (["--routing", "nothing"], "Unknown routing 'nothing'; expected dynamic, em"),
-        (["--jax-routing", "em"], "Only one of --jax-routing and --torch-routing is given; expected both"),
+        (["--torch-routing", "em"], "--torch-routing is given without --routing"),
         (["--jax-routing", "em", "--torch-routing", "nothing"], "Unknown routing 'nothing'; expected dynamic"),
         (["--jax-routing", "em", "--torch-routing", "no_such_module:f"], "no_such_module"),
-        (["--routing", "em", "--jax-routing", "em", "--torch-routing", "em"], "--jax-routing is given, too"),
         (["--random-model", "1", "--all-routings"], "--all-routings and --random-model are given"),
-        (["--torch-weights", "x.pt"], "expected its folder or file, too"),
+        (["--torch-weights", "x.pt"], "--torch-weights are given without weights to compare them with"),
         (["--random-model", "-1"], "random_model is -1, and must be at least 0"),
         (["--seed", "99999999999"], "seed is 99999999999, and must be less than 4294967296"),
         (["--random-model", "7", "--preset", "em"], "--random-model and --preset are given; expected one of them"),
         (["--self-test", "--dtype", "float32"], "--self-test takes no other options"),
-        (["--image-shape", "8", "8", "1"], "--image-shape is that of weights; expected their file, too"),
-        (["--routing", "capsnet_jax.routing:em"], "has no twin in PyTorch; expected --jax-routing and --torch-routing"),
+        (["--image-shape", "8", "8", "1"], "--image-shape is given without a file of weights; expected both"),
+        (["--routing", "capsnet_jax.routing:em"], "has no twin in PyTorch; expected --torch-routing, too"),
         (["--jax-routing", "dynamic", "--torch-routing", "dynamic,foo=3"], "foo"),
         (["--jax-routing", "em", "--torch-routing", "em,min_variance=abc"], "min_variance"),
         (["no_such_folder"], "no_such_folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_wrong_option_is_one_sentence(options, message, capsys):
-    status, printed, told = verify(capsys, *options)
+def test_a_wrong_option_is_one_sentence(options, message, verify_command):
+    status, printed, told = verify_command(*options)
     assert (status, printed) == (2, "")
     assert message in told
     assert told.count("\n") == 1
@@ -250,62 +244,37 @@ def test_a_wrong_option_is_one_sentence(options, message, capsys):
         ("theirs_without_weight", "JAX encoder.primary2digit_capsules.routing_weights.offset beyond those of PyTorch"),
     ],
 )
-def test_a_routing_that_cannot_be_compared_is_one_sentence(function, message, user, capsys):
-    status, _, told = verify(capsys, "--jax-routing", f"{user}:ours", "--torch-routing", f"{user}:{function}")
+def test_a_routing_that_cannot_be_compared_is_one_sentence(function, message, user, verify_command):
+    status, _, told = verify_command("--jax-routing", f"{user}:ours", "--torch-routing", f"{user}:{function}")
     assert status == 2
     assert message in told
     assert told.count("\n") == 1
 
 
-def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+def test_without_a_gpu_it_says_so(monkeypatch, verify_command):
     monkeypatch.setattr("jax.default_backend", lambda: "cpu")
-    status, printed, told = verify(capsys, "--device", "gpu")
+    status, printed, told = verify_command("--device", "gpu")
     assert (status, printed) == (2, "")
     assert "There is no GPU that both JAX and PyTorch can use; expected --device cpu" in told
 
 
-def test_what_goes_wrong_inside_is_no_verdict(monkeypatch, capsys):
+def test_what_goes_wrong_inside_is_no_verdict(monkeypatch, verify_command):
     monkeypatch.setattr("capsnet_verify.verification.heat", lambda pair: 1 / 0)
-    status, printed, told = verify(capsys)
+    status, printed, told = verify_command()
     assert (status, printed) == (2, "")
     assert "ZeroDivisionError" in told
 
 
-def test_without_torch_it_says_what_to_install(monkeypatch, capsys):
+def test_without_torch_it_says_what_to_install(monkeypatch, verify_command):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    status, _, told = verify(capsys)
+    status, _, told = verify_command()
     assert status == 2
     assert 'capsnet verify needs PyTorch, which is not installed: pip install ".[torch]".' in told
 
 
-@pytest.mark.parametrize(("expected", "status"), [("couplings 0", 0), ("stem 0", 1)])
-def test_the_self_test_fails_if_a_mutant_is_not_caught_by_its_check(expected, status, monkeypatch, capsys):
-    trials = [
-        Trial("right", None, lambda: None),
-        Trial("wrong", expected, lambda: self_test.caught_model(MUTANTS[0])),
-    ]
-    monkeypatch.setattr(self_test, "trials", lambda: iter(trials))
-    assert verify(capsys, "--self-test")[0] == status
-
-
-def test_a_mutant_that_is_not_caught_at_all_fails_the_self_test(monkeypatch, capsys):
-    monkeypatch.setattr(self_test, "trials", lambda: iter([Trial("unseen", "poses", lambda: None)]))
-    status, printed, _ = verify(capsys, "--self-test")
-    assert status == 1
-    assert "FAILED not caught" in printed
-    assert printed.splitlines()[-1] == "0 of 1 mutants were caught, 1 trials went wrong."
-
-
 @pytest.mark.exhaustive
 @pytest.mark.slow
-def test_every_preset_and_routing_agrees(capsys):
-    status, printed, _ = verify(capsys, "--all-presets", "--all-routings", "--dtype", "float64", "float32")
+def test_every_preset_and_routing_agrees(verify_command):
+    status, printed, _ = verify_command("--all-presets", "--all-routings", "--dtype", "float64", "float32")
     assert status == 0, printed
     assert printed.splitlines()[-1] == "32 of 32 agree."
-
-
-def test_every_mutant_is_a_trial():
-    trials = list(self_test.trials())
-    assert sum(trial.caught_by is not None for trial in trials) == 102  # as README.md and docs/parity.md tell
-    assert sum(trial.caught_by is None for trial in trials) == 4
-    assert len({trial.mistake for trial in trials}) == len(trials)

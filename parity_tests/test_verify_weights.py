@@ -10,7 +10,6 @@ import torch
 from capsnet_jax.config import Config, ModelConfig, TrainingConfig
 from capsnet_jax.interchange.weights import to_torch
 from capsnet_jax.runs.folder import Run
-from parity_tests.test_verify import QUICKLY, verify
 from tests.interchange.damages import DAMAGED_STATES, NAME, Bomb
 
 # A hidden layer as wide as the other, and two layers of capsules of equal shape: what shapes alone cannot tell.
@@ -24,6 +23,7 @@ SQUARE = ModelConfig(
     primary_scale=1.0,
     hidden_capsules=((6, 4), (6, 4), (6, 4)),
     class_dim=7,
+    routing="uniform",
     decoder_hidden=(11, 11),
 )
 
@@ -39,21 +39,22 @@ def run(tmp_path_factory):
     return folder, to_torch(model)
 
 
+QUICKLY = ["--batch-size", 3, "--steps", 0]
 DAMAGED_FILES = {name: case for name, case in DAMAGED_STATES.items() if name not in ("transposed", "bfloat16")}
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGED_FILES.values(), ids=DAMAGED_FILES)
-def test_damaged_weights_are_refused_by_name(damage, message, run, tmp_path, capsys):
+def test_damaged_weights_are_refused_by_name(damage, message, run, tmp_path, verify_command):
     folder, state = run
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in damage(state).items()}
     torch.save(tensors, tmp_path / "damaged.pt")
-    status, _, told = verify(capsys, folder, "--torch-weights", tmp_path / "damaged.pt")
+    status, _, told = verify_command(folder, "--torch-weights", tmp_path / "damaged.pt")
     assert status == 2
     assert told.count("\n") == 1
     assert message.replace("8 of 9", f"{len(state) - 1} of {len(state)}") in told
 
 
-def test_a_truncated_file_and_a_pickle_are_refused(run, tmp_path, capsys):
+def test_a_truncated_file_and_a_pickle_are_refused(run, tmp_path, verify_command):
     folder, state = run
     whole = tmp_path / "whole.pt"
     torch.save({name: torch.from_numpy(array) for name, array in state.items()}, whole)
@@ -61,7 +62,7 @@ def test_a_truncated_file_and_a_pickle_are_refused(run, tmp_path, capsys):
     cut.write_bytes(whole.read_bytes()[:-1000])
     bomb.write_bytes(pickle.dumps({NAME: Bomb(str(trace))}))
     for path in (cut, bomb):
-        status, _, told = verify(capsys, folder, "--torch-weights", path)
+        status, _, told = verify_command(folder, "--torch-weights", path)
         assert (status, told.count("\n")) == (2, 1)
         assert path.name in told
     assert not trace.exists()
@@ -91,11 +92,11 @@ def test_a_truncated_file_and_a_pickle_are_refused(run, tmp_path, capsys):
     }.values(),
     ids=["transposed square", "swapped layers", "one bit"],
 )
-def test_what_shapes_do_not_tell_is_reported_by_name(damage, first, cause, run, tmp_path, capsys):
+def test_what_shapes_do_not_tell_is_reported_by_name(damage, first, cause, run, tmp_path, verify_command):
     folder, state = run
     torch.save({name: torch.from_numpy(array) for name, array in damage(state).items()}, tmp_path / "damaged.pt")
     arguments = [folder, "--torch-weights", tmp_path / "damaged.pt", *QUICKLY, "--dtype", "float32"]
-    status, printed, _ = verify(capsys, *arguments, "--json", tmp_path / "verified.json")
+    status, printed, _ = verify_command(*arguments, "--json", tmp_path / "verified.json")
     assert status == 1
     assert f"differ, first in {first} (" in printed.splitlines()[-1]
     assert cause in printed.splitlines()[-1]
@@ -113,15 +114,17 @@ def _swapped(name: str) -> str:
     return name
 
 
-def test_the_same_weights_from_another_file_agree(run, tmp_path, capsys):
+def test_the_same_weights_from_another_file_agree(run, tmp_path, verify_command):
     folder, state = run
     torch.save({name: torch.from_numpy(array) for name, array in state.items()}, tmp_path / "same.pt")
-    status, printed, _ = verify(capsys, folder, "--torch-weights", tmp_path / "same.pt", "--steps", 1)
+    status, printed, _ = verify_command(
+        folder, "--torch-weights", tmp_path / "same.pt", "--steps", 1, "--batch-size", 3
+    )
     assert status == 0, printed
     assert f"| weight {NAME} " in printed
 
 
-def test_what_is_too_cold_to_be_seen_is_no_agreement(run, tmp_path, capsys):
+def test_what_is_too_cold_to_be_seen_is_no_agreement(run, tmp_path, verify_command):
     """Without weights of its first layer the decoder has gradients of zero, which anything else might have, too."""
     folder, state = run
     torch.save(
@@ -129,7 +132,7 @@ def test_what_is_too_cold_to_be_seen_is_no_agreement(run, tmp_path, capsys):
         tmp_path / "cold.pt",
     )
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    status, printed, _ = verify(capsys, tmp_path / "cold.pt", *QUICKLY)
+    status, printed, _ = verify_command(tmp_path / "cold.pt", *QUICKLY)
     assert status == 2
     last = printed.splitlines()[-1]
     assert "agree in what could be seen. These checks had no power. cold: decoder 0, " in last

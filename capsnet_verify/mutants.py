@@ -1,0 +1,581 @@
+"""Mistakes planted in the JAX side, and for each the check that must be the first to catch it.
+
+A mutant is a row of a table: the model or routing it is planted in, the mistake, the check that catches it, and a
+function with what replaces it while JAX computes.
+"""
+
+import functools
+import itertools
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from einops import rearrange, reduce
+from flax import nnx
+from jax.scipy.special import digamma
+
+from capsnet_jax.capsules import Routed
+from capsnet_jax.nn.fast import fourier, fused_dynamic
+from capsnet_jax.ops import mask_by_label, multi_hot, squash, standardize
+from capsnet_verify.routings import INPUTS, OUTPUTS, SIZE, Case
+from capsnet_verify.subjects import EVERY_TERM, SMALL, Subject, of_model, of_preset
+
+PLAIN = of_model("small", SMALL)
+TWO_LABELS = of_model("standardized images of two classes", replace(SMALL, standardize_images=True), labels_per_image=2)
+NORMALIZED = of_model("batch normalization", replace(SMALL, batch_norm=True))
+SPECTRAL = of_preset("digits")  # small, and from 26 images on one of its convolutions multiplies spectra
+
+Function = Callable[..., Any]
+Table = dict[str, list[tuple[str, str, str, Any]]]
+
+
+class Mutant(NamedTuple):
+    """A mistake in the JAX side.
+
+    Attributes:
+        subject: a model or routing in which it shows.
+        mistake: what is wrong, in words.
+        caught_by: name of the check that must be the first to differ; None if nothing is wrong.
+        place: dotted name of the function that is replaced.
+        wrong: what replaces it.
+    """
+
+    subject: Subject | Case
+    mistake: str
+    caught_by: str | None = None
+    place: str = ""
+    wrong: Any = None
+
+    def __str__(self) -> str:
+        return self.mistake.replace(" ", "_")
+
+    def planted(self) -> AbstractContextManager[Any]:
+        """A context in which the mistake is in force."""
+        if not self.place:
+            return nullcontext()
+        if isinstance(self.wrong, _MadeOf):
+            return mock.patch(self.place, self.wrong.make(pkgutil.resolve_name(self.place)))
+        return mock.patch(self.place, self.wrong)
+
+
+class _MadeOf(NamedTuple):
+    """A replacement that is made of the right function, anew for every run."""
+
+    make: Callable[[Function], Function]
+
+
+def _given(**arguments: Any) -> _MadeOf:
+    """The right function, always called with these arguments."""
+
+    def make(right: Function) -> Function:
+        @functools.wraps(right)
+        def wrong(*args: Any, **options: Any) -> Any:
+            return right(*args, **options | arguments)
+
+        return wrong
+
+    return _MadeOf(make)
+
+
+def _around(change: Callable[..., Routed]) -> _MadeOf:
+    """A routing by another function, `(right routing, votes, activations) -> Routed`."""
+
+    def make(right: Function) -> Function:
+        @functools.wraps(right)
+        def wrong(votes: jax.Array, activations: jax.Array, **options: Any) -> Routed:
+            return change(partial(right, **options), votes, activations)
+
+        return wrong
+
+    return _MadeOf(make)
+
+
+def _knowing(argument: str, place: str, wrong_for: Callable[[Any], Function]) -> _MadeOf:
+    """The right function, in which the one at a place is replaced by what is made for the value of an argument."""
+
+    def make(right: Function) -> Function:
+        @functools.wraps(right)
+        def wrong(*args: Any, **options: Any) -> Any:
+            with mock.patch(place, wrong_for(options[argument])):
+                return right(*args, **options)
+
+        return wrong
+
+    return _MadeOf(make)
+
+
+def _changed(pattern: str, change: Callable[[list[Any]], Any]) -> _MadeOf:
+    """A function of einops whose calls with this pattern return what `change` makes of their results so far."""
+
+    def make(right: Function) -> Function:
+        results: list[Any] = []
+
+        def wrong(array: Any, called_with: str, *rest: Any) -> Any:
+            result = right(array, called_with, *rest)
+            if called_with != pattern:
+                return result
+            results.append(result)
+            return change(results)
+
+        return wrong
+
+    return _MadeOf(make)
+
+
+def _like(module: ModuleType, **others: Any) -> SimpleNamespace:
+    """A module with other functions of these names, for one of the modules that use it."""
+    return SimpleNamespace(**vars(module) | others)
+
+
+# Functions as they are, which replacements call.
+softmax, constant = jax.nn.softmax, jax.lax.stop_gradient
+fused, spectral = SimpleNamespace(**vars(fused_dynamic)), SimpleNamespace(**vars(fourier))
+
+# Routing in a model; its softmax is `(logits, leaky) -> couplings`.
+
+
+def _softmax_over_inputs(logits: jax.Array, leaky: bool) -> jax.Array:
+    return softmax(logits, axis=0)
+
+
+def _no_agreement(logits: jax.Array, leaky: bool) -> jax.Array:
+    return softmax(0 * logits)
+
+
+def _no_gradient_of_agreement(logits: jax.Array, leaky: bool) -> jax.Array:
+    return softmax(constant(logits))
+
+
+def _averaging_logits(vmap: Function) -> Function:
+    def averaged(logits: jax.Array, leaky: bool) -> jax.Array:
+        return softmax(jax.lax.pmean(logits, "batch"))
+
+    def vmap_of(function: Function) -> Function:
+        def route(*arguments: Any) -> Any:
+            with mock.patch("capsnet_jax.routing.dynamic._softmax", averaged):
+                return function(*arguments)
+
+        return vmap(route, axis_name="batch")
+
+    return vmap_of
+
+
+# Primary capsules, from channels of the features, `(features, pattern, groups) -> poses`.
+
+
+def _as_capsules(pattern: str) -> Function:
+    return lambda features, _, groups: rearrange(features, pattern, groups=groups)
+
+
+def _of_neighbouring_pixels(features: jax.Array, _: str, groups: int) -> jax.Array:
+    return features.transpose(0, 3, 1, 2).reshape(len(features), -1, features.shape[-1] // groups)
+
+
+_groups_first = _as_capsules("b height width (groups d) -> b (groups height width) d")
+_strided = _as_capsules("b height width (d groups) -> b (height width groups) d")
+
+# Images, labels, batch normalization and convolutions.
+
+
+def _together(images: jax.Array) -> jax.Array:
+    return (images - images.mean()) / images.std()
+
+
+_apart = partial(jax.nn.standardize, axis=(1, 2))
+
+
+def _masked_by_next_label(poses: jax.Array, labels: jax.Array) -> jax.Array:
+    return mask_by_label(poses, (labels + 1) % poses.shape[1])
+
+
+def _first_label(labels: jax.Array, *rest: Any) -> jax.Array:
+    return multi_hot(labels[:, 0], *rest)
+
+
+def _half_of_two_labels(*arguments: Any) -> jax.Array:
+    return multi_hot(*arguments) / 2
+
+
+def _nothing(model: Any) -> None:
+    pass
+
+
+def _with(**constants: float) -> _MadeOf:
+    def make(right: Function) -> Function:
+        def call(norm: nnx.BatchNorm, *args: Any) -> Any:
+            vars(norm).update(constants)
+            return right(norm, *args)
+
+        return call
+
+    return _MadeOf(make)
+
+
+def _mirrored(convolve: Function) -> Function:
+    return lambda images, kernel, *args, **options: convolve(images, kernel[::-1, ::-1], *args, **options)
+
+
+def _no_gradient_of_images(*arguments: Any) -> Any:
+    of_images, of_kernel = spectral._backward(*arguments)
+    return jnp.zeros_like(of_images), of_kernel
+
+
+# Routings; most have a softmax `(logits, axis) -> couplings`.
+
+
+def _over_inputs(logits: jax.Array, axis: int) -> jax.Array:
+    return softmax(logits, axis=1 - axis)
+
+
+def _accumulated(right: Function) -> Function:
+    seen: list[jax.Array] = []
+
+    def wrong(logits: jax.Array, axis: int) -> jax.Array:
+        seen.append(logits)
+        return right(sum(seen[1:], start=seen[0]), axis=axis)
+
+    return wrong
+
+
+def _renormalized(logits: jax.Array, leaky: bool) -> jax.Array:
+    return softmax(logits, axis=1)
+
+
+def _with_leak(logits: jax.Array, leaky: bool) -> jax.Array:
+    return softmax(jnp.pad(logits, ((0, 0), (1, 0))), axis=1)[:, :-1]
+
+
+def _constant_couplings(logits: jax.Array, *_: Any) -> jax.Array:
+    return constant(softmax(logits, axis=-1))
+
+
+def _even_shares_of_leak(votes: jax.Array, *how: Any) -> jax.Array:
+    return (OUTPUTS + 1) / OUTPUTS * reduce(votes, *how)
+
+
+def _bias_after(place: str) -> _MadeOf:
+    return _knowing("capsule_bias", place, lambda bias: lambda poses: squash(poses - bias) + bias)
+
+
+def _without_prior_later(prior: jax.Array) -> Function:
+    calls = itertools.count()
+    return lambda logits, leaky: softmax(logits - (prior if next(calls) else 0), axis=1)
+
+
+def _with_prior_inside(prior: jax.Array) -> Function:
+    return lambda logits, axis: softmax(logits + prior, axis=axis) - prior
+
+
+_prior_at_first = _knowing("prior_logits", "capsnet_jax.routing.dynamic._softmax", _without_prior_later)
+_prior_inside = _knowing("prior", "jax.nn.softmax", _with_prior_inside)
+
+
+def _every_second(change: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    return lambda results: results[-1] if len(results) % 2 else change(results)
+
+
+_votes_added_up = _changed("... o -> ... 1 o", lambda results: jnp.ones_like(results[-1]))
+# In EM, calls with these patterns give in turn means and variances, means and doubled variances, costs and densities.
+_about_zero = _changed("... i o h -> ... o h", _every_second(lambda results: results[-1] + jnp.square(results[-2])))
+_deviations = _changed("... o h -> ... 1 o h", _every_second(lambda results: jnp.sqrt(2 * results[-1])))
+_no_density = _changed("... o h -> ... o", _every_second(lambda results: 0 * results[-1]))
+_no_cost = _changed("... o h -> ... o", lambda results: (1 - len(results) % 2) * results[-1])
+# In variational routing, with this one kappa and nu.
+_no_nu = _changed("o 1 -> o", _every_second(lambda results: jnp.ones_like(results[-1])))
+
+
+def _no_mixing_proportions(values: jax.Array) -> jax.Array:
+    return digamma(values) if values.shape == (OUTPUTS, SIZE) else jnp.zeros_like(values)
+
+
+def _times_root_of_h(array: jax.Array, *how: Any) -> jax.Array:
+    return SIZE**0.5 * reduce(array, *how)
+
+
+def _softmax_of_times_root_of_h(logits: jax.Array, axis: int) -> jax.Array:
+    return softmax(SIZE**0.5 * logits, axis=axis)
+
+
+def _not_standardized(values: jax.Array, epsilon: float) -> jax.Array:
+    return values
+
+
+def _over_capsules(poses: jax.Array, epsilon: float) -> jax.Array:
+    return standardize(poses.T, epsilon=epsilon).T
+
+
+def _ignoring_activations(right: Function, votes: jax.Array, activations: jax.Array) -> Routed:
+    return right(votes, jnp.ones_like(activations))
+
+
+def _poses_times_mass(right: Function, votes: jax.Array, activations: jax.Array) -> Routed:
+    routed = right(votes, activations)
+    mass = (activations[:, None] * routed.couplings).sum(axis=0)
+    return routed._replace(poses=routed.poses * mass[:, None])
+
+
+def _activations_times_mass(right: Function, votes: jax.Array, activations: jax.Array) -> Routed:
+    routed = right(votes, activations)
+    return routed._replace(activations=routed.activations * activations.sum())
+
+
+def _shares_of_inputs(votes: jax.Array, share: float) -> jax.Array:
+    return jnp.full_like(votes, 1 / INPUTS)
+
+
+def _exponential(seed: int) -> SimpleNamespace:
+    rng = np.random.default_rng(seed)
+    return SimpleNamespace(dirichlet=lambda ones, number: rng.exponential(size=(number, len(ones))))
+
+
+# Dynamic routing without votes, by the functions of its module.
+
+
+# Results of calls with these patterns are added to earlier ones, and subtracted for the gradient of a softmax.
+_last_alone = _changed("b o h -> o h b", lambda results: results[-1] - sum(results[-2:-1]))
+_first_constant = _changed("b o h -> o h b", lambda results: results[-1] if results[1:] else constant(results[-1]))
+_of_exponential = _changed("o i b -> 1 i b", lambda results: 0 * results[-1])
+
+
+def _fused_over_inputs(logits: jax.Array, axis: int) -> jax.Array:
+    return softmax(logits, axis=1)
+
+
+def _leak_first(logits: jax.Array, axis: int) -> jax.Array:
+    """Couplings in another order, of which the first, taken for the leak, is the last output's."""
+    return jnp.roll(softmax(logits, axis=axis), 1, axis=axis)
+
+
+def _without_prior(leaky: bool, detach: bool, operands: Any, projected: jax.Array) -> jax.Array:
+    return fused._couplings(leaky, detach, operands._replace(prior=None), projected)
+
+
+def _uniform_at_first(right: Function) -> Function:
+    calls, uniform = itertools.count(), partial(fused._uniform_sum, True)
+    return lambda summed, *rest: right(summed if next(calls) else uniform, *rest)
+
+
+def _no_leak_at_first(leaky: bool, *rest: Any) -> jax.Array:
+    return fused._uniform_sum(False, *rest)
+
+
+def _without_last_chunk(step: Any, initial: Any, operands: Any) -> Any:
+    """Leaves out 3 of the 11 input capsules: the last chunk, as chunks are of 4."""
+    return fused._over_chunks(step, initial, jax.tree.map(lambda array: array[:-3], operands))
+
+
+def _without_first_chunk(loop: Function) -> Function:
+    return lambda first, *rest: loop(first + 1, *rest)
+
+
+def _agreed_of_last_chunk(step: Any, initial: Any, operands: Any) -> Any:
+    def forgetful(carry: Any, *chunk: Any) -> Any:
+        return step((carry[0], jnp.zeros_like(carry[1])) if isinstance(carry, tuple) else carry, *chunk)
+
+    return fused._over_chunks(forgetful, initial, operands)
+
+
+def _not_detached(leaky: bool, detach: bool) -> Function:
+    return fused._coupled_sum(leaky, False)
+
+
+def _constant_for(name: str) -> Function:
+    """The backward pass of a sum of votes, in which couplings count as constants for one of the gradients."""
+
+    def backward(leaky: bool, detach: bool, *arguments: Any) -> Any:
+        gradients, of_agreed = fused._coupled_sum_backward(leaky, detach, *arguments)
+        detached, zeros = fused._coupled_sum_backward(leaky, True, *arguments)
+        if name == "agreed":
+            return gradients, zeros
+        return gradients._replace(**{name: getattr(detached, name)}), of_agreed
+
+    return backward
+
+
+def _no_gradient_of_prior(*arguments: Any) -> Any:
+    gradients, of_agreed = fused._coupled_sum_backward(*arguments)
+    return gradients._replace(prior=jax.tree.map(jnp.zeros_like, gradients.prior)), of_agreed
+
+
+def _first_gradient_alone(summed: Any, arguments: Any, cotangents: Any) -> Any:
+    of_sums, of_operands = cotangents
+    return fused._backward(summed, arguments, (of_sums, jax.tree.map(jnp.zeros_like, of_operands)))
+
+
+_to_the_first = _MadeOf(lambda update: lambda whole, part, start, axis: update(whole, part, 0, axis))
+
+
+LAYERS, FAST, DYNAMIC = "capsnet_jax.nn.layers", "capsnet_jax.nn.fast", "capsnet_jax.routing.dynamic"
+FUSED = f"{FAST}.fused_dynamic"
+OF_VOTES = "gradient encoder.primary2digit_capsules.input_caps2U.weight"
+
+MODELS = [
+    (PLAIN, "softmax over input capsules", "couplings 0", f"{DYNAMIC}._softmax", _softmax_over_inputs),
+    (PLAIN, "one iteration fewer", "couplings 0", f"{DYNAMIC}.range", lambda number: range(number - 1)),
+    (PLAIN, "squash along the capsules", "couplings 0", f"{DYNAMIC}.squash", lambda poses: squash(poses.T).T),
+    (PLAIN, "no agreement update at all", "couplings 0", f"{DYNAMIC}._softmax", _no_agreement),
+    (PLAIN, "no gradient through the agreement", OF_VOTES, f"{DYNAMIC}._softmax", _no_gradient_of_agreement),
+    (PLAIN, "logits averaged over the batch", "couplings 0", "jax.vmap", _MadeOf(_averaging_logits)),
+    (PLAIN, "groups before positions", "primary poses", f"{LAYERS}.rearrange", _groups_first),
+    (PLAIN, "a capsule's channels strided over groups", "primary poses", f"{LAYERS}.rearrange", _strided),
+    (PLAIN, "capsules of neighbouring pixels", "primary poses", f"{LAYERS}.rearrange", _of_neighbouring_pixels),
+    (PLAIN, "mask of another label", "reconstructions", "capsnet_jax.nn.model.mask_by_label", _masked_by_next_label),
+    (TWO_LABELS, "images standardized together", "stem 0", f"{LAYERS}.standardize_images", _together),
+    (TWO_LABELS, "channels standardized apart", "stem 0", f"{LAYERS}.standardize_images", _apart),
+    (TWO_LABELS, "first of two labels kept", "decoder 0", "capsnet_jax.ops.multi_hot", _first_label),
+    (TWO_LABELS, "first of two labels wanted", "margin loss", "capsnet_jax.nn.losses.multi_hot", _first_label),
+    (TWO_LABELS, "targets that sum to 1", "margin loss", "capsnet_jax.nn.losses.multi_hot", _half_of_two_labels),
+    (NORMALIZED, "softmax over normalized inputs", "couplings 0", f"{DYNAMIC}._softmax", _softmax_over_inputs),
+    (NORMALIZED, "no evaluation mode", "poses with running means", "capsnet_jax.nn.model.CapsNet.eval", _nothing),
+    (NORMALIZED, "epsilon of batch normalization", "stem 0", "flax.nnx.BatchNorm.__call__", _with(epsilon=1e-5)),
+    (NORMALIZED, "momentum of batch normalization", "step 1", "flax.nnx.BatchNorm.__call__", _with(momentum=0.01)),
+    (PLAIN, "Adam with epsilon in the root", "step 1", "optax.adam", partial(optax.adam, eps=0, eps_root=1e-8)),
+    (PLAIN, "Adam with Nesterov momentum", "step 1", "optax.adam", optax.nadam),
+    (PLAIN, "Adam with another second moment", "step 2", "optax.adam", partial(optax.adam, b2=0.99)),
+    (PLAIN, "Adam with decayed weights", "step 1", "optax.adam", partial(optax.adamw, weight_decay=1e-2)),
+]
+OF_BIAS = "gradient encoder.image2primary_capsules.0.bias, batch of 26"
+# What a batch of 3 on a CPU does not show, as it is computed from votes and patches.
+IN_ONE_IMPLEMENTATION = [
+    (PLAIN, "fused softmax over inputs", "couplings 0, batch of 16", "jax.nn.softmax", _fused_over_inputs),
+    (PLAIN, "no fused gradient", f"{OF_VOTES}, batch of 16", f"{FUSED}._coupled_sum_backward", _constant_for("agreed")),
+    (PLAIN, "XLA mirrors", "stem 0, batch of 3 as on GPU", f"{FAST}.convolution.convolution", _MadeOf(_mirrored)),
+    (SPECTRAL, "spectra mirror", "primary poses, batch of 26", f"{FAST}.convolution.fourier", _MadeOf(_mirrored)),
+    (SPECTRAL, "no gradient of spectra", OF_BIAS, f"{FAST}.fourier._backward", _no_gradient_of_images),
+]
+
+# By routing: the mistake, the check, the place in the module of the routing or in JAX, and what is there.
+LEARNED = "dynamic,prior_logits=0,capsule_bias=0.1"
+ROUTINGS: Table = {
+    "dynamic": [
+        ("softmax over inputs", "couplings", "jax.nn.softmax", _over_inputs),
+        ("detaches undemanded", "gradient of votes", "dynamic", _given(detach=True)),
+    ],
+    "dynamic,leaky=true": [
+        ("leaks and renormalizes", "couplings", "_softmax", _renormalized),
+        ("returns the leak", "couplings", "_softmax", _with_leak),
+        ("leaks from the second iteration on", "couplings", "reduce", _even_shares_of_leak),
+    ],
+    "dynamic,detach=true": [("detaches nothing", "gradient of votes", "dynamic", _given(detach=False))],
+    f"{LEARNED},detach=true": [
+        ("detaches the last couplings, too", "gradient of prior_logits", "_softmax", _constant_couplings),
+    ],
+    LEARNED: [
+        ("bias after squash", "couplings", "dynamic", _bias_after(f"{DYNAMIC}.squash")),
+        ("prior in the first iteration only", "couplings", "dynamic", _prior_at_first),
+    ],
+    EVERY_TERM["em"]: [
+        ("softmax over inputs", "couplings", "em", _given(softmax=partial(softmax, axis=-2))),
+        ("E step ignores output activations", "couplings", "jax.nn.log_sigmoid", jnp.zeros_like),
+        ("M step ignores input activations", "couplings", "em", _around(_ignoring_activations)),
+        ("votes added up, not averaged", "couplings", "rearrange", _votes_added_up),
+        ("variance about zero", "couplings", "reduce", _about_zero),
+        ("deviation for variance", "couplings", "rearrange", _deviations),
+        ("density not normalized", "couplings", "reduce", _no_density),
+        ("cost without deviations", "couplings", "reduce", _no_cost),
+        ("no annealing", "couplings", "em", _given(annealing=0.0)),
+        ("no gradient through couplings", "gradient of votes", "em", _given(softmax=_constant_couplings)),
+    ],
+    "variational": [
+        ("softmax over inputs", "couplings", "jax.nn.softmax", _over_inputs),
+        ("no mixing proportions", "couplings", "digamma", _no_mixing_proportions),
+        ("ignores input activations", "couplings", "variational", _around(_ignoring_activations)),
+        ("logarithm for digamma", "couplings", "digamma", jnp.log),
+        ("one degree of freedom", "couplings", "jnp", _like(jnp, arange=jnp.zeros)),
+        ("no prior of the means", "couplings", "variational", _given(kappa0=0.0)),
+        ("distances without nu", "couplings", "rearrange", _no_nu),
+        ("absolute deviations for squares", "couplings", "jnp", _like(jnp, square=jnp.abs)),
+        ("activations not normalized", "activations", "standardize", _not_standardized),
+        ("entropy of a full share", "activations", "jnp", _like(jnp, exp=jnp.ones_like)),
+    ],
+    "self_attention": [
+        ("softmax over inputs", "couplings", "jax.nn.softmax", _over_inputs),
+        ("no division by the root of h", "couplings", "reduce", _times_root_of_h),
+        ("prior inside the softmax", "couplings", "self_attention", _prior_inside),
+        ("the other squash", "poses", "exponential_squash", squash),
+    ],
+    "inverted_attention": [
+        ("softmax over inputs", "couplings", "jax.nn.softmax", _over_inputs),
+        ("no division by the root of h", "couplings", "jax.nn.softmax", _softmax_of_times_root_of_h),
+        ("no layer norm", "couplings", "standardize", _not_standardized),
+        ("layer norm over capsules", "couplings", "standardize", _over_capsules),
+        ("no gain", "couplings", "inverted_attention", _given(gain=1.0)),
+        ("no readout bias", "activations", "inverted_attention", _given(readout_bias=0.0)),
+    ],
+    "self_routing": [
+        ("softmax over inputs", "couplings", "jax.nn.softmax", _over_inputs),
+        ("no bias", "couplings", "self_routing", _given(route_bias=0.0)),
+        ("ignores activations", "poses", "self_routing", _around(_ignoring_activations)),
+        ("poses not normalized", "poses", "self_routing", _around(_poses_times_mass)),
+        ("activations not normalized", "activations", "self_routing", _around(_activations_times_mass)),
+    ],
+    "kmeans": [
+        ("softmax over inputs", "couplings", "jax.nn.softmax", _over_inputs),
+        ("logits accumulated", "couplings", "jax.nn.softmax", _MadeOf(_accumulated)),
+        ("agreement for cosine", "couplings", "direction", lambda poses: poses),
+        ("squashed in each iteration", "poses", "squash", lambda poses: squash(squash(poses))),
+    ],
+    "uniform": [
+        ("shares of the inputs", "couplings", "jnp", _like(jnp, full_like=_shares_of_inputs)),
+        ("sum for mean", "poses", "reduce", lambda votes, *how: OUTPUTS * reduce(votes, *how)),
+    ],
+    "random": [("not normalized", "couplings", "np", _like(np, random=SimpleNamespace(default_rng=_exponential)))],
+    "random,seed=3": [("seed ignored", "couplings", "random", _given(seed=0))],
+}
+FUSED_ROUTINGS: Table = {
+    "dynamic": [
+        ("softmax over inputs", "couplings", "jax.nn.softmax", _fused_over_inputs),
+        ("agreement with the last poses alone", "couplings", "rearrange", _last_alone),
+        ("last chunk left out", "couplings", "_over_chunks", _without_last_chunk),
+        ("first chunk left out", "couplings", "jax.lax.fori_loop", _MadeOf(_without_first_chunk)),
+        ("detaches undemanded", "gradient of poses", "fused_dynamic", _given(detach=True)),
+        ("detaches the first iteration", "gradient of poses", "rearrange", _first_constant),
+        ("gradient of an exponential", "gradient of poses", "reduce", _of_exponential),
+        ("no gradient of poses", "gradient of poses", "_coupled_sum_backward", _constant_for("poses")),
+        ("no gradient of weight", "gradient of weight", "_coupled_sum_backward", _constant_for("weight")),
+        ("no gradient of agreement", "gradient of poses", "_coupled_sum_backward", _constant_for("agreed")),
+        ("agreement of the last chunk", "gradient of poses", "_over_chunks", _agreed_of_last_chunk),
+        ("gradient of the first iteration alone", "gradient of poses", "_backward", _first_gradient_alone),
+        ("gradients go to the first chunk", "gradient of poses", "jax.lax.dynamic_update_slice_in_dim", _to_the_first),
+    ],
+    "dynamic,leaky=true": [
+        ("leaks from the second iteration on", "couplings", "_uniform_sum", _no_leak_at_first),
+        ("returns the leak", "couplings", "jax.nn.softmax", _leak_first),
+    ],
+    "dynamic,detach=true": [
+        ("detaches nothing", "gradient of poses", "fused_dynamic", _given(detach=False)),
+        ("detaches the output poses alone", "gradient of poses", "_coupled_sum", _not_detached),
+    ],
+    EVERY_TERM["dynamic"]: [
+        ("bias after squash", "couplings", "fused_dynamic", _bias_after(f"{FUSED}.squash")),
+        ("no prior in the first iteration", "couplings", "_sum_over_inputs", _MadeOf(_uniform_at_first)),
+        ("no prior in later iterations", "couplings", "_couplings", _without_prior),
+        ("no gradient of the prior", "gradient of prior_logits", "_coupled_sum_backward", _no_gradient_of_prior),
+    ],
+}
+
+
+def _of_routings(table: Table, kind: str) -> Iterator[Mutant]:
+    for spec, rows in table.items():
+        case = Case(spec, kind=kind)
+        module = FUSED if kind == "fused" else f"capsnet_jax.routing.{case.name}"
+        title = "dynamic without votes" if kind == "fused" else case.name
+        for mistake, caught_by, place, wrong in rows:
+            place = place if place.startswith("jax.") else f"{module}.{place}"
+            yield Mutant(case, f"{title}: {mistake}", caught_by, place, wrong)
+
+
+AT_EACH_POSITION: Table = {EVERY_TERM["em"]: [("softmax at each position", "couplings", "em", _given(softmax=softmax))]}
+OF_MODELS, OF_IMPLEMENTATIONS = ([Mutant(*row) for row in rows] for rows in (MODELS, IN_ONE_IMPLEMENTATION))
+OF_ROUTINGS = [*_of_routings(ROUTINGS, "votes"), *_of_routings(AT_EACH_POSITION, "positions")]
+OF_FUSED = [*_of_routings(FUSED_ROUTINGS, "fused")]
+MUTANTS = [*OF_MODELS, *OF_IMPLEMENTATIONS, *OF_ROUTINGS, *OF_FUSED]
