@@ -140,19 +140,19 @@ def _like(module: ModuleType, **others: Any) -> SimpleNamespace:
 softmax, constant = jax.nn.softmax, jax.lax.stop_gradient
 fused, spectral = SimpleNamespace(**vars(fused_dynamic)), SimpleNamespace(**vars(fourier))
 
-# Routing in a model; its softmax is `(logits, leaky) -> couplings`.
+# Dynamic routing in a model, by the softmax of its logits.
 
 
-def _softmax_over_inputs(logits: jax.Array, leaky: bool) -> jax.Array:
-    return softmax(logits, axis=0)
+def _over_inputs(logits: jax.Array, axis: int) -> jax.Array:
+    return softmax(logits, axis=1 - axis)
 
 
-def _no_agreement(logits: jax.Array, leaky: bool) -> jax.Array:
-    return softmax(0 * logits)
+def _no_agreement(logits: jax.Array, axis: int) -> jax.Array:
+    return softmax(0 * logits, axis=axis)
 
 
-def _no_gradient_of_agreement(logits: jax.Array, leaky: bool) -> jax.Array:
-    return softmax(constant(logits))
+def _no_gradient_of_agreement(logits: jax.Array, axis: int) -> jax.Array:
+    return softmax(constant(logits), axis=axis)
 
 
 def _averaging_logits(vmap: Function) -> Function:
@@ -229,11 +229,7 @@ def _no_gradient_of_images(*arguments: Any) -> Any:
     return jnp.zeros_like(of_images), of_kernel
 
 
-# Routings; most have a softmax `(logits, axis) -> couplings`.
-
-
-def _over_inputs(logits: jax.Array, axis: int) -> jax.Array:
-    return softmax(logits, axis=1 - axis)
+# Routings by themselves.
 
 
 def _accumulated(right: Function) -> Function:
@@ -414,30 +410,30 @@ def _first_gradient_alone(summed: Any, arguments: Any, cotangents: Any) -> Any:
 _to_the_first = _MadeOf(lambda update: lambda whole, part, start, axis: update(whole, part, 0, axis))
 
 
-LAYERS, FAST, DYNAMIC = "capsnet_jax.nn.layers", "capsnet_jax.nn.fast", "capsnet_jax.routing.dynamic"
-FUSED = f"{FAST}.fused_dynamic"
+NN, DYNAMIC, NORM = "capsnet_jax.nn", "capsnet_jax.routing.dynamic", "flax.nnx.BatchNorm.__call__"
+LAYERS, FUSED, CONVOLUTION = f"{NN}.layers", f"{NN}.fast.fused_dynamic", f"{NN}.fast.convolution"
 OF_VOTES = "gradient encoder.primary2digit_capsules.input_caps2U.weight"
 
 MODELS = [
-    (PLAIN, "softmax over input capsules", "couplings 0", f"{DYNAMIC}._softmax", _softmax_over_inputs),
+    (PLAIN, "softmax over input capsules", "couplings 0", "jax.nn.softmax", _over_inputs),
     (PLAIN, "one iteration fewer", "couplings 0", f"{DYNAMIC}.range", lambda number: range(number - 1)),
     (PLAIN, "squash along the capsules", "couplings 0", f"{DYNAMIC}.squash", lambda poses: squash(poses.T).T),
-    (PLAIN, "no agreement update at all", "couplings 0", f"{DYNAMIC}._softmax", _no_agreement),
-    (PLAIN, "no gradient through the agreement", OF_VOTES, f"{DYNAMIC}._softmax", _no_gradient_of_agreement),
+    (PLAIN, "no agreement update at all", "couplings 0", "jax.nn.softmax", _no_agreement),
+    (PLAIN, "no gradient through the agreement", OF_VOTES, "jax.nn.softmax", _no_gradient_of_agreement),
     (PLAIN, "logits averaged over the batch", "couplings 0", "jax.vmap", _MadeOf(_averaging_logits)),
     (PLAIN, "groups before positions", "primary poses", f"{LAYERS}.rearrange", _groups_first),
     (PLAIN, "a capsule's channels strided over groups", "primary poses", f"{LAYERS}.rearrange", _strided),
     (PLAIN, "capsules of neighbouring pixels", "primary poses", f"{LAYERS}.rearrange", _of_neighbouring_pixels),
-    (PLAIN, "mask of another label", "reconstructions", "capsnet_jax.nn.model.mask_by_label", _masked_by_next_label),
+    (PLAIN, "decoder masked by the wrong label", "reconstructions", f"{NN}.model.mask_by_label", _masked_by_next_label),
     (TWO_LABELS, "images standardized together", "stem 0", f"{LAYERS}.standardize_images", _together),
     (TWO_LABELS, "channels standardized apart", "stem 0", f"{LAYERS}.standardize_images", _apart),
-    (TWO_LABELS, "first of two labels kept", "decoder 0", "capsnet_jax.ops.multi_hot", _first_label),
-    (TWO_LABELS, "first of two labels wanted", "margin loss", "capsnet_jax.nn.losses.multi_hot", _first_label),
-    (TWO_LABELS, "targets that sum to 1", "margin loss", "capsnet_jax.nn.losses.multi_hot", _half_of_two_labels),
-    (NORMALIZED, "softmax over normalized inputs", "couplings 0", f"{DYNAMIC}._softmax", _softmax_over_inputs),
-    (NORMALIZED, "no evaluation mode", "poses with running means", "capsnet_jax.nn.model.CapsNet.eval", _nothing),
-    (NORMALIZED, "epsilon of batch normalization", "stem 0", "flax.nnx.BatchNorm.__call__", _with(epsilon=1e-5)),
-    (NORMALIZED, "momentum of batch normalization", "step 1", "flax.nnx.BatchNorm.__call__", _with(momentum=0.01)),
+    (TWO_LABELS, "only the first of two labels kept", "decoder 0", "capsnet_jax.ops.multi_hot", _first_label),
+    (TWO_LABELS, "only the first of two labels wanted", "margin loss", f"{NN}.losses.multi_hot", _first_label),
+    (TWO_LABELS, "targets of two labels that sum to 1", "margin loss", f"{NN}.losses.multi_hot", _half_of_two_labels),
+    (NORMALIZED, "softmax over normalized inputs", "couplings 0", "jax.nn.softmax", _over_inputs),
+    (NORMALIZED, "no evaluation mode", "poses with running means", f"{NN}.model.CapsNet.eval", _nothing),
+    (NORMALIZED, "another epsilon of batch normalization", "stem 0", NORM, _with(epsilon=1e-5)),
+    (NORMALIZED, "another momentum of batch normalization", "step 1", NORM, _with(momentum=0.01)),
     (PLAIN, "Adam with epsilon in the root", "step 1", "optax.adam", partial(optax.adam, eps=0, eps_root=1e-8)),
     (PLAIN, "Adam with Nesterov momentum", "step 1", "optax.adam", optax.nadam),
     (PLAIN, "Adam with another second moment", "step 2", "optax.adam", partial(optax.adam, b2=0.99)),
@@ -447,10 +443,22 @@ OF_BIAS = "gradient encoder.image2primary_capsules.0.bias, batch of 26"
 # What a batch of 3 on a CPU does not show, as it is computed from votes and patches.
 IN_ONE_IMPLEMENTATION = [
     (PLAIN, "fused softmax over inputs", "couplings 0, batch of 16", "jax.nn.softmax", _fused_over_inputs),
-    (PLAIN, "no fused gradient", f"{OF_VOTES}, batch of 16", f"{FUSED}._coupled_sum_backward", _constant_for("agreed")),
-    (PLAIN, "XLA mirrors", "stem 0, batch of 3 as on GPU", f"{FAST}.convolution.convolution", _MadeOf(_mirrored)),
-    (SPECTRAL, "spectra mirror", "primary poses, batch of 26", f"{FAST}.convolution.fourier", _MadeOf(_mirrored)),
-    (SPECTRAL, "no gradient of spectra", OF_BIAS, f"{FAST}.fourier._backward", _no_gradient_of_images),
+    (
+        PLAIN,
+        "fused agreement without gradient",
+        f"{OF_VOTES}, batch of 16",
+        f"{FUSED}._coupled_sum_backward",
+        _constant_for("agreed"),
+    ),
+    (PLAIN, "kernel mirrored by XLA", "stem 0, batch of 3 as on GPU", f"{CONVOLUTION}.convolution", _MadeOf(_mirrored)),
+    (
+        SPECTRAL,
+        "kernel mirrored in spectra",
+        "primary poses, batch of 26",
+        f"{CONVOLUTION}.fourier",
+        _MadeOf(_mirrored),
+    ),
+    (SPECTRAL, "no gradient of images by spectra", OF_BIAS, f"{NN}.fast.fourier._backward", _no_gradient_of_images),
 ]
 
 # By routing: the mistake, the check, the place in the module of the routing or in JAX, and what is there.
@@ -539,11 +547,11 @@ FUSED_ROUTINGS: Table = {
         ("first chunk left out", "couplings", "jax.lax.fori_loop", _MadeOf(_without_first_chunk)),
         ("detaches undemanded", "gradient of poses", "fused_dynamic", _given(detach=True)),
         ("detaches the first iteration", "gradient of poses", "rearrange", _first_constant),
-        ("gradient of an exponential", "gradient of poses", "reduce", _of_exponential),
-        ("no gradient of poses", "gradient of poses", "_coupled_sum_backward", _constant_for("poses")),
-        ("no gradient of weight", "gradient of weight", "_coupled_sum_backward", _constant_for("weight")),
-        ("no gradient of agreement", "gradient of poses", "_coupled_sum_backward", _constant_for("agreed")),
-        ("agreement of the last chunk", "gradient of poses", "_over_chunks", _agreed_of_last_chunk),
+        ("gradient of an exponential for the softmax's", "gradient of poses", "reduce", _of_exponential),
+        ("no gradient of poses by couplings", "gradient of poses", "_coupled_sum_backward", _constant_for("poses")),
+        ("no gradient of weight by couplings", "gradient of weight", "_coupled_sum_backward", _constant_for("weight")),
+        ("no gradient of the agreement", "gradient of poses", "_coupled_sum_backward", _constant_for("agreed")),
+        ("gradient of the last chunk's agreement alone", "gradient of poses", "_over_chunks", _agreed_of_last_chunk),
         ("gradient of the first iteration alone", "gradient of poses", "_backward", _first_gradient_alone),
         ("gradients go to the first chunk", "gradient of poses", "jax.lax.dynamic_update_slice_in_dim", _to_the_first),
     ],

@@ -15,15 +15,15 @@ from parity_tests.pairs import make_pair
 ORDINARY = [
     "squash along the capsules",
     "no gradient through the agreement",
-    "targets that sum to 1",
+    "targets of two labels that sum to 1",
     "Adam with another second moment",
-    "XLA mirrors",
+    "kernel mirrored by XLA",
     "dynamic: detaches nothing",
     "dynamic: softmax over inputs",
     "em: variance about zero",
     "variational: activations not normalized",
     "dynamic without votes: last chunk left out",
-    "dynamic without votes: no gradient of agreement",
+    "dynamic without votes: no gradient of the agreement",
 ]
 
 
