@@ -1,4 +1,4 @@
-"""What the numbers tell of a mistake, and what the place does."""
+"""Likely causes of a difference, from the numbers or from the place, and the comparison of two arrays."""
 
 import numpy as np
 import pytest
@@ -41,13 +41,13 @@ def test_causes(name, actual, expected, words):
     assert words in cause(name, np.array(actual), expected)
 
 
-def test_the_place_tells_where_numbers_do_not():
+def test_usual_causes_depend_on_the_first_check_that_differs():
     assert "epsilon, betas" in usual_cause("step 7")
     assert "running means" in usual_cause("poses with running means")
     assert "margins" in usual_cause("margin loss")
 
 
-def test_entries_that_were_mixed_up():
+def test_mixed_up_entries_are_named():
     others = {"a": VALUES, "b": 2 * VALUES}
     assert mixed_up("weight a", 2 * VALUES, others) == "entries mixed up: a of PyTorch is b of JAX"
     assert mixed_up("weight b", 2 * VALUES, others) is None
@@ -76,7 +76,7 @@ def test_a_comparison(actual, expected, verdict, reason):
     assert bool(check.reason) == (verdict != AGREES)
 
 
-def test_one_number_far_off_counts_less_in_the_euclidean_norm():
+def test_a_single_wrong_number_counts_less_in_the_euclidean_norm():
     expected = RNG.normal(size=1000)
     actual = expected.copy()
     actual[3] += 0.1 * np.abs(expected).max()

@@ -68,13 +68,16 @@ def test_a_softmax_over_inputs_is_exit_status_1(folder, capsys):
         (["--map", "map.toml"], "--map is given without --torch-model; expected both."),
         (
             [*MODEL[1:], "--torch-weights", "a.pt"],
-            "--torch-model and --torch-weights are given; a module has its own weights",
+            "--torch-model and --torch-weights are given; expected one of them.",
         ),
-        ([*MODEL[2:], "--preset", "digits", "--all-routings"], "--torch-model is compared with one model"),
+        (
+            [*MODEL[2:], "--preset", "digits", "--all-routings"],
+            "--all-routings and --torch-model are given; expected one of them.",
+        ),
         ([*MODEL[1:], "--map", "nowhere.toml"], "nowhere.toml does not exist; expected a map of weights."),
         ([*MODEL[1:-1], "my_capsnet:nothing"], "'my_capsnet:nothing' cannot be imported: AttributeError"),
         (["nowhere", *MODEL[2:]], "nowhere"),
-        (MODEL[2:], "--torch-model is given without a model of the same sizes; expected a run, or --preset."),
+        (MODEL[2:], "--torch-model is given without a model or --preset; expected both."),
     ],
 )
 def test_wrong_options_are_told_in_a_sentence(folder, capsys, arguments, sentence):

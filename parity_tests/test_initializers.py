@@ -1,4 +1,4 @@
-"""Both sides draw their first weights from the same distributions, and from those of the reference model."""
+"""Initial weights of both sides come from the distributions of the reference model."""
 
 import numpy as np
 import pytest
@@ -24,8 +24,13 @@ BOUNDS = {
 
 @pytest.fixture(scope="module")
 def states() -> list[dict[str, np.ndarray]]:
-    ours = to_torch(capsnet_jax.CapsNet(rngs=nnx.Rngs(0)))
-    return [ours, {name: tensor.numpy() for name, tensor in capsnet_torch.CapsNet().state_dict().items()}]
+    in_torch = {name: tensor.numpy() for name, tensor in capsnet_torch.CapsNet().state_dict().items()}
+    return [to_torch(capsnet_jax.CapsNet(rngs=nnx.Rngs(0))), in_torch]
+
+
+def test_the_reference_model_has_8_2_million_weights(states):
+    for state in states:
+        assert sum(array.size for array in state.values()) == 8_214_272
 
 
 @pytest.mark.parametrize("side", [0, 1], ids=["jax", "torch"])
@@ -41,6 +46,6 @@ def test_weights_are_uniform_in_the_bounds(name, side, states):
 
 
 def test_no_two_weights_are_drawn_alike(states):
-    """A key used twice would give tensors that begin alike."""
+    """Tensors drawn with the same key would begin alike."""
     beginnings = [tuple(np.round(array.ravel()[:5] / np.abs(array).max(), 4)) for array in states[0].values()]
     assert len(set(beginnings)) == len(beginnings)

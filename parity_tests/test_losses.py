@@ -23,16 +23,16 @@ SEVERAL = {"one label": LABELS, "two labels": np.array([[3, 1], [0, 2], [2, 4]])
 def test_margin_losses_agree(labels, dtype):
     activations = np.random.default_rng(0).uniform(size=(3, 5)).astype(dtype)
     weights = np.random.default_rng(1).normal(size=3).astype(dtype)
-    ours, pull = jax.vjp(lambda values: losses.margin_loss(values, jnp.asarray(labels)), jnp.asarray(activations))
+    result, pull = jax.vjp(lambda values: losses.margin_loss(values, jnp.asarray(labels)), jnp.asarray(activations))
     tensor = torch.tensor(activations, requires_grad=True)
-    theirs = torch_losses.margin_loss(tensor, torch.tensor(labels))
-    theirs.backward(torch.tensor(weights))
-    assert_close("margin loss", ours, theirs.detach(), tolerance=VALUES[dtype])
+    torch_result = torch_losses.margin_loss(tensor, torch.tensor(labels))
+    torch_result.backward(torch.tensor(weights))
+    assert_close("margin loss", result, torch_result.detach(), tolerance=VALUES[dtype])
     assert_close("gradient", pull(jnp.asarray(weights))[0], tensor.grad, tolerance=VALUES[dtype])
     of_oracle = [
         oracle.margin_loss(row, np.atleast_1d(wanted)) for row, wanted in zip(activations, labels, strict=True)
     ]
-    assert_close("oracle", ours, np.asarray(of_oracle, dtype), tolerance=VALUES[dtype])
+    assert_close("oracle", result, np.asarray(of_oracle, dtype), tolerance=VALUES[dtype])
 
 
 def test_both_sides_refuse_a_spread_loss_of_several_labels():
@@ -55,18 +55,18 @@ def test_spread_losses_agree(step, dtype):
     def loss(activations):
         return losses.spread_loss(activations, jnp.asarray(LABELS), margin=torch_losses.spread_margin(step))
 
-    ours, pull = jax.vjp(loss, jnp.asarray(activations))
+    result, pull = jax.vjp(loss, jnp.asarray(activations))
     tensor = torch.tensor(activations, requires_grad=True)
-    theirs = torch_losses.spread_loss(tensor, torch.tensor(LABELS), margin=torch_losses.spread_margin(step))
-    theirs.backward(torch.tensor(weights))
-    assert_close("spread loss", ours, theirs.detach(), tolerance=VALUES[dtype])
+    torch_result = torch_losses.spread_loss(tensor, torch.tensor(LABELS), margin=torch_losses.spread_margin(step))
+    torch_result.backward(torch.tensor(weights))
+    assert_close("spread loss", result, torch_result.detach(), tolerance=VALUES[dtype])
     assert_close("gradient", pull(jnp.asarray(weights))[0], tensor.grad, tolerance=VALUES[dtype])
 
 
 @pytest.mark.parametrize("error", ["mean", "sum"])
 def test_reconstruction_losses_agree(error, dtype):
     images, others = np.random.default_rng(2).random((2, 3, 4, 5, 2)).astype(dtype)
-    ours = losses.reconstruction_loss(jnp.asarray(others), jnp.asarray(images), error=error)
+    result = losses.reconstruction_loss(jnp.asarray(others), jnp.asarray(images), error=error)
     channels_first = [torch.tensor(array.transpose(0, 3, 1, 2).copy()) for array in (others, images)]
-    theirs = torch_losses.reconstruction_loss(*channels_first, error=error)
-    assert_close(error, ours, theirs, tolerance=VALUES[dtype])
+    torch_result = torch_losses.reconstruction_loss(*channels_first, error=error)
+    assert_close(error, result, torch_result, tolerance=VALUES[dtype])

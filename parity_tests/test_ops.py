@@ -41,12 +41,12 @@ def test_squash_agrees_with_the_oracle(float64):
 @pytest.mark.parametrize("name", ["squash", "direction", "exponential_squash"])
 def test_both_sides_give_zero_for_zero(name, dtype):
     zeros = np.zeros((2, 3), dtype)
-    ours, theirs = getattr(ops, name), getattr(torch_ops, name)
+    function, torch_function = getattr(ops, name), getattr(torch_ops, name)
     torch_zeros = torch.tensor(zeros, requires_grad=True)
-    theirs(torch_zeros).sum().backward()
+    torch_function(torch_zeros).sum().backward()
     np.testing.assert_array_equal(torch_zeros.grad, zeros)
-    np.testing.assert_array_equal(jax.grad(lambda x: ours(x).sum())(jnp.asarray(zeros)), zeros)
-    np.testing.assert_array_equal(ours(jnp.asarray(zeros)), zeros)
+    np.testing.assert_array_equal(jax.grad(lambda x: function(x).sum())(jnp.asarray(zeros)), zeros)
+    np.testing.assert_array_equal(function(jnp.asarray(zeros)), zeros)
 
 
 @pytest.mark.parametrize("labels", [[3, 0, 4, 1], [[3, 1], [0, 2], [4, 0], [1, 4]]], ids=["one label", "two labels"])
@@ -61,27 +61,26 @@ def test_mask_by_label_agrees(labels, dtype):
 
 
 @pytest.mark.parametrize("num_labels", [1, 2, 3])
-def test_answers_agree_whatever_is_equally_active(num_labels):
+def test_right_answers_agree_even_with_equal_activations(num_labels):
     rng = np.random.default_rng(num_labels)
     activations = (rng.integers(0, 4, (300, 5)) / 4).astype(np.float32)
     labels = np.stack([rng.permutation(5)[:num_labels] for _ in range(300)])
     labels = labels[:, 0] if num_labels == 1 else labels
-    ours = ops.answers_right(jnp.asarray(activations), jnp.asarray(labels, "int32"))
-    theirs = torch_ops.answers_right(torch.tensor(activations), torch.tensor(labels))
-    np.testing.assert_array_equal(ours, theirs)
-    assert 10 < ours.sum() < 290
+    right = ops.answers_right(jnp.asarray(activations), jnp.asarray(labels, "int32"))
+    np.testing.assert_array_equal(right, torch_ops.answers_right(torch.tensor(activations), torch.tensor(labels)))
+    assert 10 < right.sum() < 290
 
 
 def test_standardized_images_agree(dtype):
-    """Of full contrast, of next to none, and all of one colour: values and gradients."""
+    """Values and gradients for images with full contrast, with hardly any, and of a single colour."""
     rng = np.random.default_rng(5)
     images = rng.random((3, 4, 6, 2)) * np.array([1, 0.01, 0])[:, None, None, None] + 0.25
     images, weights = images.astype(dtype), rng.normal(size=images.shape).astype(dtype)
-    ours, pull = jax.vjp(ops.standardize_images, jnp.asarray(images))
+    result, pull = jax.vjp(ops.standardize_images, jnp.asarray(images))
     channels_first = torch.tensor(images.transpose(0, 3, 1, 2).copy(), requires_grad=True)
-    theirs = torch_ops.standardize_images(channels_first)
-    theirs.backward(torch.tensor(weights.transpose(0, 3, 1, 2).copy()))
+    torch_result = torch_ops.standardize_images(channels_first)
+    torch_result.backward(torch.tensor(weights.transpose(0, 3, 1, 2).copy()))
     grads = channels_first.grad.permute(0, 2, 3, 1)
-    assert_close("images", ours, theirs.detach().permute(0, 2, 3, 1), tolerance=VALUES[dtype])
+    assert_close("images", result, torch_result.detach().permute(0, 2, 3, 1), tolerance=VALUES[dtype])
     assert_close("gradient", pull(jnp.asarray(weights))[0], grads, tolerance=VALUES[dtype])
-    np.testing.assert_array_equal(ours[2], 0)
+    np.testing.assert_array_equal(result[2], 0)

@@ -127,7 +127,7 @@ def test_only_a_batch_of_the_given_size_is_compared():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_implementation_that_training_and_evaluation_have_is_proved(name):
+def test_every_implementation_used_in_training_and_evaluation_is_proved(name):
     subject = of_preset(name)
     run, plan = subject.run, plan_of(subject, Settings("float32"))
     proved = {layer for batch in plan.batches if batch.platform is None for layer in batch.implementations.items()}
@@ -141,8 +141,8 @@ def test_every_implementation_that_training_and_evaluation_have_is_proved(name):
     }
 
 
-def test_on_a_gpu_its_own_implementations_are_first():
-    """And those of a CPU are proved there, too."""
+def test_on_a_gpu_its_implementations_come_first():
+    """Those of a CPU are proved there, too."""
     plan = plan_of(of_preset("digits"), Settings("float32", device="gpu"))
     assert [(batch.size, batch.platform, [*batch.implementations.values()]) for batch in plan.batches] == [
         (3, None, ["xla", "xla", "votes"]),
@@ -154,7 +154,7 @@ def test_on_a_gpu_its_own_implementations_are_first():
     assert not plan.unproved
 
 
-def test_what_takes_a_cpu_minutes_is_left_out_and_named():
+def test_convolutions_that_take_a_cpu_minutes_are_left_out_and_named():
     plan = plan_of(of_preset("readable"), Settings("float32"))
     assert [(batch.size, batch.platform) for batch in plan.batches] == [(3, None), (16, None)]
     assert plan.unproved == [("stem 0", "xla"), ("primary capsules", "xla")]
@@ -215,12 +215,12 @@ def test_a_preset_is_scaled_first(verify_command):
         (["--jax-routing", "em", "--torch-routing", "nothing"], "Unknown routing 'nothing'; expected dynamic"),
         (["--jax-routing", "em", "--torch-routing", "no_such_module:f"], "no_such_module"),
         (["--random-model", "1", "--all-routings"], "--all-routings and --random-model are given"),
-        (["--torch-weights", "x.pt"], "--torch-weights are given without weights to compare them with"),
+        (["--torch-weights", "x.pt"], "--torch-weights is given without a model; expected both"),
         (["--random-model", "-1"], "random_model is -1, and must be at least 0"),
         (["--seed", "99999999999"], "seed is 99999999999, and must be less than 4294967296"),
         (["--random-model", "7", "--preset", "em"], "--random-model and --preset are given; expected one of them"),
         (["--self-test", "--dtype", "float32"], "--self-test takes no other options"),
-        (["--image-shape", "8", "8", "1"], "--image-shape is given without a file of weights; expected both"),
+        (["--image-shape", "8", "8", "1"], "--image-shape is given without a model; expected both"),
         (["--routing", "capsnet_jax.routing:em"], "has no twin in PyTorch; expected --torch-routing, too"),
         (["--jax-routing", "dynamic", "--torch-routing", "dynamic,foo=3"], "foo"),
         (["--jax-routing", "em", "--torch-routing", "em,min_variance=abc"], "min_variance"),
@@ -251,21 +251,21 @@ def test_a_routing_that_cannot_be_compared_is_one_sentence(function, message, us
     assert told.count("\n") == 1
 
 
-def test_without_a_gpu_it_says_so(monkeypatch, verify_command):
+def test_without_a_gpu_the_message_says_so(monkeypatch, verify_command):
     monkeypatch.setattr("jax.default_backend", lambda: "cpu")
     status, printed, told = verify_command("--device", "gpu")
     assert (status, printed) == (2, "")
     assert "There is no GPU that both JAX and PyTorch can use; expected --device cpu" in told
 
 
-def test_what_goes_wrong_inside_is_no_verdict(monkeypatch, verify_command):
+def test_an_internal_error_is_not_a_verdict(monkeypatch, verify_command):
     monkeypatch.setattr("capsnet_verify.verification.heat", lambda pair: 1 / 0)
     status, printed, told = verify_command()
     assert (status, printed) == (2, "")
     assert "ZeroDivisionError" in told
 
 
-def test_without_torch_it_says_what_to_install(monkeypatch, verify_command):
+def test_without_torch_the_message_says_what_to_install(monkeypatch, verify_command):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     status, _, told = verify_command()
     assert status == 2

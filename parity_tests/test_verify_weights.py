@@ -1,4 +1,4 @@
-"""`capsnet verify` on weights from files: what is damaged is refused, or reported by name."""
+"""`capsnet verify` with weights from files: damaged ones are refused, or reported by name."""
 
 import json
 import pickle
@@ -12,7 +12,7 @@ from capsnet_jax.interchange.weights import to_torch
 from capsnet_jax.runs.folder import Run
 from tests.interchange.damages import DAMAGED_STATES, NAME, Bomb
 
-# A hidden layer as wide as the other, and two layers of capsules of equal shape: what shapes alone cannot tell.
+# Both hidden layers of the decoder are as wide, and two capsule layers have one shape: shapes cannot tell them apart.
 SQUARE = ModelConfig(
     stem_channels=5,
     stem_kernel=3,
@@ -92,7 +92,7 @@ def test_a_truncated_file_and_a_pickle_are_refused(run, tmp_path, verify_command
     }.values(),
     ids=["transposed square", "swapped layers", "one bit"],
 )
-def test_what_shapes_do_not_tell_is_reported_by_name(damage, first, cause, run, tmp_path, verify_command):
+def test_damage_that_shapes_do_not_show_is_reported_by_name(damage, first, cause, run, tmp_path, verify_command):
     folder, state = run
     torch.save({name: torch.from_numpy(array) for name, array in damage(state).items()}, tmp_path / "damaged.pt")
     arguments = [folder, "--torch-weights", tmp_path / "damaged.pt", *QUICKLY, "--dtype", "float32"]
@@ -124,8 +124,8 @@ def test_the_same_weights_from_another_file_agree(run, tmp_path, verify_command)
     assert f"| weight {NAME} " in printed
 
 
-def test_what_is_too_cold_to_be_seen_is_no_agreement(run, tmp_path, verify_command):
-    """Without weights of its first layer the decoder has gradients of zero, which anything else might have, too."""
+def test_values_too_small_to_be_compared_are_no_agreement(run, tmp_path, verify_command):
+    """With a first layer of zeros, the gradients of the decoder are zero, whatever computes them."""
     folder, state = run
     torch.save(
         {name: torch.from_numpy(array * (name != "decoder.0.weight")) for name, array in state.items()},

@@ -1,4 +1,4 @@
-"""Weights go from one side to the other and back without changing a bit."""
+"""Weights are converted between the two sides and back without changing a bit."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from capsnet_verify.subjects import SMALL
 from parity_tests.pairs import make_pair
 
 SIZES = {name: value for name, value in vars(SMALL).items() if name not in ONLY_IN_JAX}
-# What the reference model's two state_dicts hold on MNIST.
+# Shapes in the two state_dicts of the reference model on MNIST.
 REFERENCE_ENCODER = {
     "image2primary_capsules.0.weight": (256, 1, 9, 9),
     "image2primary_capsules.0.bias": (256,),
@@ -53,7 +53,7 @@ def test_torch_to_jax_and_back_is_bit_exact(hidden_capsules):
 
 
 def test_each_weight_arrives_with_the_axes_it_left_with():
-    """Values that tell where they stand: a swap of two axes on the way there and back again would show here."""
+    """A swap of two axes in one direction that is undone in the other would show only here."""
     pair = make_pair("float32")
     state = to_torch(pair.jax_model)
     kernel = pair.jax_model.primary_capsules.convolution.kernel[...]

@@ -133,61 +133,45 @@ class Verify:
 
     def _check(self) -> None:
         """Refuse wrong values, options that contradict each other, and a missing PyTorch, before anything is built."""
-        if self.self_test and self != Verify(self_test=True):
+        given = [name for name, value in vars(self).items() if value != getattr(Verify(), name)]
+
+        def named(option: str) -> str:
+            return "a model" if option == "model" else f"--{option.replace('_', '-')}"
+
+        if self.self_test and len(given) > 1:
             raise UsageError("--self-test takes no other options.")
         for name, smallest in (("steps", 0), ("batch_size", 1), ("seed", 0), ("random_model", 0)):
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise UsageError(f"{name} is {value}, and must be at least {smallest}.")
-        several, random_model = self.all_presets or self.all_routings, self.random_model is not None
-        models = {
-            "--all-presets": self.all_presets,
-            "--all-routings": self.all_routings,
-            "a model": self.model,
-            "--random-model": random_model,
-            "--routing": self.routing and several,
-            "--preset": self.preset and random_model,
-        }
-        chosen = [name for name, is_chosen in models.items() if is_chosen]
-        if len(chosen) > 1 and chosen != ["--all-presets", "--all-routings"]:
-            raise UsageError(f"{chosen[0]} and {chosen[1]} are given; expected one of them.")
-        for is_wrong, message in (
-            (self.seed >= 2**32, f"seed is {self.seed}, and must be less than {2**32}."),
-            (not self.learning_rate > 0, f"learning_rate is {self.learning_rate}, and must be more than 0."),
-            (not self.dtype, "dtype is empty; expected float64, float32 or bfloat16."),
-            (
-                self.json is not None and not self.json.absolute().parent.is_dir(),
-                f"json is {self.json}, and the folder {self.json and self.json.parent} does not exist.",
-            ),
-            (
-                self.torch_routing and not self.routing,
-                "--torch-routing is given without --routing, the routing of the JAX side; expected both.",
-            ),
-            (self.map and not self.torch_model, "--map is given without --torch-model; expected both."),
-            (
-                self.torch_model and self.torch_weights,
-                "--torch-model and --torch-weights are given; a module has its own weights, so expected one of them.",
-            ),
-            (
-                self.torch_model and not (self.model or self.preset),
-                "--torch-model is given without a model of the same sizes; expected a run, or --preset.",
-            ),
-            (
-                self.torch_model and several,
-                "--torch-model is compared with one model; expected neither --all-presets nor --all-routings.",
-            ),
-            (
-                self.torch_weights and not self.model,
-                "--torch-weights are given without weights to compare them with; expected a run or a file, too.",
-            ),
-            (self.image_shape and not self.model, "--image-shape is given without a file of weights; expected both."),
-            (
-                importlib.util.find_spec("torch") is None,
-                'capsnet verify needs PyTorch, which is not installed: pip install ".[torch]".',
-            ),
+        if self.seed >= 2**32:
+            raise UsageError(f"seed is {self.seed}, and must be less than {2**32}.")
+        if not self.learning_rate > 0:
+            raise UsageError(f"learning_rate is {self.learning_rate}, and must be more than 0.")
+        if not self.dtype:
+            raise UsageError("dtype is empty; expected float64, float32 or bfloat16.")
+        if self.json is not None and not self.json.absolute().parent.is_dir():
+            raise UsageError(f"json is {self.json}, and the folder {self.json.parent} does not exist.")
+        for one, *others in (
+            ("all_presets", "model", "random_model", "routing", "torch_model"),
+            ("all_routings", "model", "random_model", "routing", "torch_model"),
+            ("random_model", "model", "preset"),
+            ("torch_model", "torch_weights"),
         ):
-            if is_wrong:
-                raise UsageError(message)
+            for other in others:
+                if one in given and other in given:
+                    raise UsageError(f"{named(one)} and {named(other)} are given; expected one of them.")
+        for one, *needed in (
+            ("torch_routing", "routing"),
+            ("map", "torch_model"),
+            ("torch_weights", "model"),
+            ("image_shape", "model"),
+            ("torch_model", "model", "preset"),
+        ):
+            if one in given and not set(needed) & set(given):
+                raise UsageError(f"{named(one)} is given without {' or '.join(map(named, needed))}; expected both.")
+        if importlib.util.find_spec("torch") is None:
+            raise UsageError('capsnet verify needs PyTorch, which is not installed: pip install ".[torch]".')
 
     def _subjects(self) -> list["capsnet_verify.subjects.Subject"]:
         """The models to verify."""
