@@ -210,6 +210,8 @@ def _nothing(model: Any) -> None:
 
 
 def _with(**constants: float) -> _MadeOf:
+    """Batch normalization with other constants."""
+
     def make(right: Function) -> Function:
         def call(norm: nnx.BatchNorm, *args: Any) -> Any:
             vars(norm).update(constants)
