@@ -170,13 +170,13 @@ class Work:
         model = self._new_model()
         model.train()
         last = model.capsule_layers[-1]
-        see = getattr(last, "under_kernel", lambda poses: poses)  # of convolutional capsules
+        under_kernel = getattr(last, "under_kernel", lambda poses: poses)  # of convolutional capsules
         features, capsules, class_poses = random_like(jax.eval_shape(self._intermediates, self._images))
         # The layer, what is computed of it, and the input that has a gradient.
         layer, function, inputs = {
             "stem": (model.stem, lambda layer, _, images, labels: layer(images), ()),
             "primary": (model.primary_capsules, lambda layer, features, *_: layer(features), features),
-            "votes": (last, lambda layer, poses, *_: layer.votes(see(poses)), capsules.poses),
+            "votes": (last, lambda layer, poses, *_: layer.votes(under_kernel(poses)), capsules.poses),
             "routing": (last, lambda layer, capsules, *_: layer(capsules), capsules),
             "decoder": (
                 model.decoder,

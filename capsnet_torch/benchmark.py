@@ -196,7 +196,7 @@ class Work:
         model, encoder = self._model, self._model.encoder
         stem, (convolution, to_capsules) = encoder.image2primary_capsules[:-2], encoder.image2primary_capsules[-2:]
         last = encoder.primary2digit_capsules
-        see = getattr(last, "under_kernel", lambda poses: poses)  # of convolutional capsules
+        under_kernel = getattr(last, "under_kernel", lambda poses: poses)  # of convolutional capsules
         with torch.no_grad(), self._step():
             features = encoder.stem(self._images)
             capsules = to_capsules(features, convolution)
@@ -207,7 +207,7 @@ class Work:
         parts: dict[str, Any] = {
             "stem": (stem, lambda: encoder.stem(self._images), ()),
             "primary": (convolution, lambda features: to_capsules(features, convolution), (features,)),
-            "votes": (last, lambda poses: last.votes(see(poses)), (capsules.poses,)),
+            "votes": (last, lambda poses: last.votes(under_kernel(poses)), (capsules.poses,)),
             "routing": (last, lambda *capsules: last(Capsules(*capsules)), capsules),
             "decoder": (model.decoder, lambda poses: model.decode(poses, self._labels), (class_poses,)),
         }
