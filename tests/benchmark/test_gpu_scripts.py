@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_run import SMALL
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -86,9 +88,7 @@ def test_a_stopped_run_exits_with_status_75(line, limit, status, fake_python, tm
 @pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_last_epoch(tmp_path):
-    sizes = {"stem-channels": 6, "primary-groups": 2, "primary-dim": 4, "class-dim": 5}
-    options = [f"--{name}={size}" for name, size in sizes.items()]
-    options += ["--epochs", "200", "--batch-size", "32", "--seeds", "2"]
+    options = [*SMALL, "--epochs", "200", "--batch-size", "32", "--seeds", "2"]
     variables = {"PYTHON": sys.executable, "PRESET": "digits", "DATASET": "digits", "JAX_PLATFORMS": "cpu"}
     stopped = 0
     result = run("official.sh", tmp_path / "run", *options, LIMIT=30, **variables)
