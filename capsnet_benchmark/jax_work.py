@@ -109,7 +109,7 @@ class Work:
         graphdef, state = create_state(self._new_model(), self._optimizer)
         train_step = jax.jit(make_train_step(graphdef, self._optimizer, self._training), donate_argnums=0)
         arguments = state, self._images, self._labels
-        # Compiled in the first call, which is timed by itself, and in the way in which training does it.
+        # The first call compiles, as in training; it is timed separately.
         program = cache(lambda: compile_lean(train_step, *arguments))
         return [(iterate(program, *arguments), 1)]
 
@@ -140,7 +140,7 @@ class Work:
         return [(lambda: augmented(key, self._pixels), 1)]
 
     def dispatch(self) -> Calls:
-        """A step, as its share of a chunk of steps, which is dispatched as a whole."""
+        """Dispatch a chunk of steps, and divide its time by their number."""
         trainer = self._new_trainer()
         order = np.arange(trainer.chunk * trainer.config.batch_size, dtype=np.int32)
         indices = rearrange(order, "(steps b) -> 1 steps b", b=trainer.config.batch_size)
@@ -166,13 +166,13 @@ class Work:
         return [(lambda: product(left, right), 1)]
 
     def _part(self, name: str) -> Calls:
-        """A part of the model: its outputs and, for a random gradient of them, those of its weights and its input."""
+        """Compute a part of the model, and the gradients of its weights and input for random cotangents."""
         model = self._new_model()
         model.train()
         last = model.capsule_layers[-1]
         under_kernel = getattr(last, "under_kernel", lambda poses: poses)  # of convolutional capsules
         features, capsules, class_poses = random_like(jax.eval_shape(self._intermediates, self._images))
-        # The layer, what is computed of it, and the input that has a gradient.
+        # Each part has a layer, a function `(layer, input, images, labels)`, and the input that needs a gradient.
         layer, function, inputs = {
             "stem": (model.stem, lambda layer, _, images, labels: layer(images), ()),
             "primary": (model.primary_capsules, lambda layer, features, *_: layer(features), features),
@@ -192,15 +192,15 @@ class Work:
 
         def forward_and_backward(params: nnx.State, inputs: Any, cotangents: Any, *data: jax.Array) -> Any:
             outputs, pullback = jax.vjp(lambda params, inputs: forward(params, inputs, *data), params, inputs)
-            return outputs, pullback(cotangents)  # without the outputs, XLA would remove what only they need
+            return outputs, pullback(cotangents)  # XLA would remove computations of unused outputs
 
-        data = self._images, self._labels  # arguments, as XLA would compute in advance what depends on constants alone
+        data = self._images, self._labels  # passed as arguments, because XLA folds constants
         arguments = params, inputs, random_like(jax.eval_shape(forward, params, inputs, *data)), *data
         program = self._compiled_part = jax.jit(forward_and_backward).lower(*arguments).compile()
         return [(lambda: program(*arguments), 1)]
 
     def _intermediates(self, images: jax.Array) -> tuple[jax.Array, Capsules, jax.Array]:
-        """The features, the input capsules of the last layer, and the class poses, in the precision of the config."""
+        """Compute the features of the stem, the input capsules of the last layer, and the class poses."""
         model = self._new_model()
         nnx.update(model, for_products(nnx.state(model, nnx.Param), self._dtype))
         features = model.stem(images)

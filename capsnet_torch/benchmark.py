@@ -192,7 +192,7 @@ class Work:
         return self._compiled(lambda pixels: random_shift(to_unit_range(pixels), fraction=self.shift))
 
     def _part(self, name: str) -> Calls:
-        """A part of the model: its outputs and, for a random gradient of them, those of its weights and its input."""
+        """Compute a part of the model, and the gradients of its weights and input for random cotangents."""
         model, encoder = self._model, self._model.encoder
         stem, (convolution, to_capsules) = encoder.image2primary_capsules[:-2], encoder.image2primary_capsules[-2:]
         last = encoder.primary2digit_capsules
@@ -203,7 +203,7 @@ class Work:
             for layer in encoder.hidden_capsules:
                 capsules = layer(capsules)
             class_poses = last(capsules).poses
-        # The layer, what is computed of it, and the inputs that have a gradient.
+        # Each part has a layer, a function of the inputs, and the inputs that need a gradient.
         parts: dict[str, Any] = {
             "stem": (stem, lambda: encoder.stem(self._images), ()),
             "primary": (convolution, lambda features: to_capsules(features, convolution), (features,)),
