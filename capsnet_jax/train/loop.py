@@ -74,7 +74,7 @@ def fit(
         >>> dataset = make_dataset(images, labels, images, labels, num_classes=2)
         >>> sizes = {"stem_channels": 4, "stem_kernel": 3, "primary_groups": 2, "primary_kernel": 3}
         >>> model = CapsNet((8, 8, 1), 2, **sizes, primary_scale=1.0, decoder_hidden=None, rngs=nnx.Rngs(0))
-        >>> config = TrainingConfig(epochs=3, batch_size=8, learning_rate=0.01, reconstruction_weight=0)
+        >>> config = TrainingConfig(epochs=3, batch_size=8, learning_rate=0.01, reconstruction_weight=0.0)
         >>> for progress in fit(model, dataset, config):
         ...     if progress.ends_epoch:
         ...         print(f"epoch {progress.epoch}: test accuracy {progress.test_accuracy:.2f}")
