@@ -1,13 +1,13 @@
 """Capsule networks with routing, in JAX and Flax (NNX).
 
-A capsule is a vector: its direction is the pose of what it stands for, its length how present that is. Capsules of
-one layer vote for those of the next, and a routing algorithm decides which votes count. `CapsNet` is such a network;
-its defaults are the dynamic-routing network of 8.2 million weights on MNIST.
+A capsule is a vector. Its direction is the pose of an object or part, and its length tells how likely that is present.
+Each capsule of a layer votes for the pose of every capsule of the next layer, and a routing algorithm weighs the votes.
+`CapsNet` is such a network; its defaults are the model of 8.2 million weights for MNIST.
 
 >>> import jax
 >>> from flax import nnx
->>> from capsnet_jax import CapsNet
->>> model = CapsNet(image_shape=(28, 28, 1), num_classes=10, rngs=nnx.Rngs(0))
+>>> import capsnet_jax
+>>> model = capsnet_jax.CapsNet(image_shape=(28, 28, 1), num_classes=10, rngs=nnx.Rngs(0))
 >>> images = jax.random.uniform(jax.random.key(0), (4, 28, 28, 1))  # pixels in [0, 1]
 >>> poses, activations, reconstructions = model(images)
 >>> poses.shape, activations.shape, reconstructions.shape
@@ -15,14 +15,29 @@ its defaults are the dynamic-routing network of 8.2 million weights on MNIST.
 >>> model.route(images)[-1].couplings.shape  # what each of 1152 primary capsules sends to each class
 (4, 1152, 10)
 
-Where to look next:
+Build a model:
 
-- `CapsNet.from_preset(name)` with a name in `PRESETS`, or any `ModelConfig`, for other networks;
-- `ROUTINGS`, and `capsnet_jax.routing` for routing algorithms, your own among them;
-- `load_dataset`, `fit` with a `TrainingConfig`, and `evaluate` to train; `load` for a trained model;
-- `from_torch` and `to_torch` for weights of the PyTorch model.
+- `CapsNet`: the network, a Flax module; its keywords are the fields of `ModelConfig`.
+- `PRESETS`: published networks by name, each with the options that it is trained with.
+- `Stem`, `PrimaryCapsules`, `CapsuleLayer`, `ConvCapsules`, `Decoder`: the layers, for models of your own.
+- `ROUTINGS`: the routing algorithms by name. A function of your own is as good.
+- `Capsules`, `Routed`, `Output`: what layers, routings and models return.
 
-The command `capsnet` does all of this from a shell.
+>>> sorted(capsnet_jax.PRESETS)
+['digits', 'efficient', 'em', 'official', 'paper', 'readable']
+>>> capsnet_jax.PRESETS["efficient"].model.routing
+'self_attention'
+>>> sorted(capsnet_jax.ROUTINGS)[:4]
+['dynamic', 'em', 'inverted_attention', 'kmeans']
+
+Train and use it:
+
+- `load_dataset`, `fit` with a `TrainingConfig`, and `evaluate`; `load` reads a trained model from its folder.
+- `margin_loss`, `spread_loss`, `reconstruction_loss`: for a training loop of your own.
+- `from_torch`, `to_torch`: weights from and to the PyTorch model.
+- `UsageError`: the one exception for what a user can get wrong; its message tells what was expected.
+
+The command `capsnet` trains, evaluates, compares and verifies from a shell.
 """
 
 from capsnet_jax.capsules import Capsules, Routed

@@ -2,6 +2,8 @@
 
 import doctest
 import inspect
+import io
+import re
 import shutil
 from pathlib import Path
 
@@ -19,19 +21,40 @@ from tests.conftest import IMAGE_SHAPE, SMALL
 WRITTEN = Path(__file__).parent / "written_by_0_1_0"
 
 
-def test_every_public_name_is_there_and_documented():
-    assert 18 <= len(capsnet_jax.__all__) <= 25
-    for name in capsnet_jax.__all__:
-        value = getattr(capsnet_jax, name)
-        if inspect.isclass(value) or inspect.isfunction(value):
-            assert inspect.getdoc(value), name
+PUBLIC = capsnet_jax.__all__
+CONSTANTS = ("PRESETS", "ROUTINGS")  # dictionaries, which the docstring of the package explains
+
+
+def example_of(name: str) -> doctest.DocTest:
+    """The example in the docstring of a public name."""
+    text = capsnet_jax.__doc__ if name in CONSTANTS else inspect.getdoc(getattr(capsnet_jax, name))
+    return doctest.DocTestParser().get_doctest(text or "", {}, name, None, None)
+
+
+def test_the_public_names():
+    assert 18 <= len(PUBLIC) <= 25
+    assert set(CONSTANTS) < set(PUBLIC)
     assert capsnet_jax.__version__[0].isdecimal()
 
 
-def test_the_example_in_the_docstring_runs():
-    results = doctest.testmod(capsnet_jax)
-    assert results.attempted >= 6
-    assert results.failed == 0
+@pytest.mark.parametrize("name", ["capsnet_jax", *PUBLIC])
+def test_a_public_name_has_an_example_that_runs(name):
+    example = example_of("PRESETS" if name == "capsnet_jax" else name)
+    assert name not in CONSTANTS or name in example.docstring
+    assert any(part.want for part in example.examples), f"the example of {name} shows no result"
+    report = io.StringIO()
+    results = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=report.write)
+    assert results.failed == 0, report.getvalue()
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if inspect.isfunction(getattr(capsnet_jax, name))])
+def test_a_public_function_documents_its_arguments_and_result(name):
+    function = getattr(capsnet_jax, name)
+    doc, signature = inspect.getdoc(function), inspect.signature(function)
+    if signature.return_annotation is not None:
+        assert re.search(r"^(Returns|Yields):$", doc, flags=re.MULTILINE), "no section Returns"
+    for argument in signature.parameters:
+        assert re.search(rf"^    {argument}: ", doc, flags=re.MULTILINE), argument
 
 
 def images() -> np.ndarray:
