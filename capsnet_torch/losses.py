@@ -1,4 +1,4 @@
-"""Losses of capsule networks; see `capsnet_jax.nn.losses`."""
+"""What capsule networks minimise."""
 
 import math
 
@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from capsnet_torch.ops import Images, Labels, is_label
+from capsnet_torch.ops import Labels, is_label
+
+Images = Float[Tensor, "b channels height width"]
 
 
 def margin_loss(
@@ -17,7 +19,7 @@ def margin_loss(
     absent: float = 0.1,
     absent_weight: float = 0.5,
 ) -> Float[Tensor, " b"]:
-    """Margin loss: penalize capsules of labels below one margin, and all others above another.
+    """Wants the capsules of the labels longer than one margin, and all others shorter than another.
 
     References:
         Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules" (2017), eq. 4. https://arxiv.org/abs/1710.09829
@@ -28,7 +30,7 @@ def margin_loss(
 
 
 def spread_loss(activations: Float[Tensor, "b o"], labels: Labels, *, margin: float = 0.9) -> Float[Tensor, " b"]:
-    """Spread loss: penalize every capsule that the label's does not exceed by a margin.
+    """Wants the capsule of the label more active than every other, by a margin.
 
     References:
         Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing" (2018), eq. 3.
@@ -40,11 +42,11 @@ def spread_loss(activations: Float[Tensor, "b o"], labels: Labels, *, margin: fl
 
 
 def spread_margin(step: int) -> float:
-    """Margin of the spread loss in a training step, from 0.2 up to 0.99."""
+    """The margin of the spread loss in a training step; see `capsnet_jax.nn.losses.spread_margin`."""
     return 0.2 + 0.79 / (1 + math.exp(-min(10, step / 50000 - 4)))
 
 
 def reconstruction_loss(reconstructions: Images, images: Images, *, error: str = "mean") -> Float[Tensor, " b"]:
-    """Squared error of each example: the "mean" over pixels and channels, or the "sum"."""
+    """Squared error of each example: the "mean" over its pixels and channels, or their "sum"."""
     squares = ((reconstructions - images) ** 2).flatten(1)
     return squares.sum(dim=1) if error == "sum" else squares.mean(dim=1)

@@ -1,4 +1,4 @@
-"""Write a model as an ONNX file, with the outputs of the StableHLO file of the JAX model."""
+"""A model as an ONNX file: the same outputs as the StableHLO program of the JAX model has."""
 
 import logging
 import warnings
@@ -14,18 +14,18 @@ from capsnet_torch.model import CapsNet
 
 
 class NotInOnnxError(Exception):
-    """The model uses an operation that ONNX lacks."""
+    """The model does what there is no ONNX operator for."""
 
 
 class ChannelsLast(nn.Module):
-    """The exported module: it takes images `[b height width channels]`, as the JAX model does."""
+    """A model as it is written: of images `[b height width channels]`, as the JAX model is."""
 
     def __init__(self, model: CapsNet):
         super().__init__()
         self.model = model
 
     def forward(self, images: Float[Tensor, "b height width channels"]) -> tuple[Tensor, ...]:
-        """Return poses, activations and, with a decoder, the reconstruction of the most active class."""
+        """Poses and activations of the class capsules and, with a decoder, the image of the most active one."""
         poses, activations = self.model.encode(rearrange(images, "b height width channels -> b channels height width"))
         if self.model.decoder is None:
             return poses, activations
@@ -34,7 +34,7 @@ class ChannelsLast(nn.Module):
 
 
 def write_onnx(model: CapsNet, image_shape: tuple[int, int, int], path: Path) -> None:
-    """Write the model in evaluation mode, with its weights, for any batch size.
+    """Writes the model in evaluation mode, its weights inside, for any number of images.
 
     The input is `images`; outputs are `poses`, `activations` and, if the model has a decoder, `reconstructions`.
 
@@ -44,13 +44,13 @@ def write_onnx(model: CapsNet, image_shape: tuple[int, int, int], path: Path) ->
         path: of the file.
 
     Raises:
-        NotInOnnxError: the model uses an operation that ONNX lacks.
+        NotInOnnxError: the model does what there is no ONNX operator for.
     """
     outputs = ["poses", "activations", "reconstructions"][: 2 if model.decoder is None else 3]
-    logging.disable(logging.WARNING)  # about torchvision, which is not needed
+    logging.disable(logging.WARNING)  # that torchvision is not there, which nothing here needs
     try:
         with warnings.catch_warnings():
-            # Raised inside PyTorch, when it copies the exported program.
+            # PyTorch's own, when it copies the exported program.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             program = torch.onnx.export(
                 ChannelsLast(model).eval(),
@@ -69,6 +69,6 @@ def write_onnx(model: CapsNet, image_shape: tuple[int, int, int], path: Path) ->
     finally:
         logging.disable(logging.NOTSET)
     assert program is not None  # as dynamo=True returns it
-    # Nodes have the path and line of the Python file on this machine as metadata.
+    # Each node says from which line of which file on this machine it comes.
     ClearMetadataAndDocStringPass()(program.model)
     program.save(path, external_data=False)

@@ -1,9 +1,8 @@
-"""Capsule networks as other people write them: with other names, axes and outputs.
+"""Capsule networks as other people write them: other names, other orders of axes, other things returned.
 
-All take images [b 2 9 8] and are the same function as `MODEL`: 18 primary capsules of size 4, 5 classes of size 6.
+All are for images [b 2 9 8], and are our model `MODEL`: 18 primary capsules of 4, 5 classes of 6.
 """
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +11,11 @@ from torch import Tensor, nn
 
 from capsnet_jax.config import ModelConfig
 from capsnet_verify.subjects import Subject, of_model
-from capsnet_verify.verification import Verification
 
 MODEL = ModelConfig(
     image_shape=(9, 8, 2),
     num_classes=5,
-    stem_channels=12,  # as many as the primary capsules have, so that both biases have the same shape
+    stem_channels=12,  # as many as primary capsules have, so that both biases are of one shape
     stem_kernel=3,
     primary_groups=3,
     primary_dim=4,
@@ -25,12 +23,10 @@ MODEL = ModelConfig(
     primary_scale=1.0,
     primary_squash="squash",
     class_dim=6,
-    decoder_hidden=(7, 7),  # a square weight
+    decoder_hidden=(7, 7),  # a square
     decoder_bias=True,
 )
 SUBJECT: Subject = of_model("a small model", MODEL)
-ENCODER = of_model("an encoder", replace(MODEL, decoder_hidden=None))
-NORMALIZED = of_model("with batch normalization", replace(MODEL, batch_norm=True, decoder_hidden=None))
 
 
 def squash(tensor: Tensor, dim: int = -1) -> Tensor:
@@ -39,7 +35,7 @@ def squash(tensor: Tensor, dim: int = -1) -> Tensor:
 
 
 class Lengths(nn.Module):
-    """Capsules in the order (groups height width), a weight of shape [1 i o h d]; returns activations only."""
+    """Capsules group by group, weights of shape [1 i o h d], unsqueezed tensors; returns lengths only."""
 
     softmax_dim = 2
 
@@ -64,13 +60,13 @@ class Lengths(nn.Module):
 
 
 class LengthsOverInputs(Lengths):
-    """With a frequent mistake: the softmax is over input capsules."""
+    """With a mistake that many have made: the softmax is over input capsules."""
 
     softmax_dim = 1
 
 
 class DigitCaps(nn.Module):
-    """Dynamic routing with couplings [b o i]; with `detach`, the couplings are constants for the gradient."""
+    """Routing with couplings [b o i], of which gradients do not flow into the votes."""
 
     def __init__(self, detach: bool) -> None:
         super().__init__()
@@ -88,7 +84,7 @@ class DigitCaps(nn.Module):
 
 
 class LengthsAndImages(nn.Module):
-    """With dropout, and a decoder of nn.Linear that takes one-hot labels; returns (activations, reconstructions)."""
+    """Layers in modules, a decoder of nn.Linear on one-hot labels, dropout; returns (lengths, images)."""
 
     def __init__(self, detach: bool = False) -> None:
         super().__init__()
@@ -114,7 +110,7 @@ class LengthsAndImages(nn.Module):
 
 
 class Everything(LengthsAndImages):
-    """Masks by its own largest activation; returns a dict of poses [b o h 1] and flat reconstructions."""
+    """Returns a dict, with poses as columns; masks by its own largest activation."""
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
         channels = self.primary(self.relu(self.conv1(x)))
@@ -125,7 +121,7 @@ class Everything(LengthsAndImages):
 
 
 def with_detach() -> nn.Module:
-    """Right values, wrong gradients."""
+    """Its values are right, and its gradients are not."""
     return LengthsAndImages(detach=True)
 
 
@@ -134,7 +130,7 @@ class Capsules(NamedTuple):
 
 
 class Normalized(nn.Module):
-    """With batch normalization after the ReLU; returns a named tuple."""
+    """Batch normalisation after the ReLU; returns a named tuple."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +144,7 @@ class Normalized(nn.Module):
         return Capsules(self.digits(squash(channels.permute(0, 2, 3, 1).reshape(len(x), 18, 4))))
 
 
-# The right map of each.
+# Maps of these, as they are right.
 CONVOLUTIONS = """\
 [weights]
 "conv1.weight" = "encoder.image2primary_capsules.0.weight"
@@ -187,25 +183,3 @@ EVERYTHING = f"""{DECODER}
 poses = {{ from = "poses", axes = "b o h 1 -> b o h" }}
 reconstructions = {{ from = "image", axes = "b (c y x) -> b c y x" }}
 """
-NORM = f"""{CONVOLUTIONS.replace("capsules.2", "capsules.3")}
-"norm.weight" = "encoder.image2primary_capsules.2.weight"
-"norm.bias" = "encoder.image2primary_capsules.2.bias"
-"norm.running_mean" = "encoder.image2primary_capsules.2.running_mean"
-"norm.running_var" = "encoder.image2primary_capsules.2.running_var"
-"digits.weight" = {{ name = "{VOTES}", axes = "o i h d -> i d o h" }}
-[outputs]
-poses = "poses"
-"""
-
-ENCODER_GRADIENTS = [
-    f"gradient {VOTES}",
-    "gradient encoder.image2primary_capsules.2.bias",
-    "gradient encoder.image2primary_capsules.2.weight",
-    "gradient encoder.image2primary_capsules.0.bias",
-    "gradient encoder.image2primary_capsules.0.weight",
-]
-DECODER_GRADIENTS = [f"gradient decoder.{number}.{kind}" for number in (4, 2, 0) for kind in ("bias", "weight")]
-
-
-def names_of(verification: Verification) -> list[str]:
-    return [check.name for check in verification.checks]

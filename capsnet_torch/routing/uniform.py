@@ -1,4 +1,4 @@
-"""Uniform couplings, a baseline without routing; see `capsnet_jax.routing.uniform`."""
+"""No routing: the baseline that every routing has to beat."""
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from capsnet_torch.ops import capsule_norm, squash
 
 
 def uniform(votes: Float[Tensor, "b i o h"], activations: Float[Tensor, "b i"]) -> Routed:
-    """Couple every input capsule to every output capsule equally.
+    """Every input capsule sends the same share to every output capsule, for a batch.
 
     References:
         Gu, Tresp, "Improving the Robustness of Capsule Networks to Image Affine Transformations" (2019), section 4.

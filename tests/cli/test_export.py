@@ -20,7 +20,7 @@ from capsnet_jax.interchange.weights import save_weights
 from capsnet_jax.runs.folder import BEST, WEIGHTS, Run
 from tests.cli.exports import BATCH_SIZES, CASES, new_images, new_model, responses
 from tests.conftest import IMAGE_SHAPE, SMALL
-from tests.test_isolation import imports_without
+from tests.processes import run_without
 
 TOLERANCE = 2e-6  # of the largest value; measured: 1.3e-6
 
@@ -91,7 +91,7 @@ def test_a_file_runs_where_there_is_only_jax(run_dir, tmp_path):
 import jax.export, numpy, pathlib
 program = jax.export.deserialize(pathlib.Path({str(run_dir / "model.stablehlo")!r}).read_bytes())
 numpy.savez({str(tmp_path / "out.npz")!r}, **program.call(numpy.load({str(tmp_path / "images.npy")!r})))"""
-    result = imports_without(["capsnet_jax", "flax", "torch", "capsnet_torch", "einops"], program)
+    result = run_without(["capsnet_jax", "flax", "torch", "capsnet_torch", "einops"], program)
     assert result.returncode == 0, result.stderr
     with np.load(tmp_path / "out.npz") as outputs:
         assert_close(outputs, responses(new_model(0, **SMALL), new_images(3)))
