@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from numpy.lib.stride_tricks import sliding_window_view
 
-from capsnet_jax.data.dataset import Dataset, make_dataset
+from capsnet_jax.data.dataset import Dataset
 from capsnet_jax.errors import UsageError
 
 Digits = UInt8[np.ndarray, "images height width 1"]
@@ -41,12 +41,9 @@ def multi_mnist(mnist: Dataset) -> Dataset:
         UsageError: The images are not 28 x 28, or a split has only one class.
     """
     _check_digits("multi_mnist", mnist)
-    return make_dataset(
-        *overlapping_pairs(mnist.train_images, mnist.train_labels, np.random.RandomState(TRAIN_SEED)),
-        *overlapping_pairs(mnist.test_images, mnist.test_labels, np.random.RandomState(TEST_SEED)),
-        num_classes=mnist.num_classes,
-        class_names=mnist.class_names,
-    )
+    train = overlapping_pairs(mnist.train_images, mnist.train_labels, np.random.RandomState(TRAIN_SEED))
+    test = overlapping_pairs(mnist.test_images, mnist.test_labels, np.random.RandomState(TEST_SEED))
+    return Dataset(*train, *test, mnist.class_names)
 
 
 def overlapping_pairs(
@@ -98,14 +95,9 @@ def affine_mnist(mnist: Dataset) -> Dataset:
     """
     _check_digits("affine_mnist", mnist)
     pad = (AFFINE_PAD, AFFINE_PAD)
-    return make_dataset(
-        np.pad(mnist.train_images, ((0, 0), pad, pad, (0, 0))),
-        mnist.train_labels,
-        affine_images(mnist.test_images, np.random.RandomState(TEST_SEED)),
-        mnist.test_labels,
-        num_classes=mnist.num_classes,
-        class_names=mnist.class_names,
-    )
+    train_images = np.pad(mnist.train_images, ((0, 0), pad, pad, (0, 0)))
+    test_images = affine_images(mnist.test_images, np.random.RandomState(TEST_SEED))
+    return Dataset(train_images, mnist.train_labels, test_images, mnist.test_labels, mnist.class_names)
 
 
 def affine_images(images: Digits, rng: np.random.RandomState) -> UInt8[np.ndarray, "images 40 40 1"]:

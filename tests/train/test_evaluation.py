@@ -101,11 +101,11 @@ def test_predict_equals_the_model_for_every_image(small_model, k):
     labels = np.array([rng.permutation(10)[:k] for _ in images], np.int32)
     got = predict(small_model, images, labels[:, 0] if k == 1 else labels, batch_size=7)
     unit = images.astype(np.float32) / 255
-    capsules = small_model.encode(jnp.asarray(unit))
+    capsules = nnx.jit(lambda model, images: model.encode(images))(small_model, unit)
     poses = np.zeros_like(capsules.poses)
     for n, of_image in enumerate(labels):
         poses[n, of_image] = capsules.poses[n, of_image]
-    reconstructions = np.asarray(small_model.decoder(jnp.asarray(poses)))
+    reconstructions = np.asarray(nnx.jit(lambda model, poses: model.decoder(poses))(small_model, poses))
     np.testing.assert_allclose(got.activations, capsules.activations, rtol=1e-5)
     np.testing.assert_allclose(got.reconstruction_errors, ((reconstructions - unit) ** 2).mean((1, 2, 3)), rtol=1e-5)
 
@@ -119,7 +119,8 @@ def test_without_a_decoder_there_is_no_reconstruction_error():
 @pytest.mark.parametrize("batch_size", [5, 100, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 22, 23))])
 def test_every_image_is_counted_once(batch_size, small_model, small_dataset):
     images, labels = small_dataset.test_images, small_dataset.test_labels
-    predictions = np.asarray(small_model.encode(jnp.asarray(images) / jnp.float32(255)).activations.argmax(axis=1))
+    encode = nnx.jit(lambda model, images: model.encode(images))
+    predictions = np.asarray(encode(small_model, images / np.float32(255)).activations.argmax(axis=1))
     # The last image, with which the last batch is padded, is one that the model gets right.
     labels = np.where(np.arange(len(labels)) == len(labels) - 1, predictions, labels).astype(np.int32)
     result = evaluate(small_model, images, labels, batch_size=batch_size)

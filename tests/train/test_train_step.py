@@ -23,6 +23,8 @@ from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset
 
 pytestmark = pytest.mark.xdist_group("train_step")  # in one worker, which trains once
 
+QUICK = SMALL | {"routing": "uniform"}  # a model that is quick to compile
+
 
 def float64_batch() -> tuple[jax.Array, jax.Array]:
     rng = np.random.default_rng(5)
@@ -32,7 +34,7 @@ def float64_batch() -> tuple[jax.Array, jax.Array]:
 def in_parts(accumulate: int, *, steps: int = 2, **options) -> tuple[TrainState, np.ndarray]:
     """State and metrics after some steps on the same batch in float64."""
     with jax.enable_x64(True):
-        model = CapsNet(IMAGE_SHAPE, 10, **SMALL, **options, param_dtype="float64", rngs=nnx.Rngs(0))
+        model = CapsNet(IMAGE_SHAPE, 10, **QUICK, **options, param_dtype="float64", rngs=nnx.Rngs(0))
         # A large epsilon, so that Adam does not amplify rounding errors of gradients near zero.
         optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.01, eps=1e-4))
         graphdef, state = create_state(model, optimizer)
@@ -80,7 +82,7 @@ def test_a_single_seed_is_computed_without_a_batch_axis(seeds, is_batched):
 
 def test_the_gradient_norm_is_that_before_clipping(in_one):
     with jax.enable_x64(True):
-        model = CapsNet(IMAGE_SHAPE, 10, **SMALL, param_dtype="float64", rngs=nnx.Rngs(0))
+        model = CapsNet(IMAGE_SHAPE, 10, **QUICK, param_dtype="float64", rngs=nnx.Rngs(0))
         graphdef, params = nnx.split(model)
         images, labels = float64_batch()
         is_label = np.arange(10) == labels[:, None]
@@ -102,7 +104,7 @@ def test_batch_normalization_is_updated_by_one_micro_batch_after_the_other():
     """The first micro-batch is every other image."""
     state, _ = in_parts(2, steps=1, batch_norm=True)
     with jax.enable_x64(True):
-        model = CapsNet(IMAGE_SHAPE, 10, **SMALL, param_dtype="float64", rngs=nnx.Rngs(0))
+        model = CapsNet(IMAGE_SHAPE, 10, **QUICK, param_dtype="float64", rngs=nnx.Rngs(0))
         features = np.asarray(nnx.relu(model.stem.convolutions[0](float64_batch()[0])))
     mean, variance = np.zeros(6), np.ones(6)
     for part in (features[::2], features[1::2]):
@@ -147,7 +149,7 @@ def test_the_moving_average_of_the_weights_is_evaluated_and_kept(monkeypatch):
     """The decay in step t is (1 + t) / (10 + t), but at most that of the config."""
     evaluated = Evaluated(monkeypatch)
     config = dataclasses.replace(ALL_AT_ONCE, ema_decay=0.2)
-    averaging = new_trainer(config, batch_norm=True)
+    averaging = new_trainer(config, batch_norm=True, routing="uniform")
     average = jax.tree.map(np.float64, of_seed(averaging.snapshot.state.params))
     for decay, _ in zip((1 / 10, 2 / 11, 0.2, 0.2), averaging.run(), strict=True):
         state = of_seed(averaging.snapshot.state)
@@ -168,7 +170,7 @@ def test_bfloat16_is_used_in_training_but_not_in_evaluation(monkeypatch, small_d
     """Weights stay float32; losses start close to those in float32, and fall."""
     evaluated = Evaluated(monkeypatch)
     config = dataclasses.replace(ALL_AT_ONCE, epochs=12, precision="bfloat16")
-    rounding = new_trainer(config)
+    rounding = new_trainer(config, routing="uniform")
     images, labels = small_dataset.train_images / np.float32(255), small_dataset.train_labels
     exact = compute_losses(rounding.models()[0], jnp.asarray(images), jnp.asarray(labels), reconstruction_weight=10.0)
     losses = [progress.losses["total"] for progress in rounding.run()]
