@@ -1,20 +1,20 @@
-"""Random changes of training images, on the device that they are on."""
+"""Augmentation of training images on their device; see `capsnet_jax.data.augmentation`."""
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
+from capsnet_torch.ops import Images
 
-def to_unit_range(images: UInt8[Tensor, "b channels height width"]) -> Float[Tensor, "b channels height width"]:
-    """Images of a data set as floats in [0, 1]."""
+
+def to_unit_range(images: UInt8[Tensor, "b channels height width"]) -> Images:
+    """Convert images of bytes to floats in [0, 1]."""
     return images / 255
 
 
-def random_shift(
-    images: Float[Tensor, "b channels height width"], *, fraction: float
-) -> Float[Tensor, "b channels height width"]:
-    """Shifts each image by whole pixels; see `capsnet_jax.data.augmentation.random_shift`."""
+def random_shift(images: Images, *, fraction: float) -> Images:
+    """Shift each image by whole pixels, up to a fraction of its height and width, and fill with zeros."""
     count, _, height, width = images.shape
     vertical, horizontal = round(fraction * height), round(fraction * width)
     random = 2 * fraction * torch.rand(2, count, 1, device=images.device) - fraction

@@ -1,4 +1,4 @@
-"""What flows between capsule layers, whatever the routing."""
+"""The values that flow between capsule layers; see `capsnet_jax.capsules`."""
 
 from typing import NamedTuple
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class Capsules(NamedTuple):
-    """Poses and activations of a layer of capsules; see `capsnet_jax.capsules.Capsules`."""
+    """Poses and activations of a layer of capsules."""
 
     poses: Float[Tensor, "b capsules dim"]
     activations: Float[Tensor, "b capsules"]
 
 
 class Routed(NamedTuple):
-    """Output capsules and the couplings of the last iteration; see `capsnet_jax.capsules.Routed`."""
+    """Output capsules of a routing, and the couplings of its last iteration."""
 
     poses: Float[Tensor, "b *positions o h"]
     activations: Float[Tensor, "b *positions o"]

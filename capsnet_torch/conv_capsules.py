@@ -1,4 +1,4 @@
-"""Convolutional capsules: capsules on a grid, each routed to from those under its kernel."""
+"""Convolutional capsules; see `capsnet_jax.nn.conv_capsules`."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from capsnet_torch.routing.registry import Routing
 
 
 class ConvCapsules(nn.Module):
-    """Groups of capsules at each position of a grid; see `capsnet_jax.nn.conv_capsules.ConvCapsules`."""
+    """Groups of capsules at each position of a grid, routed to from the input capsules under the kernel."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class ConvCapsules(nn.Module):
         return Capsules(routed.poses.flatten(1, 2), routed.activations.flatten(1, 2))
 
     def route(self, capsules: Capsules) -> Routed:
-        """The output capsules and the couplings of every vote, `[b positions ...]`; inputs are `(taps groups)`."""
+        """Compute the output capsules and the couplings, `[b positions ...]`; inputs are `(taps groups)`."""
         return checkpoint(self._route, capsules, use_reentrant=False) if self.recompute else self._route(capsules)
 
     def _route(self, capsules: Capsules) -> Routed:
@@ -66,7 +66,9 @@ class ConvCapsules(nn.Module):
         votes, poses = self.votes(seen).flatten(2, 3), seen.flatten(2, 3)
         activations = self.under_kernel(capsules.activations[..., None]).flatten(2)
         if "softmax" in self.routing.parameters:
-            softmax = partial(softmax_over_parents, inputs=self._inputs(), num_inputs=self._num_inputs)
+            numbers = torch.arange(math.prod(self.grid) * self.in_groups, dtype=torch.float64)
+            inputs = self.under_kernel(numbers[None, :, None])[0].flatten(1).long()
+            softmax = partial(softmax_over_parents, inputs=inputs, num_inputs=len(numbers))
             return self.routing(votes, activations, poses=poses, softmax=softmax, **self.routing_weights)
         # Positions are examples of their own.
         routed = self.routing(
@@ -75,7 +77,7 @@ class ConvCapsules(nn.Module):
         return Routed(*(array.unflatten(0, votes.shape[:2]) for array in routed))
 
     def under_kernel(self, values: Float[Tensor, "b capsules d"]) -> Float[Tensor, "b positions taps i d"]:
-        """What each position of the output sees under each tap of its kernel."""
+        """Gather the values under each tap of the kernel, at each output position."""
         height, width = self.grid
         images = rearrange(
             values, "b (height width i) d -> b (i d) height width", height=height, width=width, i=self.in_groups
@@ -84,7 +86,7 @@ class ConvCapsules(nn.Module):
         return rearrange(patches, "b (i d taps) positions -> b positions taps i d", i=self.in_groups, d=values.shape[2])
 
     def votes(self, poses: Float[Tensor, "b positions taps i d"]) -> Float[Tensor, "b positions taps i o h"]:
-        """What each input capsule under a kernel predicts for each output capsule there."""
+        """Predict the pose of each output capsule at a position from each input capsule under its kernel."""
         matrices = rearrange(poses, "b p t i (rows inner) -> b p t i 1 rows inner", rows=self.rows)
         votes = matrices @ rearrange(self.weight, "t i inner o outer -> t i o inner outer")
         if self.coordinate_addition:
@@ -97,21 +99,19 @@ class ConvCapsules(nn.Module):
             votes[..., *second] += across.repeat(height)[:, None, None]
         return votes.flatten(-2)
 
-    @property
-    def _num_inputs(self) -> int:
-        return math.prod(self.grid) * self.in_groups
-
-    def _inputs(self) -> Int[Tensor, "positions i"]:
-        numbers = torch.arange(self._num_inputs, dtype=torch.float64)
-        return self.under_kernel(numbers[None, :, None])[0].flatten(1).long()
-
 
 def softmax_over_parents(
     logits: Float[Tensor, "b positions i o"], *, inputs: Int[Tensor, "positions i"], num_inputs: int
 ) -> Float[Tensor, "b positions i o"]:
-    """Shares of each input capsule among all its parents, by a dense table of all inputs and all parents."""
+    """Softmax over all output capsules, at all positions, that an input capsule is connected to.
+
+    Args:
+        logits: of each input capsule under each kernel.
+        inputs: number of that input capsule.
+        num_inputs: number of input capsules.
+    """
     batch, positions, _, outputs = logits.shape
-    # Lowest in place of -inf: an input that no kernel sees has no parents, and its softmax would not be a number.
+    # A dense table of all inputs and outputs. With -inf, the softmax of an input under no kernel would be NaN.
     table = logits.new_full((batch, num_inputs, positions, outputs), torch.finfo(logits.dtype).min)
     at_positions = torch.arange(positions)[:, None].expand_as(inputs)
     table = table.index_put((torch.arange(batch)[:, None, None], inputs, at_positions), logits)

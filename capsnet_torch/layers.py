@@ -1,4 +1,4 @@
-"""Layers that own weights, under the names they have in the reference model's state_dict."""
+"""Layers with the weight names of the reference model's state_dict; see `capsnet_jax.nn.layers`."""
 
 from collections.abc import Callable
 
@@ -17,9 +17,9 @@ SQUASHES = {"none": lambda poses: poses, "squash": squash, "exponential": expone
 
 
 class PrimaryCapsules(nn.Module):
-    """Features to the first capsules, through a given convolution; see `capsnet_jax.nn.layers.PrimaryCapsules`.
+    """The first capsules: the channels of a convolution, in groups.
 
-    It has no weights of its own, so that those of the convolution keep their names in the reference model.
+    The convolution is an argument, so that its weights keep their names in the reference model.
     """
 
     def __init__(self, groups: int, *, scale: float, squash: str, activation: str):
@@ -44,7 +44,7 @@ class PrimaryCapsules(nn.Module):
 
 
 class CapsuleLayer(nn.Module):
-    """Capsules whose poses are what the capsules below them agree on; see `capsnet_jax.nn.layers.CapsuleLayer`."""
+    """A dense layer of capsules: input capsules vote for output capsules, and a routing combines the votes."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class CapsuleLayer(nn.Module):
         return Capsules(routed.poses, routed.activations)
 
     def route(self, capsules: Capsules) -> Routed:
-        """The output capsules together with the couplings of every vote."""
+        """Compute the output capsules and the couplings."""
         return checkpoint(self._route, capsules, use_reentrant=False) if self.recompute else self._route(capsules)
 
     def _route(self, capsules: Capsules) -> Routed:
@@ -78,5 +78,22 @@ class CapsuleLayer(nn.Module):
         return self.routing(self.votes(poses), activations, poses=poses, **self.routing_weights)
 
     def votes(self, poses: Float[Tensor, "b i d"]) -> Float[Tensor, "b i o h"]:
-        """What each input capsule predicts for each output capsule."""
+        """Predict the pose of each output capsule from each input capsule."""
         return self.input_caps2U(poses)
+
+
+def new_decoder(
+    num_classes: int, class_dim: int, hidden: tuple[int, int], image_shape: tuple[int, int, int], *, outer_bias: bool
+) -> nn.Sequential:
+    """Create the decoder, from class capsules `[b o h]`, zero except those of the labels, to images in (0, 1)."""
+    (first, second), (height, width, channels) = hidden, image_shape
+    bias, pixel_bias = ("f", "channels height width") if outer_bias else (None, None)
+    to_pixels, pixels = "b f -> b channels height width", {"channels": channels, "height": height, "width": width}
+    return nn.Sequential(
+        EinMix("b o h -> b f", weight_shape="o h f", bias_shape=bias, o=num_classes, h=class_dim, f=first),
+        nn.ReLU(),
+        nn.Linear(first, second),
+        nn.ReLU(),
+        EinMix(to_pixels, weight_shape="f channels height width", bias_shape=pixel_bias, f=second, **pixels),
+        nn.Sigmoid(),
+    )

@@ -1,4 +1,4 @@
-"""What capsule networks minimise."""
+"""Losses of capsule networks; see `capsnet_jax.nn.losses`."""
 
 import math
 
@@ -6,9 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from capsnet_torch.ops import Labels, is_label
-
-Images = Float[Tensor, "b channels height width"]
+from capsnet_torch.ops import Images, Labels, is_label
 
 
 def margin_loss(
@@ -19,7 +17,7 @@ def margin_loss(
     absent: float = 0.1,
     absent_weight: float = 0.5,
 ) -> Float[Tensor, " b"]:
-    """Wants the capsules of the labels longer than one margin, and all others shorter than another.
+    """Margin loss: penalize capsules of labels below one margin, and all others above another.
 
     References:
         Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules" (2017), eq. 4. https://arxiv.org/abs/1710.09829
@@ -30,7 +28,7 @@ def margin_loss(
 
 
 def spread_loss(activations: Float[Tensor, "b o"], labels: Labels, *, margin: float = 0.9) -> Float[Tensor, " b"]:
-    """Wants the capsule of the label more active than every other, by a margin.
+    """Spread loss: penalize every capsule that the label's does not exceed by a margin.
 
     References:
         Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing" (2018), eq. 3.
@@ -42,11 +40,11 @@ def spread_loss(activations: Float[Tensor, "b o"], labels: Labels, *, margin: fl
 
 
 def spread_margin(step: int) -> float:
-    """The margin of the spread loss in a training step; see `capsnet_jax.nn.losses.spread_margin`."""
+    """Margin of the spread loss in a training step, from 0.2 up to 0.99."""
     return 0.2 + 0.79 / (1 + math.exp(-min(10, step / 50000 - 4)))
 
 
 def reconstruction_loss(reconstructions: Images, images: Images, *, error: str = "mean") -> Float[Tensor, " b"]:
-    """Squared error of each example: the "mean" over its pixels and channels, or their "sum"."""
+    """Squared error of each example: the "mean" over pixels and channels, or the "sum"."""
     squares = ((reconstructions - images) ** 2).flatten(1)
     return squares.sum(dim=1) if error == "sum" else squares.mean(dim=1)

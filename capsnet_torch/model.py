@@ -1,22 +1,21 @@
-"""The reference model: its state_dicts load unchanged, in any dtype."""
+"""The capsule network, which loads the state_dicts of the reference model; see `capsnet_jax.nn.model`."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from einops.layers.torch import EinMix
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsnet_torch.capsules import Capsules, Routed
 from capsnet_torch.conv_capsules import ConvCapsules
-from capsnet_torch.layers import CapsuleLayer, PrimaryCapsules
-from capsnet_torch.ops import Labels, mask_by_label, standardize_images
+from capsnet_torch.layers import CapsuleLayer, PrimaryCapsules, new_decoder
+from capsnet_torch.ops import Images, Labels, mask_by_label, standardize_images
 
 
 class Encoder(nn.Module):
-    """Images to capsules: convolutions to primary capsules, then capsule layers up to one for each class."""
+    """Images to class capsules: convolutions, primary capsules, capsule layers."""
 
     def __init__(
         self,
@@ -32,21 +31,17 @@ class Encoder(nn.Module):
         self.hidden_capsules = nn.ModuleList(hidden_capsules)
         self.primary2digit_capsules = primary2digit_capsules
 
-    def forward(self, images: Float[Tensor, "b channels height width"]) -> Capsules:
+    def forward(self, images: Images) -> Capsules:
         capsules = self.primary_capsules(images)
         for layer in (*self.hidden_capsules, self.primary2digit_capsules):
             capsules = layer(capsules)
         return capsules
 
-    def stem(
-        self, images: Float[Tensor, "b channels height width"]
-    ) -> Float[Tensor, "b features out_height out_width"]:
+    def stem(self, images: Images) -> Float[Tensor, "b features out_height out_width"]:
         return self.features(images)[-1]
 
-    def features(
-        self, images: Float[Tensor, "b channels height width"]
-    ) -> list[Float[Tensor, "b _features _height _width"]]:
-        """What comes of each convolution of the stem, in order."""
+    def features(self, images: Images) -> list[Float[Tensor, "b _features _height _width"]]:
+        """The output of each convolution of the stem, after ReLU and batch normalization."""
         features = [standardize_images(images) if self.standardize else images]
         for module in self.image2primary_capsules[:-2].children():
             if isinstance(module, nn.Conv2d):
@@ -55,18 +50,18 @@ class Encoder(nn.Module):
                 features[-1] = module(features[-1])
         return features[1:]
 
-    def primary_capsules(self, images: Float[Tensor, "b channels height width"]) -> Capsules:
+    def primary_capsules(self, images: Images) -> Capsules:
         convolution, to_capsules = self.image2primary_capsules[-2], self.image2primary_capsules[-1]
         return to_capsules(self.stem(images), convolution)
 
 
-ONLY_IN_JAX = ("initial_weights", "routing_implementation")  # options of a config.json that the twin has no use for
+ONLY_IN_JAX = ("initial_weights", "routing_implementation")  # options that change nothing here
 
 
 class CapsNet(nn.Module):
-    """A capsule network on images `[b channels height width]`; arguments as in `capsnet_jax.CapsNet`.
+    """A capsule network for images `[b channels height width]`, with the arguments of `capsnet_jax.CapsNet`.
 
-    Weights are drawn as by PyTorch; take others from the JAX model.
+    Initial weights are drawn as by PyTorch.
     """
 
     def __init__(
@@ -138,55 +133,20 @@ class CapsNet(nn.Module):
         self.decoder = (
             None
             if decoder_hidden is None
-            else new_decoder(num_classes, class_dim, decoder_hidden, image_shape, decoder_bias)
+            else new_decoder(num_classes, class_dim, decoder_hidden, image_shape, outer_bias=decoder_bias)
         )
 
     @classmethod
     def from_config(cls, model: Mapping[str, Any]) -> "CapsNet":
-        """Creates the twin of a JAX model.
-
-        Args:
-            model: the section `model` of a `config.json`, or the fields of a `ModelConfig`.
-        """
+        """Create the twin of a JAX model from its `ModelConfig` fields, or the section `model` of a `config.json`."""
         return cls(**{name: value for name, value in model.items() if name not in ONLY_IN_JAX})
 
-    def encode(self, images: Float[Tensor, "b channels height width"]) -> Capsules:
-        """The class capsules of images in [0, 1]; the predicted class is the one of the largest activation."""
+    def encode(self, images: Images) -> Capsules:
+        """Compute the class capsules of images in [0, 1]; the predicted class has the largest activation."""
         return self.encoder(images)
 
-    def decode(self, poses: Float[Tensor, "b o h"], labels: Labels) -> Float[Tensor, "b channels height width"]:
-        """The images that the capsules of the labels stand for, with pixels in (0, 1)."""
+    def decode(self, poses: Float[Tensor, "b o h"], labels: Labels) -> Images:
+        """Reconstruct images, with pixels in (0, 1), from the capsules of the labels."""
         if self.decoder is None:
             raise ValueError("The model has no decoder; decoder_hidden is None.")
         return self.decoder(mask_by_label(poses, labels))
-
-
-def new_decoder(
-    num_classes: int, class_dim: int, hidden: tuple[int, int], image_shape: tuple[int, int, int], outer_bias: bool
-) -> nn.Sequential:
-    """Capsules, all but those of the labels zero, to images in (0, 1)."""
-    first, second = hidden
-    height, width, channels = image_shape
-    return nn.Sequential(
-        EinMix(
-            "b o h -> b f",
-            weight_shape="o h f",
-            bias_shape="f" if outer_bias else None,
-            o=num_classes,
-            h=class_dim,
-            f=first,
-        ),
-        nn.ReLU(),
-        nn.Linear(first, second),
-        nn.ReLU(),
-        EinMix(
-            "b f -> b channels height width",
-            weight_shape="f channels height width",
-            bias_shape="channels height width" if outer_bias else None,
-            f=second,
-            channels=channels,
-            height=height,
-            width=width,
-        ),
-        nn.Sigmoid(),
-    )

@@ -1,4 +1,4 @@
-"""A model as an ONNX file: the same outputs as the StableHLO program of the JAX model has."""
+"""Write a model as an ONNX file, with the outputs of the StableHLO file of the JAX model."""
 
 import logging
 import warnings
@@ -14,18 +14,18 @@ from capsnet_torch.model import CapsNet
 
 
 class NotInOnnxError(Exception):
-    """The model does what there is no ONNX operator for."""
+    """The model uses an operation that ONNX lacks."""
 
 
 class ChannelsLast(nn.Module):
-    """A model as it is written: of images `[b height width channels]`, as the JAX model is."""
+    """The exported module: it takes images `[b height width channels]`, as the JAX model does."""
 
     def __init__(self, model: CapsNet):
         super().__init__()
         self.model = model
 
     def forward(self, images: Float[Tensor, "b height width channels"]) -> tuple[Tensor, ...]:
-        """Poses and activations of the class capsules and, with a decoder, the image of the most active one."""
+        """Return poses, activations and, with a decoder, the reconstruction of the most active class."""
         poses, activations = self.model.encode(rearrange(images, "b height width channels -> b channels height width"))
         if self.model.decoder is None:
             return poses, activations
@@ -34,7 +34,7 @@ class ChannelsLast(nn.Module):
 
 
 def write_onnx(model: CapsNet, image_shape: tuple[int, int, int], path: Path) -> None:
-    """Writes the model in evaluation mode, its weights inside, for any number of images.
+    """Write the model in evaluation mode, with its weights, for any batch size.
 
     The input is `images`; outputs are `poses`, `activations` and, if the model has a decoder, `reconstructions`.
 
@@ -44,13 +44,13 @@ def write_onnx(model: CapsNet, image_shape: tuple[int, int, int], path: Path) ->
         path: of the file.
 
     Raises:
-        NotInOnnxError: the model does what there is no ONNX operator for.
+        NotInOnnxError: the model uses an operation that ONNX lacks.
     """
     outputs = ["poses", "activations", "reconstructions"][: 2 if model.decoder is None else 3]
-    logging.disable(logging.WARNING)  # that torchvision is not there, which nothing here needs
+    logging.disable(logging.WARNING)  # about torchvision, which is not needed
     try:
         with warnings.catch_warnings():
-            # PyTorch's own, when it copies the exported program.
+            # Raised inside PyTorch, when it copies the exported program.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             program = torch.onnx.export(
                 ChannelsLast(model).eval(),
@@ -69,6 +69,6 @@ def write_onnx(model: CapsNet, image_shape: tuple[int, int, int], path: Path) ->
     finally:
         logging.disable(logging.NOTSET)
     assert program is not None  # as dynamo=True returns it
-    # Each node says from which line of which file on this machine it comes.
+    # Nodes have the path and line of the Python file on this machine as metadata.
     ClearMetadataAndDocStringPass()(program.model)
     program.save(path, external_data=False)

@@ -1,9 +1,10 @@
-"""The few functions every capsule network is made of."""
+"""Norms, squash, labels and standardization; see `capsnet_jax.ops`."""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+Images = Float[Tensor, "b channels height width"]
 Labels = Int[Tensor, " b"] | Int[Tensor, "b k"]
 
 
@@ -13,7 +14,7 @@ def capsule_norm(poses: Float[Tensor, "*capsules h"]) -> Float[Tensor, "*capsule
 
 
 def squash(poses: Float[Tensor, "*capsules h"]) -> Float[Tensor, "*capsules h"]:
-    """Shrinks each pose to a norm in [0, 1) and keeps its direction: |s| / (1 + |s|^2) s.
+    """Shrink each pose to a norm in [0, 1) and keep its direction: |s| / (1 + |s|^2) s.
 
     References:
         Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules" (2017), eq. 1. https://arxiv.org/abs/1710.09829
@@ -23,14 +24,14 @@ def squash(poses: Float[Tensor, "*capsules h"]) -> Float[Tensor, "*capsules h"]:
 
 
 def direction(poses: Float[Tensor, "*capsules h"]) -> Float[Tensor, "*capsules h"]:
-    """Each pose divided by its length; a pose of zero stays zero, with gradient zero."""
+    """Divide each pose by its norm; a pose of zero stays zero, with gradient zero."""
     norm = capsule_norm(poses)[..., None]
     # Both branches of `where` are differentiated: the quotient by zero would give NaN times zero.
     return torch.where(norm > 0, poses / torch.where(norm > 0, norm, 1), 0)
 
 
 def exponential_squash(poses: Float[Tensor, "*capsules h"]) -> Float[Tensor, "*capsules h"]:
-    """Shrinks each pose to a norm in [0, 1) and keeps its direction: (1 - exp(-|s|)) s / |s|.
+    """Shrink each pose to a norm in [0, 1) and keep its direction: (1 - exp(-|s|)) s / |s|.
 
     References:
         Mazzia, Salvetti, Chiaberge, "Efficient-CapsNet" (2021), section 3. https://arxiv.org/abs/2101.12491
@@ -38,27 +39,25 @@ def exponential_squash(poses: Float[Tensor, "*capsules h"]) -> Float[Tensor, "*c
     return -torch.expm1(-capsule_norm(poses)[..., None]) * direction(poses)
 
 
-def standardize_images(
-    images: Float[Tensor, "b channels height width"],
-) -> Float[Tensor, "b channels height width"]:
-    """Gives each image by itself the mean 0 and the deviation 1; see `capsnet_jax.ops.standardize_images`."""
+def standardize_images(images: Images) -> Images:
+    """Shift and scale each image to mean 0 and standard deviation 1; see `capsnet_jax.ops.standardize_images`."""
     variance, mean = torch.var_mean(images, dim=(1, 2, 3), correction=0, keepdim=True)
     return (images - mean) * variance.clamp(min=1 / images[0].numel()).rsqrt()
 
 
 def is_label(labels: Labels, num_classes: int) -> Bool[Tensor, "b o"]:
-    """Which classes are among the labels of each example."""
+    """Tell which classes are among the labels of each example."""
     classes = torch.arange(num_classes, device=labels.device)
     return (labels.view(labels.shape[0], -1, 1) == classes).any(dim=1)
 
 
 def mask_by_label(poses: Float[Tensor, "b o h"], labels: Labels) -> Float[Tensor, "b o h"]:
-    """Sets all capsules to zero but those of the labels."""
+    """Set all capsules to zero except those of the labels."""
     return torch.where(is_label(labels, poses.shape[1])[..., None], poses, torch.zeros_like(poses))
 
 
 def answers_right(activations: Float[Tensor, "b o"], labels: Labels) -> Bool[Tensor, " b"]:
-    """Whether the most active capsules, as many as there are labels, are exactly those of the labels."""
+    """Tell whether the most active capsules, as many as there are labels, are exactly those of the labels."""
     labels = labels.view(len(labels), -1)
     ranking = activations.argsort(dim=1, descending=True, stable=True)
     return (ranking[:, : labels.shape[1]].sort(dim=1).values == labels.sort(dim=1).values).all(dim=1)

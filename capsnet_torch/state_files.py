@@ -1,4 +1,4 @@
-"""Files of PyTorch that hold a state_dict: read without running what is in them, and written."""
+"""Read state_dicts from PyTorch files, without executing pickles, and write them."""
 
 import pickle
 import warnings
@@ -14,20 +14,18 @@ State = dict[str, Shaped[ndarray, "..."]]
 
 
 def read_state(path: Path) -> State:
-    """The entries of a state_dict that `torch.save` wrote, in its order.
-
-    Nothing in the file is executed: of a pickle, only tensors and plain containers are taken.
+    """Read a state_dict that `torch.save` wrote, in its order; only tensors and plain containers are unpickled.
 
     Raises:
-        ValueError: it is no such file, or an entry is no tensor, or of a type that NumPy lacks; the message names it.
+        ValueError: the file is not a state_dict, or an entry has a type that NumPy lacks; the message names it.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that others wrote, which are refused anyway
+            warnings.simplefilter("ignore")  # about pickles of other programs, which are refused anyway
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError("It is not a file of tensors only, and was not unpickled; expected a state_dict") from error
-    except Exception as error:  # whatever comes of bytes that are something else, or not all there
+    except Exception as error:  # bytes of another format, or a truncated file, raise anything
         reason = (str(error).strip().splitlines() or [""])[0].partition(". ")[0].rstrip(".")
         raise ValueError(f"It cannot be read by torch: {type(error).__name__} {reason}".rstrip()) from error
     if not isinstance(state, Mapping):
@@ -36,7 +34,7 @@ def read_state(path: Path) -> State:
 
 
 def write_state(path: Path, state: Mapping[str, Shaped[ndarray, "..."]]) -> None:
-    """Writes arrays as a state_dict, for `load_state_dict(torch.load(path, weights_only=True))`."""
+    """Write arrays as a state_dict, for `load_state_dict(torch.load(path, weights_only=True))`."""
     torch.save({name: torch.tensor(array) for name, array in state.items()}, path)
 
 

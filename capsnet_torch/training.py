@@ -1,4 +1,4 @@
-"""One plain training step."""
+"""One training step; see `capsnet_jax.train.step`."""
 
 from typing import Any, NamedTuple
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from capsnet_torch.losses import margin_loss, reconstruction_loss, spread_loss, spread_margin
 from capsnet_torch.model import CapsNet
-from capsnet_torch.ops import Labels
+from capsnet_torch.ops import Images, Labels
 
 
 class Losses(NamedTuple):
-    """The loss that training minimises, and its parts; each a mean over the batch."""
+    """The loss that training minimizes, and its parts; each a mean over the batch."""
 
     total: Float[Tensor, ""]
     margin: Float[Tensor, ""]
@@ -21,7 +21,7 @@ class Losses(NamedTuple):
 
 def compute_losses(
     model: CapsNet,
-    images: Float[Tensor, "b channels height width"],
+    images: Images,
     labels: Labels,
     *,
     reconstruction_weight: float,
@@ -29,7 +29,7 @@ def compute_losses(
     loss: str = "margin",
     step: int = 0,
 ) -> Losses:
-    """The losses of a batch of images in [0, 1]."""
+    """Compute the losses of a batch of images in [0, 1]."""
     capsules = model.encode(images)
     if loss == "spread":
         margin = spread_loss(capsules.activations, labels, margin=spread_margin(step)).mean()
@@ -43,13 +43,9 @@ def compute_losses(
 
 
 def train_step(
-    model: CapsNet,
-    optimizer: torch.optim.Optimizer,
-    images: Float[Tensor, "b channels height width"],
-    labels: Labels,
-    **options: Any,
+    model: CapsNet, optimizer: torch.optim.Optimizer, images: Images, labels: Labels, **options: Any
 ) -> Losses:
-    """Changes the weights by one step of the optimizer; returns the losses before it. Options: `compute_losses`."""
+    """Update the weights by one optimizer step; return the losses before it. Options are those of `compute_losses`."""
     losses = compute_losses(model, images, labels, **options)
     optimizer.zero_grad(set_to_none=True)
     losses.total.backward()

@@ -1,208 +1,239 @@
-"""Any PyTorch module in place of the twin: our model given its weights, made hot, and compared with it."""
+"""Compare any PyTorch module with our model on the module's weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Shaped
-from torch import nn
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
 
-from capsnet_jax.errors import UsageError
-from capsnet_jax.interchange.weights import from_torch, to_torch, weight_table
+from capsnet_jax.errors import UsageError, in_words
+from capsnet_jax.interchange.weights import StateDict, from_torch, to_torch
+from capsnet_torch.losses import margin_loss, reconstruction_loss, spread_loss, spread_margin
+from capsnet_torch.ops import Images
 from capsnet_verify.causes import cause, usual_cause
 from capsnet_verify.checks import AGREES, DIFFERS, Check, compare, tolerance_of
-from capsnet_verify.foreign_module import ForeignModule
-from capsnet_verify.heat import Heat, heat
-from capsnet_verify.map_mistakes import mended
-from capsnet_verify.pair import Pair, both_on, new_pair
+from capsnet_verify.foreign_module import ForeignModule, run
+from capsnet_verify.heat import heat
+from capsnet_verify.pair import Pair, add_noise, both_on, new_pair
 from capsnet_verify.proposal import propose_map, propose_outputs
 from capsnet_verify.subjects import Settings, Subject
-from capsnet_verify.torch_module import default_dtype
 from capsnet_verify.values import AT_REST, in_jax, in_torch
 from capsnet_verify.verification import Verification
-from capsnet_verify.weight_map import WeightMap
+from capsnet_verify.weight_map import OUTPUTS, Part, Shape, WeightMap, patterns, toml_line
 
-Array = Shaped[np.ndarray, "..."]
-NAMES = {"encoded poses": "poses", "encoded activations": "activations"}  # as the map calls them
+NAMES = {"encoded poses": "poses", "encoded activations": "activations"}  # in a map
 CHANNELS_FIRST = ("stem", "reconstructions")
-ALL_BUT = 1e-4  # of an error is left where the mistake was all but the whole of it
-NO_VALUES = ("gradient", "margin loss", "reconstruction loss", "total loss")
+ALMOST = 1e-4  # of an error remains where a mistake in the map was nearly all of it
+Array = Shaped[np.ndarray, "..."]
+DERIVED = ("gradient", "margin loss", "reconstruction loss", "total loss")  # from the outputs, not returned by a module
 
 
 def verify_module(module: nn.Module, weight_map: WeightMap, subject: Subject, settings: Settings) -> Verification:
-    """Compares a module with our model of these sizes, which is given the module's weights.
+    """Compare a module with our model of these sizes, which is given the module's weights.
 
-    In forward order, the intermediates and outputs in the map; then the loss of the subject and the gradient of each
-    weight, with the axes of ours. If reconstructions are not in the map, our model has no decoder. If they are and
-    labels are not, forward must mask by its own largest activation, and those classes are the labels.
+    Compared are, in forward order, the values and outputs in the map; then the loss and the gradient of each weight.
+    Weights that are constant get noise, and those of capsule layers are scaled by a power of two; see `heat`. Without
+    reconstructions in the map, our model has no decoder. With them, but without labels, `forward` must mask by its own
+    largest activation, and those classes are the labels.
 
     Args:
-        module: theirs. Its weights, dtype, device and mode are changed: weights that are constant get noise, and those
-            of capsule layers are multiplied by a power of two.
-        weight_map: which part of it is which of ours.
-        subject: our model; its weights, if it has any, are not used.
-        settings: how; there are no training steps.
+        module: its dtype, device and mode are changed.
+        weight_map: from the module to our model.
+        subject: our model; its weights are not used.
+        settings: there are no training steps.
 
     Raises:
         UsageError: the map does not fit the module or our model, or the module raises.
     """
-    reconstructs = "reconstructions" in weight_map.outputs
-    if reconstructs and subject.run.config.model.decoder_hidden is None:
+    outputs = {part.name for part in weight_map.outputs}
+    if "reconstructions" in outputs and subject.run.config.model.decoder_hidden is None:
         raise UsageError(f"{weight_map.path}: [outputs] has reconstructions, and our model has no decoder.")
     verification = Verification(subject, settings)
     with both_on(settings.device, settings.dtype):
-        pair = _new_pair(subject, settings, decoder=reconstructs)
-        foreign = ForeignModule(module, weight_map, pair, subject.run.num_classes)
-        foreign.shake(np.random.default_rng(settings.seed))
-        from_torch(pair.jax_model, foreign.state())
+        pair, shapes = _new_pair(subject, settings, decoder="reconstructions" in outputs)
+        foreign = ForeignModule(module, weight_map, pair, shapes)
+        rng = np.random.default_rng(settings.seed)
+        from_torch(pair.jax_model, {name: add_noise(name, array, rng) for name, array in foreign.state().items()})
         verification.heats = heat(pair)
-        _heat(foreign, verification.heats)
-        found, ours = _both_sides(foreign)
-        _compare(verification, foreign, found, ours)
+        weights = {name: torch.tensor(array).requires_grad_() for name, array in to_torch(pair.jax_model).items()}
+        found = {}
+        if AT_REST in shapes and "poses" in outputs:
+            foreign.module.eval()
+            found[AT_REST] = foreign.call(weights)["poses"]
+        elif AT_REST in shapes:
+            foreign.notes.append("Running means were not compared, as there are no poses among [outputs].")
+        foreign.settle(weights)
+        found |= foreign.call(weights)
+        activations = found["activations"] if "activations" in found else found["poses"].norm(dim=2)
+        if weight_map.labels is None and "reconstructions" in outputs:
+            foreign.labels = activations.argmax(dim=1)
+            pair = pair._replace(labels=jnp.asarray(foreign.labels.numpy(force=True), "int32"))
+        found["total loss"] = _loss(activations, found.get("reconstructions"), foreign, pair.loss)
+        found |= _gradients(
+            found["total loss"], {name: weights[name] for name in weights if f"gradient {name}" in shapes}
+        )
+        values = _as_in_map(in_jax(pair))
+        norms = compare("", np.linalg.norm(values["poses"], axis=2), values["activations"], tolerance=1e-2)
+        if "activations" not in outputs and norms.verdict == DIFFERS:
+            raise UsageError(f"{weight_map.path}: [outputs] lacks activations, which are not the norms of poses here.")
+        mistakes = partial(_mistake_in_map, foreign, weights)
+        _compare(verification, [(name, values[name], found.get(name)) for name in shapes], mistakes)
     verification.notes = foreign.notes
     return verification
 
 
 def propose(module: nn.Module, subject: Subject, settings: Settings) -> str:
-    """The text of a map to be looked through, from names and shapes of weights and outputs.
+    """Propose a map from names and shapes of weights and outputs.
 
     Args:
-        module: theirs; its dtype, device and mode are changed.
+        module: its dtype, device and mode are changed.
         subject: our model.
-        settings: how it is to be verified.
-
-    Raises:
-        UsageError: our model cannot be made.
+        settings: how the module will be verified.
     """
-    with both_on(settings.device, settings.dtype), torch.no_grad():
-        pair = _new_pair(subject, settings, decoder=subject.run.config.model.decoder_hidden is not None)
+    with both_on(settings.device, settings.dtype):
+        pair, shapes = _new_pair(subject, settings, decoder=subject.run.config.model.decoder_hidden is not None)
         images, _ = pair.torch_batch
-        module = module.to(device=images.device, dtype=images.dtype).eval()
-        number, classes = len(images), subject.run.num_classes
-        shapes = {"poses": (number, classes, subject.run.config.model.class_dim), "activations": (number, classes)}
-        if pair.jax_model.decoder is not None:
-            shapes["reconstructions"] = tuple(images.shape)
-        weights = propose_map(module, to_torch(pair.jax_model))
         try:
-            with default_dtype(images.dtype):
-                returned = module(images)
+            with torch.no_grad():
+                returned = run(module.to(images).eval(), [images], {})
         except Exception as error:  # the user's code may raise anything
             returned = error
-    return f"{weights}\n{propose_outputs(returned, shapes)}"
+        weights = {name: array.shape for name, array in to_torch(pair.jax_model).items()}
+    outputs = {name: shapes[name] for name in OUTPUTS if name in shapes}
+    return f"{propose_map(module, weights)}\n{propose_outputs(returned, outputs)}"
 
 
-def _new_pair(subject: Subject, settings: Settings, *, decoder: bool) -> Pair:
-    """Our model, in training mode, and a batch; the twin has weights of its own, and only tells names and shapes."""
-    run = subject.run
-    model, training = run.config.model, run.config.training
-    if decoder:  # which the loss must not leave out
+def _new_pair(subject: Subject, settings: Settings, *, decoder: bool) -> tuple[Pair, dict[str, Shape]]:
+    """Our model, in training mode, and a batch; and the shapes of all its values, in the order of the forward pass."""
+    model, training = subject.run.config.model, subject.run.config.training
+    if decoder:  # the loss must not leave it out
         training = replace(training, reconstruction_weight=training.reconstruction_weight or 1.0)
     else:
         model = replace(model, decoder_hidden=None)
-    config = replace(run.config, model=model, training=training)
-    return new_pair(subject._replace(run=run._replace(config=config), state=None), settings)
+    config = replace(subject.run.config, model=model, training=training)
+    pair = new_pair(subject._replace(run=subject.run._replace(config=config), state=None), settings)
+    return pair, {name: array.shape for name, array in _as_in_map(in_torch(pair)).items()}
 
 
-def _heat(foreign: ForeignModule, heats: Sequence[Heat]) -> None:
-    """Multiplies their weight of each capsule layer as ours was."""
-    for row in weight_table(foreign.pair.jax_model):
-        if row.path[0] == "capsule_layers" and row.path[-1] == "weight":
-            with torch.no_grad():
-                foreign.weights[row.name].tensor.mul_(heats[int(row.path[1])].factor)
+def _as_in_map(values: Mapping[str, Array]) -> StateDict:
+    """Rename outputs as in a map, with the channels of images first."""
+    pattern = "b height width channels -> b channels height width"
+    return {
+        NAMES.get(name, name): rearrange(array, pattern) if name.startswith(CHANNELS_FIRST) else array
+        for name, array in values.items()
+    }
 
 
-def _both_sides(foreign: ForeignModule) -> tuple[dict[str, Array], dict[str, Array]]:
-    """What is compared of theirs, and all of ours in the order in which it depends on each other, channels first."""
-    outputs = foreign.map.outputs
-    means = None
-    if foreign.pair.jax_model.stem.norms:
-        if "poses" in outputs:
-            foreign.module.eval()  # before training mode changes the running means
-            means = foreign.call().outputs["poses"]
-        else:
-            foreign.notes.append("Running means were not compared, as there are no poses among [outputs].")
-    foreign.settle()
-    seen = foreign.call()
-    if foreign.map.labels is None and "reconstructions" in outputs:
-        activations = seen.outputs["activations"] if "activations" in outputs else seen.outputs["poses"].norm(dim=2)
-        labels = activations.flatten(1).argmax(dim=1)
-        foreign.pair = foreign.pair._replace(labels=jnp.asarray(labels.numpy(force=True), "int32"))
-    values = in_jax(foreign.pair)
-    ours = {NAMES.get(name, name): _channels_first(name, values[name]) for name in in_torch(foreign.pair)}
-    if "activations" not in outputs:
-        norms = np.linalg.norm(ours["poses"], axis=2)
-        if compare("", norms, ours["activations"], tolerance=1e-2).verdict == DIFFERS:
-            raise UsageError(f"{foreign.map.path}: [outputs] lacks activations, which are not the norms of poses here.")
-    found = foreign.as_ours(seen, _shapes(ours))
-    if means is not None:
-        found[AT_REST] = outputs["poses"].axes.to_ours(
-            f"{foreign.map.path}: [outputs] poses", means, ours[AT_REST].shape
-        )
-    found["total loss"] = foreign.loss(found)
-    gradients = foreign.gradients(found["total loss"])
-    found |= {f"gradient {name}": gradient for name, gradient in gradients.items()}
-    return {name: tensor.numpy(force=True) for name, tensor in found.items()}, ours
+def _loss(
+    activations: Float[Tensor, "b o"],
+    reconstructions: Images | None,
+    foreign: ForeignModule,
+    options: Mapping[str, Any],
+) -> Float[Tensor, ""]:
+    """The loss of our model, computed from the outputs of the module."""
+    if options["loss"] == "spread":
+        total = spread_loss(activations, foreign.labels, margin=spread_margin(0)).mean()
+    else:
+        total = margin_loss(activations, foreign.labels).mean()
+    if reconstructions is not None:
+        errors = reconstruction_loss(reconstructions, foreign.images, error=options["reconstruction_error"])
+        total = total + options["reconstruction_weight"] * errors.mean()
+    return total
 
 
-def _channels_first(name: str, array: Array) -> Array:
-    if name.startswith(CHANNELS_FIRST):
-        return rearrange(array, "b height width channels -> b channels height width")
-    return array
+def _gradients(total: Float[Tensor, ""], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of the loss, under the names of checks; zero where none flows.
 
-
-def _shapes(ours: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
-    """Of all outputs and intermediates."""
-    return {name: array.shape for name, array in ours.items() if not name.startswith(NO_VALUES)}
+    Raises:
+        UsageError: the module cannot be differentiated.
+    """
+    found: Sequence[Tensor] = [torch.zeros_like(weight) for weight in weights.values()]
+    if total.requires_grad:
+        try:
+            found = torch.autograd.grad(total, [*weights.values()], materialize_grads=True)
+        except Exception as error:  # of a derivative written by hand, or of a change in place
+            raise UsageError(f"The gradient of the torch model raises {in_words(error)}.") from error
+    return {f"gradient {name}": gradient for name, gradient in zip(weights, found, strict=True)}
 
 
 def _compare(
-    verification: Verification, foreign: ForeignModule, found: Mapping[str, Array], ours: Mapping[str, Array]
+    verification: Verification,
+    values: Sequence[tuple[str, Array, Tensor | None]],
+    mistake_in_map: Callable[[Check, Callable[..., Check]], str | None],
 ) -> None:
+    """Add a check for each value that the module returned, and the likely cause of the first that differs."""
     settings = verification.settings
-    unseen: list[str] = []
-    for name, actual in ours.items():
-        if name not in found:
+    unseen: list[str] = []  # since the last check that agrees
+    for name, actual, found in values:
+        if found is None:
             unseen.append(name)
             continue
+        expected = found.numpy(force=True)
         tolerance = tolerance_of(name, settings.dtype, settings.device)
         measure = partial(compare, name, actual, tolerance=tolerance, euclidean=settings.dtype == "bfloat16")
-        check = measure(expected=found[name])
+        check = measure(expected)
         verification.checks.append(check)
         if check.verdict == AGREES:
             unseen = []
         elif check.verdict == DIFFERS and verification.cause is None:
-            in_map = _mistake_in_map(foreign, check, _shapes(ours), measure)
-            verification.cause = in_map or _cause(name, actual, found[name], unseen)
+            verification.cause = mistake_in_map(check, measure) or _cause(name, actual, expected, unseen)
 
 
 def _mistake_in_map(
-    foreign: ForeignModule, check: Check, shapes: Mapping[str, tuple[int, ...]], measure: Callable[..., Check]
+    foreign: ForeignModule, weights: Mapping[str, Tensor], check: Check, measure: Callable[..., Check]
 ) -> str | None:
-    """What makes a check that differs agree if it is taken back, or all but agree, if anything does."""
-    if check.name not in shapes or check.name == AT_REST:
+    """Find other lines of the map with which a check that differs agrees, or nearly does."""
+    if check.name.startswith(DERIVED) or check.name == AT_REST:
         return None
-    for mistake, seen in mended(foreign):
-        mended_check = measure(expected=foreign.as_ours(seen, shapes)[check.name].numpy(force=True))
-        if mended_check.verdict == AGREES:
-            return mistake.replace("{agrees}", "this agrees")
-        if mended_check.error < ALL_BUT * check.error:  # as with an epsilon that ours has not
-            return mistake.replace("{agrees}", f"this is off by {mended_check.error:.1e} only")
+    for others in _other_lines(foreign):
+        changed = {part.source: part for part in others}
+        parts = [changed.get(part.source, part) for part in foreign.map.weights]
+        with torch.no_grad():
+            other = measure(foreign.call(weights, parts)[check.name].numpy(force=True))
+        if other.verdict == AGREES or other.error < ALMOST * check.error:
+            lines = " and ".join(
+                toml_line(part.source, name=part.name, axes=part.axes, sizes=part.sizes) for part in others
+            )
+            outcome = "agrees" if other.verdict == AGREES else f"is off by {other.error:.1e} only"
+            return f"a mistake in the map: with {lines}, this {outcome}"
     return None
 
 
+def _other_lines(foreign: ForeignModule) -> Iterator[list[Part]]:
+    """Lines of the map that fit the shapes as well: two weights swapped, or a weight with another order of axes."""
+    parts, config = foreign.map.weights, foreign.config
+    shapes = {part.name: (foreign.weights[part.name], tuple(foreign.entries[part.source].shape)) for part in parts}
+    for one, other in itertools.combinations(parts, 2):
+        if shapes[one.name] == shapes[other.name]:
+            yield [replace(one, name=other.name), replace(other, name=one.name)]
+    for part in parts:
+        target, source = shapes[part.name]
+        yield from ([replace(part, axes=axes, sizes={})] for axes in patterns(source, part.name, target))
+    # Input capsules of the first dense layer, with groups before positions.
+    groups = [config.primary_groups, *(groups for groups, *_ in config.conv_capsules)][-1]
+    for part in [part for part in parts if part.name.endswith("input_caps2U.weight")][:1]:
+        target, source = shapes[part.name]
+        for axes in patterns(source, part.name, target, groups=groups):
+            if "g p" in axes:
+                yield [replace(part, axes=axes, sizes={"g": groups})]
+
+
 def _cause(name: str, actual: Array, expected: Array, unseen: Sequence[str]) -> str:
-    """What the numbers tell, or what usually goes wrong in the steps since the last check that agrees."""
+    """The cause that the numbers show, or usual causes in the steps since the last check that agrees."""
     if actual.dtype != expected.dtype:
         return f"a cast to {expected.dtype} in PyTorch"
     words = cause(name, actual, expected)
     steps = {usual_cause(name): name}
     for step in unseen:
         steps.setdefault(usual_cause(step), step)
-    if name.startswith(NO_VALUES) or words != usual_cause(name) or len(steps) == 1:
+    if name.startswith(DERIVED) or words != usual_cause(name) or len(steps) == 1:
         return words
     places = "; ".join(f"in {step}, {usually}" for usually, step in steps.items())
     return f"not seen without more [values] in the map, as one of these: {places}"

@@ -1,247 +1,219 @@
-"""A PyTorch module of any make, run as its map says, so that what it computes can be laid beside ours."""
+"""Run any PyTorch module on the weights of our model, and return its values under our names and with our axes."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
 from capsnet_jax.errors import UsageError, in_words
-from capsnet_torch.losses import margin_loss, reconstruction_loss, spread_loss, spread_margin
+from capsnet_jax.interchange.weights import StateDict, to_torch
 from capsnet_torch.ops import is_label
 from capsnet_verify.pair import Pair
-from capsnet_verify.torch_module import default_dtype, described, listed, pick, train_without_dropout, watched
-from capsnet_verify.weight_map import OUTPUTS, Axes, WeightMap
+from capsnet_verify.proposal import tensors_in
+from capsnet_verify.weight_map import OUTPUTS, Part, Shape, WeightMap, to_toml
 
-Array = Shaped[np.ndarray, "..."]
-
-
-class Weight(NamedTuple):
-    """A weight of theirs that has a counterpart.
-
-    Attributes:
-        name: in their state_dict.
-        tensor: the parameter or buffer itself.
-        axes: of theirs -> ours.
-    """
-
-    name: str
-    tensor: Tensor
-    axes: Axes
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+LISTED = 8  # names in a message, of those that may be as many as a model has
 
 
-class Seen(NamedTuple):
-    """What one call of forward gave, with axes as theirs are.
-
-    Attributes:
-        outputs: under our names, as in `weight_map.OUTPUTS`.
-        values: outputs of submodules, under our names.
-    """
-
-    outputs: dict[str, Tensor]
-    values: dict[str, Tensor]
-
-
-def mapped_weights(
-    module: nn.Module, weight_map: WeightMap, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Weight]:
-    """Their weights, under the names of ours and in our order.
+def load_module(spec: str) -> nn.Module:
+    """Build the module that `package.module:build` names; random weights are the same in every call.
 
     Args:
-        module: theirs.
-        weight_map: which of theirs is which of ours.
-        shapes: of all of ours.
+        spec: names a function without arguments, a class, or a module itself.
 
     Raises:
-        UsageError: the map names what there is not, or leaves one of ours out.
+        UsageError: it cannot be imported, raises, or is not a module.
     """
-    entries = module.state_dict(keep_vars=True)
-    found = {}
-    for name, counterpart in weight_map.weights.items():
-        ours = counterpart.name
-        where = f'{weight_map.path}: [weights] "{name}"'
-        if name not in entries:
-            raise UsageError(f"{where} is not in the state_dict of the torch model; it has {listed(entries)}.")
-        if ours not in shapes:
-            if ours.startswith("decoder.") and "reconstructions" not in weight_map.outputs:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = import_by_name("model", spec)
+        if not isinstance(module, nn.Module):
+            try:
+                module = module()
+            except Exception as error:  # the user's code may raise anything
                 raise UsageError(
-                    f'{where} is "{ours}", and there are no reconstructions in [outputs] to compare it by.'
-                )
-            raise UsageError(f'{where} is "{ours}", which ours has not; it has {listed(shapes)}.')
-        if not entries[name].is_floating_point():
-            raise UsageError(f"{where} is {entries[name].dtype}; expected a floating-point type.")
-        found[ours] = Weight(name, entries[name], counterpart.axes)
-    missing = [name for name in shapes if name not in found]
-    if missing:
-        raise UsageError(f"{weight_map.path}: [weights] lacks {listed(missing)} of ours; expected all of them.")
-    return {name: found[name] for name in shapes}
+                    f"{spec}() raises {in_words(error)}; expected a function without arguments that builds a module."
+                ) from error
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"{spec}() returns {type(module).__name__}; expected a torch module.")
+    lazy = [name for name, param in module.named_parameters() if is_lazy(param)]
+    if lazy:
+        raise UsageError(f"{spec}: the weight {lazy[0]} has no shape yet; expected a module that was run once.")
+    return module
+
+
+def import_by_name(kind: str, spec: str) -> Any:
+    """Import `package.module:attribute`; `kind` says what it should be, for the message.
+
+    Raises:
+        UsageError: the name has no colon or cannot be imported.
+    """
+    module, _, attribute = spec.partition(":")
+    if not (module and attribute):
+        raise UsageError(f"The torch {kind} {spec!r} has no colon; expected package.module:{kind}.")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise UsageError(f"The torch {kind} {spec!r} cannot be imported: {in_words(error)}.") from error
+
+
+def run(module: nn.Module, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]) -> Any:
+    """Call a module with other weights; tensors that `forward` creates have the dtype of the images by default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(inputs[0].dtype)
+    try:
+        return functional_call(module, dict(weights), tuple(inputs))
+    finally:
+        torch.set_default_dtype(before)
 
 
 class ForeignModule:
-    """Their module, with what of it is compared.
+    """A PyTorch module that is run by a map, on one batch.
 
     Args:
-        module: its dtype, device and mode are changed, and its weights may be.
-        weight_map: which part of it is which of ours.
-        pair: our model, whose images it is to see, and options of the loss.
-        num_classes: number of classes.
+        module: its dtype, device and mode are changed.
+        weight_map: of the module.
+        pair: our model and the batch.
+        values: shapes of the outputs and intermediate values of our model, channels first.
 
     Raises:
         UsageError: the map does not fit the module or our model.
 
     Attributes:
-        weights: under our names.
-        notes: what is to be told of how it was run, in sentences.
+        labels: class indices.
+        notes: sentences for the report: what was not compared, and in which mode the module ran.
     """
 
-    def __init__(self, module: nn.Module, weight_map: WeightMap, pair: Pair, num_classes: int):
-        images, _ = pair.torch_batch
-        self.module = module.to(device=images.device, dtype=images.dtype)
-        self.map = weight_map
-        self.pair = pair
-        self.num_classes = num_classes
-        shapes = {
-            name: tuple(tensor.shape)
-            for name, tensor in pair.torch_model.state_dict().items()
-            if tensor.is_floating_point()
-        }
-        self.weights = mapped_weights(module, weight_map, shapes)
-        self.shapes = shapes
-        used = {weight.name for weight in self.weights.values()}
-        parts = dict(module.named_modules())
-        for name in weight_map.values:
-            if name not in parts:
-                known = listed(part for part in parts if part)
-                raise UsageError(
-                    f'{weight_map.path}: [values] "{name}" is no submodule of the torch model; it has {known}.'
-                )
-        unused = [
-            name for name, tensor in module.state_dict().items() if name not in used and tensor.is_floating_point()
-        ]
+    def __init__(self, module: nn.Module, weight_map: WeightMap, pair: Pair, values: Mapping[str, Shape]):
+        self.images, self.labels = pair.torch_batch
+        self.config = pair.jax_model.config
+        self.module, self.map, self.values = module.to(self.images), weight_map, values
+        self.weights = weights = {name: array.shape for name, array in to_torch(pair.jax_model).items()}
+        state = module.state_dict(keep_vars=True)
+        self.entries = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+        submodules = [name for name, _ in module.named_modules() if name]
+        others = [name for name in values if name not in OUTPUTS]
+        without = "" if "reconstructions" in values else " (without a decoder, as [outputs] lacks reconstructions)"
+        for parts, entries, names in (
+            (weight_map.weights, self.entries, weights),
+            (weight_map.values, submodules, others),
+        ):
+            for part in parts:
+                if part.source not in entries:
+                    raise UsageError(f"{part.where} is not in the torch model; it has {listed(entries)}.")
+                if part.name not in names:
+                    has = f"our model{without} has {listed(names)}"
+                    raise UsageError(f"{part.where} is {part.name!r}; {has}.")
+        mapped, used = ({getattr(part, side) for part in weight_map.weights} for side in ("name", "source"))
+        missing = [name for name in weights if name not in mapped]
+        if missing:
+            raise UsageError(f"{weight_map.path}: [weights] lacks {listed(missing)} of our model; expected all of it.")
+        unused = [name for name in self.entries if name not in used]
         self.notes = [f"Not in the map, and so not compared by themselves: {', '.join(unused)}."] if unused else []
 
-    def state(self) -> dict[str, Array]:
-        """Their weights as ours; copies."""
+    def state(self) -> StateDict:
+        """Copy the weights of the module, under our names and with our axes."""
         return {
-            name: np.array(self.arranged(name, weight, weight.tensor.numpy(force=True)))
-            for name, weight in self.weights.items()
+            part.name: np.array(part.to_ours(self.entries[part.source].numpy(force=True), self.weights[part.name]))
+            for part in self.map.weights
         }
 
-    def arranged(self, name: str, weight: Weight, array: Any) -> Any:
-        """A weight of theirs, or its gradient, with the axes of ours."""
-        return weight.axes.to_ours(f'{self.map.path}: [weights] "{weight.name}"', array, self.shapes[name])
-
-    def shake(self, rng: np.random.Generator) -> None:
-        """Adds noise to weights that are constant, often zero, which would hide what is wrong with them."""
-        for weight in self.weights.values():
-            tensor = weight.tensor.detach()
-            if tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
-                tensor += torch.tensor(rng.uniform(-0.3, 0.3, tuple(tensor.shape)), dtype=tensor.dtype)
-
-    def settle(self) -> None:
-        """Training mode but for dropout; or evaluation mode, if outputs are still random then.
+    def settle(self, weights: Mapping[str, Tensor]) -> None:
+        """Set training mode without dropout; or evaluation mode, if outputs are random even so.
 
         Raises:
             UsageError: they are random in evaluation mode, too.
         """
-        dropouts = train_without_dropout(self.module)
+        self.module.train()
+        dropouts = {name: part for name, part in self.module.named_modules() if isinstance(part, DROPOUTS)}
+        for part in dropouts.values():
+            part.eval()
         if dropouts:
             self.notes.append(f"The torch model ran in training mode, but for its dropout ({', '.join(dropouts)}).")
-        if self._is_random():
+        if self._is_random(weights):
             self.module.eval()
             self.notes.append("The torch model ran in evaluation mode, as its outputs are random in training mode.")
-            if self._is_random():
+            if self._is_random(weights):
                 raise UsageError("The outputs of the torch model are random; expected the same for the same images.")
 
-    def _is_random(self) -> bool:
-        first, second = (self.call().outputs for _ in range(2))
+    def _is_random(self, weights: Mapping[str, Tensor]) -> bool:
+        first, second = (self.call(weights) for _ in range(2))
         return not all(torch.allclose(first[name], second[name], equal_nan=True) for name in first)
 
-    def call(self) -> Seen:
-        """Runs forward on the images of the pair.
-
-        Raises:
-            UsageError: it raises, or does not return or run what the map says.
-        """
-        images, labels = self.pair.torch_batch
-        inputs = [images]
-        if self.map.labels is not None:
-            hot = is_label(labels, self.num_classes).to(images.dtype)
-            inputs.append(hot if self.map.labels == "one-hot" else labels)
-        with watched(self.module, self.map.values) as seen, default_dtype(images.dtype):
-            try:
-                returned = self.module(*inputs)
-            except Exception as error:  # the user's code may raise anything
-                given = ["images", "labels"][: len(inputs)]
-                shown = " and ".join(f"{name} {tuple(of.shape)}" for name, of in zip(given, inputs, strict=True))
-                raise UsageError(f"The torch model, called with {shown}, raises {in_words(error)}.") from error
-        outputs = {
-            name: pick(f'{self.map.path}: [outputs] "{name}"', returned, output.source)
-            for name, output in self.map.outputs.items()
-        }
-        values = {}
-        for name, counterpart in self.map.values.items():
-            where, runs = f'{self.map.path}: [values] "{name}"', seen[name]
-            if len(runs) != 1:
-                raise UsageError(f"{where} ran {len(runs)} times in one call; expected a submodule that runs once.")
-            if not isinstance(runs[0], Tensor):
-                raise UsageError(f"{where} returns {described(runs[0])}; expected one tensor.")
-            values[counterpart.name] = torch.relu(runs[0]) if counterpart.relu else runs[0]
-        return Seen(outputs, values)
-
-    def as_ours(self, seen: Seen, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """All of it with the axes of ours.
+    def call(self, weights: Mapping[str, Tensor], parts: Sequence[Part] | None = None) -> dict[str, Tensor]:
+        """Call the module with our weights; return the outputs and intermediate values in the map, as in our model.
 
         Args:
-            seen: what a call gave.
-            shapes: of our outputs and intermediates, channels first.
+            weights: of our model.
+            parts: weights of the map, if others are to be tried.
 
         Raises:
-            UsageError: there is no such intermediate of ours, or a shape is another.
+            UsageError: the module raises, or does not return or call what is in the map.
         """
-        arranged = {}
-        for name, counterpart in self.map.values.items():
-            where = f'{self.map.path}: [values] "{name}"'
-            known = [name for name in shapes if name not in OUTPUTS]
-            if counterpart.name not in known:
-                raise UsageError(f'{where} is "{counterpart.name}", which ours has not; it has {", ".join(known)}.')
-            arranged[counterpart.name] = counterpart.axes.to_ours(
-                where, seen.values[counterpart.name], shapes[counterpart.name]
-            )
-        for name, tensor in seen.outputs.items():
-            where = f'{self.map.path}: [outputs] "{name}"'
-            arranged[name] = self.map.outputs[name].axes.to_ours(where, tensor, shapes[name])
-        return arranged
-
-    def loss(self, found: Mapping[str, Tensor]) -> Float[Tensor, ""]:
-        """The loss that our model minimises, of what theirs returned; activations are norms if there are only poses."""
-        images, labels = self.pair.torch_batch
-        options = self.pair.loss
-        activations = found["activations"] if "activations" in found else found["poses"].norm(dim=-1)
-        if options["loss"] == "spread":
-            total = spread_loss(activations, labels, margin=spread_margin(0)).mean()
-        else:
-            total = margin_loss(activations, labels).mean()
-        if "reconstructions" in found:
-            errors = reconstruction_loss(found["reconstructions"], images, error=options["reconstruction_error"])
-            total = total + options["reconstruction_weight"] * errors.mean()
-        return total
-
-    def gradients(self, total: Float[Tensor, ""]) -> dict[str, Tensor]:
-        """That of each mapped weight, with the axes of ours; zero where nothing flows.
-
-        Raises:
-            UsageError: the module cannot be differentiated.
-        """
-        learned = {name: weight for name, weight in self.weights.items() if weight.tensor.requires_grad}
-        grads = {name: torch.zeros_like(weight.tensor) for name, weight in self.weights.items()}
-        if total.requires_grad:
-            tensors = [weight.tensor for weight in learned.values()]
+        sources = {}
+        for part in self.map.weights if parts is None else parts:
+            entry = self.entries[part.source]
+            weight = part.to_source(weights[part.name], tuple(entry.shape)).clone()  # running means change in place
+            sources[part.source] = weight if entry.requires_grad else weight.detach()
+        inputs = {"images": self.images}
+        if self.map.labels is not None:
+            hot = is_label(self.labels, self.config.num_classes).to(self.images.dtype)
+            inputs["labels"] = hot if self.map.labels == "one-hot" else self.labels
+        seen: dict[str, list[Any]] = {part.source: [] for part in self.map.values}
+        with ExitStack() as hooks:
+            for name, calls in seen.items():
+                hooks.enter_context(self.module.get_submodule(name).register_forward_hook(partial(_record, calls)))
             try:
-                found = torch.autograd.grad(total, tensors, materialize_grads=True)
-            except Exception as error:  # of a derivative written by hand, or of a change in place
-                raise UsageError(f"The gradient of the torch model raises {in_words(error)}.") from error
-            grads |= dict(zip(learned, found, strict=True))
-        return {name: self.arranged(name, self.weights[name], grad) for name, grad in grads.items()}
+                returned = run(self.module, [*inputs.values()], sources)
+            except Exception as error:  # the user's code may raise anything
+                shown = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
+                raise UsageError(f"The torch model, called with {shown}, raises {in_words(error)}.") from error
+        values = {}
+        for part in self.map.outputs:
+            values[part.name] = part.to_ours(pick(part, returned), self.values[part.name])
+        for part in self.map.values:
+            calls = seen[part.source]
+            if len(calls) != 1 or not isinstance(calls[0], Tensor):
+                got = f"returns {type(calls[0]).__name__}" if len(calls) == 1 else f"ran {len(calls)} times in one call"
+                raise UsageError(f"{part.where} {got}; expected a submodule that runs once and returns a tensor.")
+            value = part.to_ours(calls[0], self.values[part.name])
+            values[part.name] = torch.relu(value) if part.relu else value
+        return values
+
+
+def pick(part: Part, returned: Any) -> Tensor:
+    """Find an output of the map in what `forward` returned.
+
+    Raises:
+        UsageError: there is no tensor at this place.
+    """
+    found, source = returned, part.source
+    if source is not None:
+        by_item = isinstance(source, int) or isinstance(returned, Mapping)
+        try:
+            found = returned[source] if by_item else getattr(returned, source)
+        except (IndexError, KeyError, TypeError, AttributeError):
+            found = None
+    if not isinstance(found, Tensor) or (found is not returned and isinstance(returned, Tensor)):
+        places = " or ".join(to_toml({} if place is None else place) for place in tensors_in(returned)) or "a tensor"
+        raise UsageError(f"{part.where} is {to_toml(source)}, where forward returns no tensor; expected {places}.")
+    return found
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first of these names."""
+    names = list(names)
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def _record(calls: list[Any], module: nn.Module, inputs: Any, output: Any) -> None:
+    calls.append(output.clone() if isinstance(output, Tensor) else output)  # what follows may work in place

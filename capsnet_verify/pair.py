@@ -91,7 +91,7 @@ def new_pair(subject: Subject, settings: Settings) -> Pair:
         if "num_batches" not in name
     }
     _check_same_names([row.name for row in weight_table(jax_model)], drawn)
-    state = subject.state or {name: _shaken(name, array, rng) for name, array in drawn.items()}
+    state = subject.state or {name: add_noise(name, array, rng) for name, array in drawn.items()}
     if settings.torch_state is not None:
         try:
             from_torch(nnx.clone(jax_model), settings.torch_state)  # refuses weights of another model
@@ -155,8 +155,8 @@ def _new_twin(subject: Subject, settings: Settings, dtype: str, rng: np.random.G
     return model
 
 
-def _shaken(name: str, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A weight with noise if it starts constant, often zero, which would hide mistakes with it."""
+def add_noise(name: str, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Add noise to a weight that is constant, often zero, which would hide mistakes."""
     if ".routing_weights." in name:
         return array + 0.5 * rng.normal(size=array.shape).astype(array.dtype)
     if np.ndim(array) and np.ptp(array) == 0:  # of batch normalization

@@ -1,9 +1,8 @@
-"""Routings in PyTorch: found by name, a registered one or the user's own, and compared with one in JAX."""
+"""The user's own routing in PyTorch: found by name, and compared with a routing in JAX."""
 
 import functools
-import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,65 +10,62 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from capsnet_jax.errors import UsageError, in_words
+from capsnet_jax.errors import UsageError
 from capsnet_jax.routing import get_routing
 from capsnet_jax.routing.properties import BATCH, Case, Check, Finding, Subject, compare, draw_case, to_float64
 from capsnet_torch.capsules import Routed
+from capsnet_verify.foreign_module import import_by_name
 
 TOLERANCE = 1e-9  # of the largest value; registered routings and their twins differ by 1.5e-15
 
 
 def find_routing(name: str) -> str | Callable[..., Any]:
-    """What the twin takes as its routing.
+    """Find a routing for `capsnet_torch.CapsNet`.
 
     Args:
-        name: a registered name, with options after commas, or package.module:function. A function of the user's may
-            return any sequence of poses, activations and couplings.
+        name: a registered name, with options after commas, or package.module:function. The user's function may return
+            any sequence of poses, activations and couplings.
 
     Raises:
         UsageError: the name or an option is unknown, or the function cannot be imported.
     """
     if ":" not in name:
-        get_routing(name)  # whose options are those of its twin
+        get_routing(name)  # refuses unknown options
         return name
     function = find_torch(name)
 
-    @functools.wraps(function)  # whose arguments say what it needs
+    @functools.wraps(function)  # keeps the signature, from which a layer reads what the function needs
     def routing(votes: Tensor, *args: Any, **options: Any) -> Routed:
         found = function(votes, *args, **options)
         b, i, o, h = votes.shape
-        shapes = ((b, o, h), (b, o), (b, i, o))
+        expected = [(b, o, h), (b, o), (b, i, o)]
         parts = found if isinstance(found, tuple | list) else [found]
-        if not all(isinstance(part, Tensor) for part in parts) or [part.shape for part in parts] != [*shapes]:
-            raise TypeError(f"it returns {_described(parts)}; expected poses, activations and couplings, {shapes}")
-        return Routed(*found)
+        got = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+        if got != expected:
+            raise TypeError(f"it returns {got}; expected poses, activations and couplings, {expected}")
+        return Routed(*parts)
 
     return routing
 
 
 def find_torch(name: str) -> Callable[..., Any]:
-    """The torch function of a name, written package.module:function.
+    """Import the torch function that `package.module:function` names.
 
     Raises:
-        UsageError: there is no such function.
+        UsageError: it cannot be imported, or is not a function.
     """
-    module, _, attribute = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the user's module does when it is imported
-        reason = (
-            f"cannot be imported: {in_words(error)}" if attribute else "has no colon; expected package.module:function"
-        )
-        raise UsageError(f"The torch function {name!r} {reason}.") from error
+    function = import_by_name("function", name)
     if not callable(function):
         raise UsageError(f"The torch function {name!r} is {type(function).__name__}; expected a function of votes.")
     return function
 
 
 def torch_check(function: Callable[..., Any]) -> Check:
-    """The check against a function of torch, `(votes [b i o h], activations [b i]) -> (poses, activations, couplings)`.
+    """Make the check of a routing against a torch function.
 
-    Poses, weights and options are passed to it by name; weights are shared by the batch.
+    Args:
+        function: `(votes [b i o h], activations [b i]) -> (poses [b o h], activations [b o], couplings [b i o])`. It is
+            passed poses, options, and weights, which all examples share, by name.
     """
 
     def agrees_with_torch(subject: Subject, case: Case) -> None:
@@ -81,24 +77,19 @@ def torch_check(function: Callable[..., Any]) -> Check:
             gradient = subject.gradients_batch(inputs).votes
         tensors = jax.tree.map(lambda array: torch.tensor(np.asarray(array)), inputs)
         votes = tensors.votes.requires_grad_()
-        given = dict(subject.routing.options) | {"poses": tensors.poses} | tensors.weights
+        options = dict(subject.routing.options) | {"poses": tensors.poses} | tensors.weights
         known = inspect.signature(function).parameters
         if unknown := [name for name in tensors.weights if name not in known]:
             raise Finding(f"The torch function has no argument {unknown[0]!r}; expected one for each learned weight.")
-        theirs: Any = Routed(
-            *function(votes, tensors.activations, **{name: given[name] for name in given if name in known})
-        )
-        outputs = torch.cat([theirs.poses.flatten(1), theirs.activations], dim=1)
+        options = {name: value for name, value in options.items() if name in known}
+        expected = Routed(*function(votes, tensors.activations, **options))
+        outputs = torch.cat([expected.poses.flatten(1), expected.activations], dim=1)
         (outputs * torch.cos(torch.arange(outputs.shape[1], dtype=votes.dtype))).sum().backward()
-        pairs = {name: (getattr(routed, name), getattr(theirs, name).detach()) for name in Routed._fields}
+        pairs = {name: (getattr(routed, name), getattr(expected, name).detach()) for name in Routed._fields}
         pairs["gradients of votes"] = (gradient, votes.grad)
-        for name, (ours, expected) in pairs.items():
-            if ours.shape != tuple(expected.shape):
-                raise Finding(f"Compared with torch: {name} are {ours.shape}; by torch, {tuple(expected.shape)}.")
-            compare("Compared with torch", name, ours, expected, TOLERANCE)
+        for name, (ours, theirs) in pairs.items():
+            if ours.shape != tuple(theirs.shape):
+                raise Finding(f"Compared with torch: {name} are {ours.shape}; by torch, {tuple(theirs.shape)}.")
+            compare("Compared with torch", name, ours, theirs, TOLERANCE)
 
     return agrees_with_torch
-
-
-def _described(parts: Sequence[Any]) -> str:
-    return ", ".join(str(tuple(of.shape)) if isinstance(of, Tensor) else type(of).__name__ for of in parts)

@@ -1,7 +1,10 @@
-"""Which weight, output and intermediate of another model is which of ours: a table in TOML, without guesses."""
+"""Maps from the weights and outputs of a PyTorch module to the names and axes of `capsnet_torch`, in TOML."""
 
+import itertools
+import json
+import math
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,186 +14,190 @@ from einops.parsing import ParsedExpression
 
 from capsnet_jax.errors import UsageError
 
-TABLES = ("labels", "weights", "outputs", "values")
+Shape = tuple[int, ...]
+TABLES = {
+    "weights": ("name", "axes", "sizes"),
+    "outputs": ("from", "axes", "sizes"),
+    "values": ("name", "axes", "sizes", "relu"),
+}
+"""The tables of a map, and the keys of an entry; the first one may stand alone, without the braces of a table."""
 OUTPUTS = ("poses", "activations", "reconstructions")
 LABELS = ("indices", "one-hot")
 
 
 @dataclass(frozen=True)
-class Axes:
-    """How axes of theirs become those of ours.
+class Part:
+    """A weight, output or intermediate value of a PyTorch module, and its name in `capsnet_torch`.
 
     Attributes:
-        pattern: of einops, theirs -> ours; None if they are the same.
-        sizes: of axes in the pattern that shapes do not tell.
+        source: in the module: name of a weight in its state_dict, or of a submodule; of an output, the index, key or
+            attribute in what `forward` returns, or None if it returns that one tensor.
+        name: in `capsnet_torch`.
+        axes: einops pattern, "axes of the module -> axes of capsnet_torch"; empty if they are the same.
+        sizes: sizes of axes in the pattern that cannot be inferred from the shapes.
+        relu: apply ReLU to the value before it is compared.
+        where: place in the map, for error messages.
     """
 
-    pattern: str | None = None
+    source: Any
+    name: str
+    axes: str = ""
     sizes: Mapping[str, int] = field(default_factory=dict)
+    relu: bool = False
+    where: str = ""
 
-    def __str__(self) -> str:
-        sizes = f" with {', '.join(f'{name} = {size}' for name, size in self.sizes.items())}" if self.sizes else ""
-        return f'"{self.pattern}"{sizes}'
-
-    def to_ours(self, name: str, array: Any, shape: tuple[int, ...]) -> Any:
-        """An array or tensor of theirs, arranged as ours are.
-
-        Args:
-            name: of theirs, for the message.
-            array: what it is.
-            shape: of ours.
+    def to_ours(self, array: Any, shape: Shape) -> Any:
+        """Rearrange an array or tensor of the module to the axes of `capsnet_torch`, where it has this shape.
 
         Raises:
-            UsageError: it cannot be arranged into this shape.
+            UsageError: the pattern does not give this shape.
         """
-        if self.pattern is None:
-            arranged = array
-        else:
-            _, _, ours = self.pattern.partition("->")
-            parsed = zip(ParsedExpression(ours).composition, shape, strict=False)
-            sizes = {axes[0]: size for axes, size in parsed if len(axes) == 1} | dict(self.sizes)
+        return self._rearrange(array, self.axes, shape)
+
+    def to_source(self, array: Any, shape: Shape) -> Any:
+        """Invert `to_ours`; `shape` is that of the weight in the module."""
+        return self._rearrange(array, " -> ".join(reversed(self.axes.split("->"))) if self.axes else "", shape)
+
+    def _rearrange(self, array: Any, pattern: str, shape: Shape) -> Any:
+        arranged, reason = array, ""
+        if pattern:
             try:
-                arranged = einops.rearrange(array, self.pattern, **sizes)
+                sides = [ParsedExpression(side).composition for side in pattern.split("->")]
+                known = [*zip(sides[0], array.shape, strict=False), *zip(sides[1], shape, strict=False)]
+                sizes = {axes[0]: size for axes, size in known if len(axes) == 1} | dict(self.sizes)
+                arranged = einops.rearrange(array, pattern, **sizes)
             except einops.EinopsError as error:
-                raise UsageError(
-                    f"{name} is {tuple(array.shape)}, which {self} does not make {shape}, the shape of ours."
-                ) from error
-        if tuple(arranged.shape) != shape:
-            given = f", arranged by {self}" if self.pattern else ""
-            raise UsageError(f"{name} is {tuple(arranged.shape)}{given}; ours is {shape}.")
+                arranged, reason = None, f" ({str(error).splitlines()[-1].strip().rstrip('.')})"
+        if arranged is None or tuple(arranged.shape) != shape:
+            options = {"axes": self.axes} | ({"sizes": self.sizes} if self.sizes else {})
+            through = f" with {to_toml(options)}" if self.axes else ""
+            raise UsageError(
+                f"{self.where} is {tuple(array.shape)}{through}; expected {shape}, as {self.name}{reason}."
+            )
         return arranged
 
 
 @dataclass(frozen=True)
-class Counterpart:
-    """What of ours a weight or submodule of theirs is.
-
-    Attributes:
-        name: of ours.
-        axes: of theirs -> ours.
-        relu: whether a ReLU follows before it is what ours is.
-    """
-
-    name: str
-    axes: Axes = field(default_factory=Axes)
-    relu: bool = False
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where in the output of their model one of ours is.
-
-    Attributes:
-        source: index of a tuple, key of a dict or name of an attribute; None if the output is that tensor itself.
-        axes: of theirs -> ours.
-    """
-
-    source: int | str | None = None
-    axes: Axes = field(default_factory=Axes)
-
-
-@dataclass(frozen=True)
 class WeightMap:
-    """All of the table; whatever is ours is named and shaped as in the twin, channels first.
+    """A map from a PyTorch module to `capsnet_torch`, whose images have their channels first.
 
     Attributes:
-        path: of the file.
-        weights: of each parameter or buffer in their state_dict that is compared, what it is of ours.
-        outputs: of poses [b o h], activations [b o] and reconstructions [b c h w], where they are.
-        values: of each submodule whose output is compared, what it is of ours; names are those of a verification.
-        labels: how labels are passed to their forward, after the images: "indices" or "one-hot"; None if they are not.
+        path: file of the map.
+        weights: every weight of `capsnet_torch`.
+        outputs: poses [b o h], activations [b o] and reconstructions [b channels height width], as far as the module
+            returns them.
+        values: outputs of submodules, under the names that `capsnet verify` prints.
+        labels: how labels follow the images in `forward`, "indices" or "one-hot"; None if it takes no labels.
     """
 
     path: Path
-    weights: Mapping[str, Counterpart]
-    outputs: Mapping[str, Output]
-    values: Mapping[str, Counterpart] = field(default_factory=dict)
+    weights: Sequence[Part]
+    outputs: Sequence[Part]
+    values: Sequence[Part] = ()
     labels: str | None = None
 
 
 def read_map(path: Path) -> WeightMap:
-    """The table in a file, which docs/parity.md describes.
+    """Read a map from a TOML file; docs/parity.md describes the format.
 
     Raises:
-        UsageError: the file cannot be read, or something in it is not as it should be; the message names it.
+        UsageError: the file cannot be read or has a wrong entry; the message names it.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist; expected a map of weights.") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path} is not a TOML file that can be read: {error}.") from error
-    _check_keys(str(path), tables, TABLES)
-    labels = tables.get("labels")
+    _check_keys(str(path), entries, ("labels", *TABLES))
+    labels = entries.get("labels")
     if labels is not None and labels not in LABELS:
         raise UsageError(f"{path}: labels is {labels!r}; expected {' or '.join(map(repr, LABELS))}.")
-    table = {name: _table(f"{path}: [{name}]", tables.get(name, {})) for name in TABLES[1:]}
-    _check_keys(f"{path}: [outputs]", table["outputs"], OUTPUTS)
-    if not table["weights"]:
-        raise UsageError(f"{path} has no [weights]; expected a line for each weight of ours.")
-    if not table["outputs"].keys() & {"poses", "activations"}:
+    tables = {name: _table(f"{path}: [{name}]", entries.get(name, {})) for name in TABLES}
+    _check_keys(f"{path}: [outputs]", tables["outputs"], OUTPUTS)
+    if not tables["weights"]:
+        raise UsageError(f"{path} has no [weights]; expected a line for each weight of capsnet_torch.")
+    if not tables["outputs"].keys() & {"poses", "activations"}:
         raise UsageError(f"{path}: [outputs] has neither poses nor activations; expected at least one of them.")
-    return WeightMap(
-        path,
-        _counterparts(f"{path}: [weights]", table["weights"], ("name", "axes", "sizes")),
-        {name: _output(f'{path}: [outputs] "{name}"', value) for name, value in table["outputs"].items()},
-        _counterparts(f"{path}: [values]", table["values"], ("name", "axes", "sizes", "relu")),
-        labels,
-    )
+    parts = {table: [_part(path, table, *entry) for entry in tables[table].items()] for table in TABLES}
+    for one, other in (pair for table in parts.values() for pair in itertools.combinations(table, 2)):
+        if one.name == other.name:
+            raise UsageError(f"{other.where} is {other.name!r}, as {one.source!r} is; expected each name once.")
+    return WeightMap(path, **parts, labels=labels)
 
 
-def _counterparts(where: str, table: dict[str, Any], keys: Collection[str]) -> dict[str, Counterpart]:
-    found = {theirs: _counterpart(f'{where} "{theirs}"', value, keys) for theirs, value in table.items()}
-    theirs_of: dict[str, str] = {}
-    for theirs, counterpart in found.items():
-        if counterpart.name in theirs_of:
-            both = f'"{theirs_of[counterpart.name]}" and "{theirs}"'
-            raise UsageError(f'{where} has "{counterpart.name}" of ours twice, for {both}; expected it once.')
-        theirs_of[counterpart.name] = theirs
+def patterns(shape: Shape, name: str, target: Shape, *, groups: int = 0) -> list[str]:
+    """List the einops patterns that rearrange a weight or output of this shape to the target shape.
+
+    Axes may be in any order and flattened in any way. The order of the target comes first, as "" if nothing changes.
+
+    Args:
+        shape: in the module.
+        name: in `capsnet_torch`.
+        target: shape in `capsnet_torch`.
+        groups: of input capsules, if their axis is to be split as "(p g)", into positions and groups.
+    """
+    letters = "idoh" if name.endswith("input_caps2U.weight") else "abcdefgh"
+    if groups:
+        letters, target = "pgdoh", (target[0] // groups, groups, *target[1:])
+    axes = ["1" if size == 1 else letter for letter, size in zip(letters, target, strict=False)]
+    sizes = {axis: size for axis, size in zip(axes, target, strict=True) if axis != "1"}
+    ours = " ".join(axes).replace("p g", "(p g)")
+    found = []
+    for order in itertools.permutations(sizes) if math.prod(shape) == math.prod(sizes.values()) else ():
+        left, theirs = list(order), []
+        for size in shape:
+            axes = []
+            while left and math.prod(sizes[axis] for axis in axes) < size:
+                axes.append(left.pop(0))
+            if math.prod(sizes[axis] for axis in axes) != size:
+                break
+            theirs.append(f"({' '.join(axes)})" if len(axes) > 1 else axes[0] if axes else "1")
+        else:
+            found.append("" if theirs == ours.split() else f"{' '.join(theirs)} -> {ours}")
     return found
 
 
-def _counterpart(where: str, value: Any, keys: Collection[str]) -> Counterpart:
-    if isinstance(value, str):
-        return Counterpart(value)
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise UsageError(f"{where} is {value!r}; expected a name of ours, or a table with a name.")
-    _check_keys(where, value, keys)
-    relu = value.get("relu", False)
+def toml_line(key: str, **fields: Any) -> str:
+    """Write an entry of a map; without axes, the first field stands alone."""
+    first, *_ = fields
+    given = {name: value for name, value in fields.items() if value not in (None, "", {})}
+    return f"{json.dumps(key)} = {to_toml(given[first] if given.keys() == {first} else given)}"
+
+
+def to_toml(value: Any) -> str:
+    """Write a string, a number or an inline table in TOML."""
+    if isinstance(value, Mapping):
+        inside = ", ".join(f"{name} = {to_toml(each)}" for name, each in value.items())
+        return f"{{ {inside} }}" if inside else "{}"
+    return json.dumps(value)
+
+
+def _part(path: Path, table: str, key: str, value: Any) -> Part:
+    where, keys = f'{path}: [{table}] "{key}"', TABLES[table]
+    fields = value if isinstance(value, dict) else {keys[0]: value}
+    _check_keys(where, fields, keys)
+    other, relu = fields.get(keys[0]), fields.get("relu", False)
+    kinds = int | str | None if table == "outputs" else str
+    if not isinstance(other, kinds) or isinstance(other, bool):
+        expected = (
+            "the index, key or attribute in what forward returns" if table == "outputs" else "a name of our model"
+        )
+        raise UsageError(f"{where} is {value!r}; expected {expected}, alone or as `{keys[0]}` in a table.")
     if not isinstance(relu, bool):
         raise UsageError(f"{where}: relu is {relu!r}; expected true or false.")
-    return Counterpart(value["name"], _axes(where, value), relu)
+    source, name = (other, key) if table == "outputs" else (key, str(other))
+    return Part(source, name, *_axes(where, fields), relu, where)
 
 
-def _output(where: str, value: Any) -> Output:
-    fields = value if isinstance(value, dict) else {"from": value}
-    _check_keys(where, fields, ("from", "axes", "sizes"))
-    source = fields.get("from")
-    if not isinstance(source, int | str | None) or isinstance(source, bool):
-        raise UsageError(f"{where} is {source!r}; expected the index in a tuple, the key of a dict or an attribute.")
-    return Output(source, _axes(where, fields))
-
-
-def _axes(where: str, fields: dict[str, Any]) -> Axes:
-    pattern, sizes = fields.get("axes"), _table(f"{where}: sizes", fields.get("sizes", {}))
-    if pattern is None:
-        if sizes:
-            raise UsageError(f"{where} has sizes and no axes; expected both or neither.")
-        return Axes()
-    if not isinstance(pattern, str) or pattern.count("->") != 1:
-        raise UsageError(f'{where}: axes are {pattern!r}; expected theirs and ours, as "a b -> b a".')
-    try:
-        theirs, ours = (ParsedExpression(side) for side in pattern.split("->"))
-    except einops.EinopsError as error:
-        raise UsageError(f'{where}: axes are "{pattern}", which einops cannot read: {error}.') from error
-    if theirs.identifiers != ours.identifiers or any(
-        side.has_ellipsis or side.has_non_unitary_anonymous_axes for side in (theirs, ours)
-    ):
-        raise UsageError(f'{where}: axes are "{pattern}"; expected the same names on both sides, and no number but 1.')
-    for name, size in sizes.items():
-        if name not in theirs.identifiers or not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise UsageError(f'{where}: sizes has {name} = {size!r}; expected positive sizes of axes in "{pattern}".')
-    return Axes(pattern, sizes)
+def _axes(where: str, fields: Mapping[str, Any]) -> tuple[str, dict[str, int]]:
+    pattern, sizes = fields.get("axes", ""), fields.get("sizes", {})
+    if not isinstance(pattern, str) or pattern.count("->") != int("axes" in fields):
+        raise UsageError(f'{where}: axes are {pattern!r}; expected an einops pattern such as "a b -> b a".')
+    numbers = sizes.values() if isinstance(sizes, dict) and (pattern or not sizes) else [None]
+    if not all(isinstance(size, int) and size > 0 for size in numbers):
+        raise UsageError(f"{where}: sizes are {sizes!r}; expected positive sizes of axes in the pattern.")
+    return pattern, sizes
 
 
 def _table(where: str, value: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -32,6 +33,24 @@ def float64() -> Iterator[str]:
         yield "float64"
 
 
+@pytest.fixture(scope="session")
+def jax_values() -> Callable[..., Any]:
+    """`in_jax`, computed once for the same model and batch, as most of the time goes to tracing."""
+    from capsnet_jax.interchange.weights import to_torch
+    from capsnet_verify.values import in_jax
+
+    found: dict[Any, Any] = {}
+
+    def cached(pair: Any) -> Any:
+        arrays = [*to_torch(pair.jax_model).values(), np.asarray(pair.images), np.asarray(pair.labels)]
+        key = (pair.jax_model.config, pair.dtype, str(pair.loss), *(array.tobytes() for array in arrays))
+        if key not in found:
+            found[key] = in_jax(pair)
+        return dict(found[key])
+
+    return cached
+
+
 @pytest.fixture
 def verify_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs `capsnet verify` in this process; returns the exit status and what it prints to stdout and stderr."""
@@ -45,12 +64,16 @@ def verify_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[in
 
 
 @pytest.fixture
-def verify_foreign(tmp_path: Path) -> Callable[..., Any]:
-    """Compares a module that is built without arguments with ours, by the text of a map."""
+def verify_foreign(
+    tmp_path: Path, jax_values: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Compare a module that is built without arguments with ours, by the text of a map."""
     from capsnet_verify.foreign import verify_module
     from capsnet_verify.subjects import Settings
     from capsnet_verify.weight_map import read_map
     from parity_tests.foreign_models import SUBJECT
+
+    monkeypatch.setattr("capsnet_verify.foreign.in_jax", jax_values)
 
     def verify(build: Callable[[], Any], text: str, subject: Any = SUBJECT, dtype: str = "float64") -> Any:
         path = tmp_path / "map.toml"

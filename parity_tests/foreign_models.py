@@ -1,8 +1,9 @@
-"""Capsule networks as other people write them: other names, other orders of axes, other things returned.
+"""Capsule networks as other people write them: with other names, axes and outputs.
 
-All are for images [b 2 9 8], and are our model `MODEL`: 18 primary capsules of 4, 5 classes of 6.
+All take images [b 2 9 8] and are the same function as `MODEL`: 18 primary capsules of size 4, 5 classes of size 6.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from capsnet_jax.config import ModelConfig
 from capsnet_verify.subjects import Subject, of_model
+from capsnet_verify.verification import Verification
 
 MODEL = ModelConfig(
     image_shape=(9, 8, 2),
     num_classes=5,
-    stem_channels=12,  # as many as primary capsules have, so that both biases are of one shape
+    stem_channels=12,  # as many as the primary capsules have, so that both biases have the same shape
     stem_kernel=3,
     primary_groups=3,
     primary_dim=4,
@@ -23,10 +25,12 @@ MODEL = ModelConfig(
     primary_scale=1.0,
     primary_squash="squash",
     class_dim=6,
-    decoder_hidden=(7, 7),  # a square
+    decoder_hidden=(7, 7),  # a square weight
     decoder_bias=True,
 )
 SUBJECT: Subject = of_model("a small model", MODEL)
+ENCODER = of_model("an encoder", replace(MODEL, decoder_hidden=None))
+NORMALIZED = of_model("with batch normalization", replace(MODEL, batch_norm=True, decoder_hidden=None))
 
 
 def squash(tensor: Tensor, dim: int = -1) -> Tensor:
@@ -35,7 +39,7 @@ def squash(tensor: Tensor, dim: int = -1) -> Tensor:
 
 
 class Lengths(nn.Module):
-    """Capsules group by group, weights of shape [1 i o h d], unsqueezed tensors; returns lengths only."""
+    """Capsules in the order (groups height width), a weight of shape [1 i o h d]; returns activations only."""
 
     softmax_dim = 2
 
@@ -60,13 +64,13 @@ class Lengths(nn.Module):
 
 
 class LengthsOverInputs(Lengths):
-    """With a mistake that many have made: the softmax is over input capsules."""
+    """With a frequent mistake: the softmax is over input capsules."""
 
     softmax_dim = 1
 
 
 class DigitCaps(nn.Module):
-    """Routing with couplings [b o i], of which gradients do not flow into the votes."""
+    """Dynamic routing with couplings [b o i]; with `detach`, the couplings are constants for the gradient."""
 
     def __init__(self, detach: bool) -> None:
         super().__init__()
@@ -84,7 +88,7 @@ class DigitCaps(nn.Module):
 
 
 class LengthsAndImages(nn.Module):
-    """Layers in modules, a decoder of nn.Linear on one-hot labels, dropout; returns (lengths, images)."""
+    """With dropout, and a decoder of nn.Linear that takes one-hot labels; returns (activations, reconstructions)."""
 
     def __init__(self, detach: bool = False) -> None:
         super().__init__()
@@ -110,7 +114,7 @@ class LengthsAndImages(nn.Module):
 
 
 class Everything(LengthsAndImages):
-    """Returns a dict, with poses as columns; masks by its own largest activation."""
+    """Masks by its own largest activation; returns a dict of poses [b o h 1] and flat reconstructions."""
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
         channels = self.primary(self.relu(self.conv1(x)))
@@ -121,7 +125,7 @@ class Everything(LengthsAndImages):
 
 
 def with_detach() -> nn.Module:
-    """Its values are right, and its gradients are not."""
+    """Right values, wrong gradients."""
     return LengthsAndImages(detach=True)
 
 
@@ -130,7 +134,7 @@ class Capsules(NamedTuple):
 
 
 class Normalized(nn.Module):
-    """Batch normalisation after the ReLU; returns a named tuple."""
+    """With batch normalization after the ReLU; returns a named tuple."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +148,7 @@ class Normalized(nn.Module):
         return Capsules(self.digits(squash(channels.permute(0, 2, 3, 1).reshape(len(x), 18, 4))))
 
 
-# Maps of these, as they are right.
+# The right map of each.
 CONVOLUTIONS = """\
 [weights]
 "conv1.weight" = "encoder.image2primary_capsules.0.weight"
@@ -183,3 +187,25 @@ EVERYTHING = f"""{DECODER}
 poses = {{ from = "poses", axes = "b o h 1 -> b o h" }}
 reconstructions = {{ from = "image", axes = "b (c y x) -> b c y x" }}
 """
+NORM = f"""{CONVOLUTIONS.replace("capsules.2", "capsules.3")}
+"norm.weight" = "encoder.image2primary_capsules.2.weight"
+"norm.bias" = "encoder.image2primary_capsules.2.bias"
+"norm.running_mean" = "encoder.image2primary_capsules.2.running_mean"
+"norm.running_var" = "encoder.image2primary_capsules.2.running_var"
+"digits.weight" = {{ name = "{VOTES}", axes = "o i h d -> i d o h" }}
+[outputs]
+poses = "poses"
+"""
+
+ENCODER_GRADIENTS = [
+    f"gradient {VOTES}",
+    "gradient encoder.image2primary_capsules.2.bias",
+    "gradient encoder.image2primary_capsules.2.weight",
+    "gradient encoder.image2primary_capsules.0.bias",
+    "gradient encoder.image2primary_capsules.0.weight",
+]
+DECODER_GRADIENTS = [f"gradient decoder.{number}.{kind}" for number in (4, 2, 0) for kind in ("bias", "weight")]
+
+
+def names_of(verification: Verification) -> list[str]:
+    return [check.name for check in verification.checks]

@@ -1,4 +1,4 @@
-"""`capsnet verify --torch-model`, as its users run it: a module in the folder where they are, a run or its sizes."""
+"""The command `capsnet verify --torch-model`, with a module in the user's folder and the config of a run."""
 
 import json
 
@@ -8,9 +8,9 @@ from capsnet_jax.cli.main import main
 from parity_tests.foreign_models import LENGTHS, SUBJECT
 
 MODEL = ["verify", "run", "--torch-model", "my_capsnet:Lengths"]
-# In another order of input capsules than ours, as it is proposed.
+# The input capsules of this model are in another order than ours.
 PROPOSED = """\
-[weights]  # theirs = ours
+[weights]  # name in your module = name in capsnet_torch
 "conv1.weight" = "encoder.image2primary_capsules.0.weight"
 "conv1.bias" = "encoder.image2primary_capsules.0.bias"
 "primary.weight" = "encoder.image2primary_capsules.2.weight"
@@ -21,7 +21,7 @@ PROPOSED = """\
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The folder where a user is: a module of their own, and the config.json of a run, without weights."""
+    """The user's folder: a module, a map, and the config.json of a run without weights."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_capsnet.py").write_text("from parity_tests.foreign_models import *  # noqa: F403\n")
     (tmp_path / "run").mkdir()
@@ -30,34 +30,31 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_without_a_map_one_is_proposed_and_nothing_compared(folder, capsys):
+def test_without_a_map_one_is_proposed_which_can_be_read_and_its_mistake_is_found(folder, capsys):
     assert main(MODEL) == 2
     said = capsys.readouterr()
     assert PROPOSED in said.out
-    assert "activations = {}" in said.out
+    assert '"activations" = {}' in said.out
     assert "nothing was compared" in said.err
-
-
-def test_the_proposal_is_a_map_that_can_be_read_and_the_mistake_in_it_is_told(folder, capsys):
-    main(MODEL)
-    (folder / "proposed.toml").write_text(capsys.readouterr().out)
+    (folder / "proposed.toml").write_text(said.out)
     assert main([*MODEL, "--map", "proposed.toml"]) == 1
     said = capsys.readouterr().out
     assert "differ, first in activations" in said
-    assert "in order of groups, then positions" in said
-    assert "as (g p) -> (p g) with g = 3 in the map, this agrees" in said
+    assert 'axes = "1 (g p) o h d -> (p g) d o h", sizes = { g = 3 } }, this agrees' in said
 
 
-def test_the_right_map_agrees(folder, capsys):
+def test_the_right_map_agrees_in_both_precisions(folder, capsys):
     assert main([*MODEL, "--map", "map.toml", "--json", "out.json", "--dtype", "float64", "float32"]) == 0
     said = capsys.readouterr()
     assert said.err.count("| run ") == 2
     results = json.loads((folder / "out.json").read_text())["verifications"]
     assert [result["dtype"] for result in results] == ["float64", "float32"]
     assert [check["name"] for check in results[0]["checks"]][:3] == ["stem 0", "activations", "total loss"]
+    assert max(check["error"] for check in results[0]["checks"]) < 1e-13
+    assert 1e-8 < max(check["error"] for check in results[1]["checks"]) < 2e-5
 
 
-def test_a_softmax_over_inputs_is_exit_status_1(folder, capsys):
+def test_a_difference_is_exit_status_1(folder, capsys):
     assert main(["verify", "run", "--torch-model", "my_capsnet:LengthsOverInputs", "--map", "map.toml"]) == 1
     assert "first in activations" in capsys.readouterr().out
 
@@ -80,7 +77,7 @@ def test_a_softmax_over_inputs_is_exit_status_1(folder, capsys):
         (MODEL[2:], "--torch-model is given without a model or --preset; expected both."),
     ],
 )
-def test_wrong_options_are_told_in_a_sentence(folder, capsys, arguments, sentence):
+def test_wrong_options_are_refused_in_a_sentence(folder, capsys, arguments, sentence):
     assert main(["verify", *arguments]) == 2
     said = capsys.readouterr()
     assert sentence in said.err

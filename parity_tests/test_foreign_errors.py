@@ -1,25 +1,27 @@
-"""Modules and maps that do not fit, and names that are none of a module: each is told in a sentence."""
+"""What is said of modules and maps that do not fit, and of names that are not modules."""
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from capsnet_jax.errors import UsageError
 from capsnet_verify.foreign import propose, verify_module
-from capsnet_verify.subjects import Settings, of_model
-from capsnet_verify.torch_module import load_module
+from capsnet_verify.foreign_module import load_module
+from capsnet_verify.subjects import Settings
 from capsnet_verify.weight_map import read_map
 from parity_tests.foreign_models import (
+    ENCODER,
+    ENCODER_GRADIENTS,
     LENGTHS,
     LENGTHS_AND_IMAGES,
-    MODEL,
+    NORMALIZED,
     SUBJECT,
     Lengths,
     LengthsAndImages,
+    names_of,
 )
-from parity_tests.test_foreign import NORMALIZED, OF_ENCODER, names_of
 
 
 class Raises(Lengths):
@@ -33,62 +35,73 @@ class Integers(Lengths):
         self.register_buffer("count", torch.zeros(12, dtype=torch.int64))
 
 
+class Twice(Lengths):
+    def forward(self, x):
+        self.conv1(x)
+        return super().forward(x)
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x**2
+
+    @staticmethod
+    def backward(context, gradient):
+        raise NotImplementedError("no derivative")
+
+
+class NoDerivative(Lengths):
+    def forward(self, x):
+        return Square.apply(super().forward(x))
+
+
 @pytest.mark.parametrize(
     ("build", "old", "new", "message"),
     [
-        (Lengths, '"primary.bias" =', '"prim.bias" =', '"prim.bias" is not in the state_dict of the torch model; it'),
-        (Lengths, "2.bias", "9.bias", '"encoder.image2primary_capsules.9.bias", which ours has not; it has encoder.im'),
-        (Lengths, "encoder.image2primary_capsules.2.bias", "decoder.2.bias", "there are no reconstructions in [outp"),
+        (Lengths, '"primary.bias" =', '"prim.bias" =', '[weights] "prim.bias" is not in the torch model; it has W, co'),
+        (Lengths, "2.bias", "9.bias", "is 'encoder.image2primary_capsules.9.bias'; our model (without a decoder, as ["),
         (Lengths, '"primary.bias" = "encoder.image2primary_capsules.2.bias"', "", "[weights] lacks encoder.image2prim"),
-        (Integers, '"primary.bias"', '"count"', '[weights] "count" is torch.int64; expected a floating-point type.'),
-        (Lengths, "(p g) d o h", "(p g) o d h", '[weights] "W" is (1, 18, 5, 6, 4), which "1 (g p) o h d -> (p g) o d'),
-        (Lengths, "conv1 = {", "conv2 = {", '[values] "conv2" is no submodule of the torch model; it has conv1, prim'),
-        (Lengths, '"stem 0"', '"stem 1"', '[values] "conv1" is "stem 1", which ours has not; it has stem 0, primary p'),
-        (Lengths, "activations = {}", "activations = 0", "at 0 of what forward returns, which is one tensor; expected"),
-        (Lengths, "activations = {}", "poses = {}", '[outputs] "poses" is (3, 5); ours is (3, 5, 6).'),
+        (Integers, '"primary.bias"', '"count"', '[weights] "count" is not in the torch model; it has W, conv1.weight,'),
+        (Lengths, "(p g) d o h", "(p g) o d h", '[weights] "W" is (1, 18, 5, 6, 4) with { axes = "1 (g p) o h d -> (p'),
+        (Lengths, "conv1 = {", "conv2 = {", '[values] "conv2" is not in the torch model; it has conv1, primary.'),
+        (Lengths, '"stem 0"', '"stem 1"', "[values] \"conv1\" is 'stem 1'; our model (without a decoder, as [outputs]"),
+        (Twice, "", "", '[values] "conv1" ran 2 times in one call; expected a submodule that runs once and returns a'),
+        (Lengths, "activations = {}", "activations = 0", "is 0, where forward returns no tensor; expected {}."),
+        (Lengths, "activations = {}", "poses = {}", '[outputs] "poses" is (3, 5); expected (3, 5, 6), as poses.'),
         (Lengths, "[weights]", 'labels = "indices"\n[weights]', "called with images (3, 2, 9, 8) and labels (3,), rai"),
         (Raises, "", "", "called with images (3, 2, 9, 8), raises ValueError: no such thing."),
+        (NoDerivative, "", "", "The gradient of the torch model raises NotImplementedError: no derivative."),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_told_in_a_sentence(verify_foreign, build, old, new, message):
+def test_a_misfit_is_refused_in_a_sentence(verify_foreign, build, old, new, message):
     assert old in LENGTHS
     with pytest.raises(UsageError, match=re.escape(message)):
         verify_foreign(build, LENGTHS.replace(old, new))
 
 
-def test_a_submodule_that_runs_twice_or_never_is_refused(verify_foreign):
-    class Twice(Lengths):
-        def forward(self, x):
-            self.conv1(x)
-            return super().forward(x)
-
-    with pytest.raises(UsageError, match=re.escape('[values] "conv1" ran 2 times in one call')):
-        verify_foreign(Twice, LENGTHS)
-
-
-def test_reconstructions_without_a_decoder_of_ours_are_refused(verify_foreign):
+def test_reconstructions_are_refused_where_our_model_has_no_decoder(verify_foreign):
     with pytest.raises(UsageError, match=re.escape("[outputs] has reconstructions, and our model has no decoder.")):
         verify_foreign(LengthsAndImages, LENGTHS_AND_IMAGES, NORMALIZED)
 
 
-def test_a_proposal_that_needs_no_editing_can_be_verified(tmp_path):
-    subject = of_model("encoder", replace(MODEL, decoder_hidden=None))
+def test_a_proposal_without_guesses_can_be_verified(tmp_path):
     module = load_module("parity_tests.foreign_models:Everything")
     path = tmp_path / "map.toml"
-    path.write_text(propose(module, subject, Settings()))
-    verification = verify_module(module, read_map(path), subject, Settings())
+    path.write_text(propose(module, ENCODER, Settings()))
+    verification = verify_module(module, read_map(path), ENCODER, Settings())
     assert verification.status == 0
-    assert names_of(verification) == ["poses", "total loss", *OF_ENCODER]
+    assert names_of(verification) == ["poses", "total loss", *ENCODER_GRADIENTS]
     assert verification.notes[0].startswith("Not in the map, and so not compared by themselves: temperature, decoder.0")
 
 
-def test_a_forward_that_raises_is_told_in_the_proposal():
-    proposal = propose(Raises(), SUBJECT, Settings())
-    assert "# forward(images) raises ValueError: no such thing\n" in proposal
+def test_a_proposal_says_what_forward_raises():
+    assert "# forward(images) raises ValueError: no such thing\n" in propose(Raises(), SUBJECT, Settings())
 
 
 HERE = __name__
 MODULE = Lengths()
+NUMBER = 3
 
 
 def no_module():
@@ -99,38 +112,31 @@ def unbuildable():
     raise RuntimeError("no weights")
 
 
-def test_a_module_is_found_by_name_with_the_same_weights_each_time():
+def lazy():
+    return nn.LazyLinear(3)
+
+
+def test_a_module_is_built_with_the_same_weights_each_time():
     one = load_module("parity_tests.foreign_models:Lengths")
     torch.rand(1)
     other = load_module("parity_tests.foreign_models:Lengths")
     assert torch.equal(one.W, other.W)
     assert isinstance(load_module("parity_tests.foreign_models:with_detach"), LengthsAndImages)
-    assert load_module("parity_tests.test_foreign_errors:MODULE") is MODULE
+    assert load_module(f"{HERE}:MODULE") is MODULE
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("lengths", "The torch model 'lengths' is not a name that can be found; expected package.module:build."),
+        ("lengths", "The torch model 'lengths' has no colon; expected package.module:model."),
         ("no.such:build", "The torch model 'no.such:build' cannot be imported: ModuleNotFoundError: No module named"),
-        (
-            f"{HERE}:nothing",
-            f"cannot be imported: AttributeError: module '{HERE}'",
-        ),
-        (
-            f"{HERE}:LENGTHS",
-            f"{HERE}:LENGTHS is str; expected a function that builds a",
-        ),
-        (
-            f"{HERE}:no_module",
-            f"{HERE}:no_module() returns int; expected a torch",
-        ),
-        (
-            f"{HERE}:unbuildable",
-            f"{HERE}:unbuildable() raises RuntimeError: no weights; expec",
-        ),
+        (f"{HERE}:nothing", f"cannot be imported: AttributeError: module '{HERE}'"),
+        (f"{HERE}:NUMBER", f"{HERE}:NUMBER() raises TypeError: 'int' object is not callable; expected a function"),
+        (f"{HERE}:no_module", f"{HERE}:no_module() returns int; expected a torch module."),
+        (f"{HERE}:unbuildable", f"{HERE}:unbuildable() raises RuntimeError: no weights; expected a function"),
+        (f"{HERE}:lazy", f"{HERE}:lazy: the weight weight has no shape yet; expected a module that was run once."),
     ],
 )
-def test_a_name_that_is_none_of_a_module_is_told(spec, message):
+def test_a_name_that_is_not_a_module_is_refused(spec, message):
     with pytest.raises(UsageError, match=re.escape(message)):
         load_module(spec)

@@ -1,6 +1,7 @@
-"""An ONNX file, run by onnxruntime, is the JAX model on any number of images."""
+"""An ONNX file, run by onnxruntime, returns what the JAX model returns, for any number of images."""
 
 import logging
+import shutil
 
 import pytest
 
@@ -18,47 +19,86 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 TOLERANCE = 1e-5  # of the largest value; measured: 2e-6
-NOT_IN_ONNX = {"variational"}  # of which ONNX has no digamma function
+NOT_IN_ONNX = {"variational"}  # ONNX has no digamma function
 PRESETS = {"preset official": "dynamic", "preset efficient": "self_attention", "preset em": "em"}
-WRITTEN = [*PRESETS, *(name for name in ROUTINGS if name not in {*NOT_IN_ONNX, *PRESETS.values()})]
+EXPORTED = [*PRESETS, *(name for name in ROUTINGS if name not in {*NOT_IN_ONNX, *PRESETS.values()})]
+DECODED = TINY | {"decoder_hidden": (5, 6), "routing": "self_routing"}
 
 
 def new_run(folder, **options) -> Run:
     return Run(folder, Config(ModelConfig(**options)).with_sizes(IMAGE_SHAPE, 10), tuple("abcdefghij"))
 
 
-@pytest.mark.parametrize("case", WRITTEN)
-def test_a_file_is_the_model_on_any_number_of_images(case, tmp_path):
-    model = new_model(3, **CASES[case])
-    write_onnx(new_run(tmp_path, **CASES[case]), model, tmp_path / "model.onnx")
+def save_run(folder, model, **options) -> Run:
+    run = new_run(folder, **options)
+    run.write_config()
+    save_weights(run.folder / WEIGHTS, model)
+    return run
+
+
+def assert_same_function(path, model):
     images = new_images(max(BATCH_SIZES))
     expected = responses(model, images)
     for number in BATCH_SIZES:
-        outputs = run_onnx(tmp_path / "model.onnx", images[:number])
+        outputs = run_onnx(path, images[:number])
         assert list(outputs) == list(expected)
         for name, values in expected.items():
             assert_close(name, outputs[name], values[:number], tolerance=TOLERANCE)
 
 
-def test_the_command_writes_one_file_that_names_no_folder(tmp_path, capsys):
-    run, model = new_run(tmp_path / "run", **TINY), new_model(0, **TINY)
-    run.write_config()
-    save_weights(run.folder / WEIGHTS, model)
-    Export(run.folder, "onnx").run()
-    path = run.folder / "model.onnx"
-    told = capsys.readouterr()
-    assert told.out.startswith(f"{path}: {path.stat().st_size / 1e6:.1f} MB, differs from the model by ")
-    assert told.err == ""
-    assert {file.name for file in run.folder.iterdir()} == {"config.json", WEIGHTS, "model.onnx"}
+@pytest.fixture(scope="module")
+def model():
+    return new_model(3, **DECODED)
+
+
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+    """The folder of a run after `capsnet export --format onnx`, and what the command printed."""
+    run = save_run(tmp_path_factory.mktemp("onnx") / "run", model, **DECODED)
+    with pytest.MonkeyPatch.context() as patch:
+        lines: list[str] = []
+        patch.setattr("builtins.print", lines.append)
+        Export(run.folder, "onnx").run()
+    return run.folder, lines
+
+
+def test_the_command_writes_the_same_function_for_any_number_of_images(exported, model):
+    folder, _ = exported
+    assert_same_function(folder / "model.onnx", model)
+
+
+def test_the_command_writes_one_file_without_local_paths(exported):
+    folder, lines = exported
+    path = folder / "model.onnx"
+    (line,) = lines
+    assert line.startswith(f"{path}: {path.stat().st_size / 1e6:.1f} MB, differs from the model by ")
+    assert {file.name for file in folder.iterdir()} == {"config.json", WEIGHTS, "model.onnx"}
     assert b"capsnet_torch" not in path.read_bytes()
     assert logging.root.manager.disable == logging.NOTSET
     (images,) = onnxruntime.InferenceSession(path).get_inputs()
     assert (images.name, images.type, images.shape) == ("images", "tensor(float)", ["b", *IMAGE_SHAPE])
 
 
+def test_a_file_with_other_weights_is_not_kept(exported, tmp_path, monkeypatch):
+    run = save_run(tmp_path / "run", new_model(0, **DECODED), **DECODED)
+    other = exported[0] / "model.onnx"
+    monkeypatch.setattr("capsnet_jax.cli.export.write_onnx", lambda run, model, path: shutil.copy(other, path))
+    with pytest.raises(UsageError, match=r"model.onnx was not kept, as it differs from the model by"):
+        Export(run.folder, "onnx").run()
+    assert {file.name for file in run.folder.iterdir()} == {"config.json", WEIGHTS}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", EXPORTED)
+def test_every_routing_is_exported(case, tmp_path):
+    model = new_model(3, **CASES[case])
+    write_onnx(new_run(tmp_path, **CASES[case]), model, tmp_path / "model.onnx")
+    assert_same_function(tmp_path / "model.onnx", model)
+
+
 @pytest.mark.parametrize("routing", sorted(NOT_IN_ONNX))
 def test_a_routing_that_onnx_cannot_express_is_named(routing, tmp_path):
-    options = TINY | {"routing": routing}
+    options = TINY | {"routing": routing, "num_iterations": 1, "class_dim": 2}
     with pytest.raises(
         UsageError, match=rf"routing {routing} cannot be written as ONNX: No ONNX function .*digamma.*>\.$"
     ):
@@ -73,17 +113,3 @@ def test_a_routing_without_a_twin_is_named(tmp_path):
         UsageError, match=r"Routing capsnet_jax.routing.kmeans:kmeans has no twin in PyTorch.*dynamic, em"
     ):
         write_onnx(new_run(tmp_path, **options), new_model(0, **options), tmp_path / "model.onnx")
-
-
-def test_a_file_of_other_weights_is_not_kept(tmp_path, monkeypatch):
-    run, model = new_run(tmp_path / "run", **TINY), new_model(0, **TINY)
-    run.write_config()
-    save_weights(run.folder / WEIGHTS, model)
-
-    def write_other(run, model, path):
-        write_onnx(run, new_model(1, **TINY), path)
-
-    monkeypatch.setattr("capsnet_jax.cli.export.write_onnx", write_other)
-    with pytest.raises(UsageError, match=r"model.onnx was not kept, as it differs from the model by"):
-        Export(run.folder, "onnx").run()
-    assert {file.name for file in run.folder.iterdir()} == {"config.json", WEIGHTS}

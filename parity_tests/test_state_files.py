@@ -1,5 +1,6 @@
-"""Files of PyTorch: read without running what is in them, round trips bit-exact, damage named."""
+"""PyTorch files are converted without changing a bit, pickles are not executed, and damage is named."""
 
+import itertools
 import pickle
 
 import numpy as np
@@ -18,12 +19,12 @@ STATE = random_state(SMALL_RUN)
 
 
 def twin(run) -> capsnet_torch.CapsNet:
-    """A new model of PyTorch, of the sizes of a run."""
+    """A new PyTorch model of the sizes of a run."""
     return capsnet_torch.CapsNet.from_config(vars(run.config.model))
 
 
 def tensors(state):
-    """Of NumPy arrays; torch takes none of bfloat16, but float64 holds the values of every type here."""
+    """Convert arrays to tensors, through float64, as torch does not take arrays of bfloat16."""
     return {
         name: torch.tensor(array.astype(np.float64)).to(getattr(torch, array.dtype.name))
         for name, array in state.items()
@@ -41,9 +42,19 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
-@pytest.mark.parametrize("model", [*ARCHITECTURES.values(), CONVOLUTIONAL], ids=[*ARCHITECTURES, "convolutional"])
-def test_the_state_dict_of_the_twin_goes_there_and_back(model, precision, tmp_path, capsys):
+MODELS = ARCHITECTURES | {"convolutional": CONVOLUTIONAL}
+EXHAUSTIVE = {("plain", "float64"), ("everything", "float32"), ("depthwise", "float64"), ("convolutional", "float32")}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        pytest.param(*case, marks=[pytest.mark.exhaustive] if case in EXHAUSTIVE else [])
+        for case in itertools.product(MODELS, ("float32", "float64"))
+    ],
+)
+def test_a_state_dict_is_the_same_after_conversion_there_and_back(name, precision, tmp_path, capsys):
+    model, precision = MODELS[name], getattr(torch, precision)
     run = new_run(model, tmp_path / "run")
     run.write_config()
     (tmp_path / "config.json").write_text((run.folder / "config.json").read_text())
@@ -65,7 +76,7 @@ def test_the_state_dict_of_the_twin_goes_there_and_back(model, precision, tmp_pa
     assert_same_tensors(other.state_dict(), whole)
 
 
-def test_the_reference_models_two_state_dicts_go_there_and_back(tmp_path, capsys):
+def test_the_two_state_dicts_of_the_reference_model_are_the_same_after_conversion_there_and_back(tmp_path, capsys):
     torch.manual_seed(0)
     theirs = twin(SMALL_RUN)
     for part in ("encoder", "decoder"):
@@ -78,7 +89,7 @@ def test_the_reference_models_two_state_dicts_go_there_and_back(tmp_path, capsys
     assert_same_tensors(safetensors.torch.load_file(back[1]), theirs.decoder.state_dict())
 
 
-def test_halves_of_a_pair_in_the_wrong_order_are_told_apart(tmp_path, capsys):
+def test_encoder_and_decoder_in_the_wrong_order_are_refused(tmp_path, capsys):
     write_state(STATE, [tmp_path / "encoder.pt", tmp_path / "decoder.pt"])
     assert convert(tmp_path / "decoder.pt", tmp_path / "encoder.pt", "--to", tmp_path / "folder") == 2
     assert "The weights lack encoder.image2primary_capsules.0.weight." in error_of(capsys)
@@ -139,13 +150,13 @@ def test_a_pickle_is_never_executed(protocol, tmp_path, capsys):
         ({"decoder.2.bias": torch.ones(3, dtype=torch.complex64)}, "The entry decoder.2.bias is complex64; expected"),
     ],
 )
-def test_what_is_no_state_dict_is_refused_by_name(content, message, tmp_path):
+def test_a_file_that_is_not_a_state_dict_is_refused(content, message, tmp_path):
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(UsageError, match=rf"model\.pt: {message}"):
         read_state([tmp_path / "model.pt"])
 
 
-def test_parameters_and_views_are_read_as_they_are(tmp_path):
+def test_parameters_and_views_are_read(tmp_path):
     matrix = torch.arange(12, dtype=torch.float64).reshape(3, 4)
     torch.save({"a": torch.nn.Parameter(matrix), "b": matrix.T, "c": matrix[1:, 1]}, tmp_path / "model.pt")
     state = read_state([tmp_path / "model.pt"])

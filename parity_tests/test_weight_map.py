@@ -1,4 +1,4 @@
-"""Tables of weights: read from a file, applied to arrays, and proposed for other people's models."""
+"""Maps of weights: read from a file, applied to arrays, and proposed for other people's models."""
 
 import re
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from capsnet_jax.errors import UsageError
 from capsnet_verify.proposal import propose_map, propose_outputs
-from capsnet_verify.weight_map import Axes, Counterpart, Output, read_map
+from capsnet_verify.weight_map import Part, patterns, read_map
 
 FULL = """\
 labels = "indices"
@@ -33,17 +33,18 @@ def read(tmp_path, text):
 
 def test_a_map_is_read(tmp_path):
     weight_map = read(tmp_path, FULL)
+    weights, outputs, values = (f"{tmp_path}/map.toml: [{table}]" for table in ("weights", "outputs", "values"))
     assert weight_map.labels == "indices"
-    assert weight_map.weights == {
-        "conv.weight": Counterpart("stem"),
-        "W": Counterpart("votes", Axes("1 (g p) h d -> (p g) d h", {"g": 3})),
-    }
-    assert weight_map.outputs == {
-        "poses": Output("capsules", Axes("b o h 1 -> b o h")),
-        "activations": Output(1),
-        "reconstructions": Output(),
-    }
-    assert weight_map.values == {"layers.0": Counterpart("stem 0", relu=True)}
+    assert weight_map.weights == [
+        Part("conv.weight", "stem", where=f'{weights} "conv.weight"'),
+        Part("W", "votes", "1 (g p) h d -> (p g) d h", {"g": 3}, where=f'{weights} "W"'),
+    ]
+    assert weight_map.outputs == [
+        Part("capsules", "poses", "b o h 1 -> b o h", where=f'{outputs} "poses"'),
+        Part(1, "activations", where=f'{outputs} "activations"'),
+        Part(None, "reconstructions", where=f'{outputs} "reconstructions"'),
+    ]
+    assert weight_map.values == [Part("layers.0", "stem 0", relu=True, where=f'{values} "layers.0"')]
 
 
 POSES = "[outputs]\nposes = 0\n"
@@ -63,29 +64,27 @@ WEIGHT = POSES + "[weights]\nW = %s\n"
         (GOOD + "logits = 1\n", "map.toml: [outputs] has the unknown entry 'logits'; expected poses, activations"),
         (GOOD + "activations = true\n", 'map.toml: [outputs] "activations" is True; expected the index'),
         (GOOD + "activations = { form = 1 }\n", "[outputs] \"activations\" has the unknown entry 'form'"),
-        (WEIGHT % "1", 'map.toml: [weights] "W" is 1; expected a name of ours, or a table with a name.'),
-        (WEIGHT % '{ axes = "a -> a" }', "[weights] \"W\" is {'axes': 'a -> a'}; expected a name of ours"),
+        (WEIGHT % "1", 'map.toml: [weights] "W" is 1; expected a name of our model, alone or as `name` in a table.'),
+        (WEIGHT % '{ axes = "a -> a" }', "[weights] \"W\" is {'axes': 'a -> a'}; expected a name of our model"),
         (WEIGHT % '{ name = "a", relu = true }', "[weights] \"W\" has the unknown entry 'relu'"),
-        (WEIGHT % '"a"\nV = "a"', '[weights] has "a" of ours twice, for "W" and "V"; expected it once.'),
-        (WEIGHT % '{ name = "a", axes = 3 }', '[weights] "W": axes are 3; expected theirs and ours'),
-        (WEIGHT % '{ name = "a", axes = "a b" }', "[weights] \"W\": axes are 'a b'; expected theirs and ours"),
-        (WEIGHT % '{ name = "a", axes = "(a b -> a b" }', "which einops cannot read: Imbalanced parentheses"),
-        (WEIGHT % '{ name = "a", axes = "a b -> a" }', "expected the same names on both sides"),
-        (WEIGHT % '{ name = "a", axes = "a ... -> ... a" }', "expected the same names on both sides"),
-        (WEIGHT % '{ name = "a", axes = "a -> a 2" }', "and no number but 1."),
-        (WEIGHT % '{ name = "a", sizes = { g = 3 } }', '"W" has sizes and no axes; expected both or neither.'),
-        (WEIGHT % '{ name = "a", axes = "a -> a", sizes = { g = 3 } }', 'sizes has g = 3; expected positive'),
-        (WEIGHT % '{ name = "a", axes = "a -> a", sizes = { a = 0 } }', 'sizes has a = 0; expected positive'),
+        (WEIGHT % '"a"\nV = "a"', "[weights] \"V\" is 'a', as 'W' is; expected each name once."),
+        (WEIGHT % '{ name = "a", axes = 3 }', '[weights] "W": axes are 3; expected an einops pattern'),
+        (WEIGHT % '{ name = "a", axes = "a b" }', "[weights] \"W\": axes are 'a b'; expected an einops pattern"),
+        (WEIGHT % '{ name = "a", axes = "a -> a -> a" }', "axes are 'a -> a -> a'; expected an einops pattern"),
+        (WEIGHT % '{ name = "a", sizes = { g = 3 } }', "sizes are {'g': 3}; expected positive sizes of axes in the"),
+        (WEIGHT % '{ name = "a", axes = "a -> a", sizes = { a = 0 } }', "sizes are {'a': 0}; expected positive"),
+        (WEIGHT % '{ name = "a", axes = "a -> a", sizes = { a = "3" } }', "sizes are {'a': '3'}; expected positive"),
+        (WEIGHT % '{ name = "a", axes = "a -> a", sizes = 3 }', "sizes are 3; expected positive"),
         (GOOD + '[values]\nconv = { name = "a", relu = 1 }\n', '[values] "conv": relu is 1; expected true or false.'),
     ],
 )  # fmt: skip
-def test_a_mistake_is_told_in_a_sentence(tmp_path, text, message):
+def test_a_wrong_map_is_refused_in_a_sentence(tmp_path, text, message):
     with pytest.raises(UsageError, match=re.escape(message)) as caught:
         read(tmp_path, text)
     assert str(caught.value).startswith(str(tmp_path / "map.toml"))
 
 
-def test_a_file_that_is_not_there_or_no_text_is_told(tmp_path):
+def test_a_file_that_does_not_exist_or_is_not_text_is_refused(tmp_path):
     with pytest.raises(UsageError, match=re.escape("none.toml does not exist; expected a map of weights.")):
         read_map(tmp_path / "none.toml")
     (tmp_path / "map.toml").write_bytes(b"\xff\xfe\x00")
@@ -93,38 +92,73 @@ def test_a_file_that_is_not_there_or_no_text_is_told(tmp_path):
         read_map(tmp_path / "map.toml")
 
 
-def test_axes_are_taken_apart_and_put_in_order():
+def test_axes_are_split_and_reordered_there_and_back():
+    part = Part("W", "votes", "1 (g p) h d -> (p g) d h", {"g": 3})
     theirs = np.random.default_rng(0).normal(size=(1, 6, 5, 4))
-    ours = Axes("1 (g p) h d -> (p g) d h", {"g": 3}).to_ours("W", theirs, (6, 4, 5))
+    ours = part.to_ours(theirs, (6, 4, 5))
     for group in range(3):
         for position in range(2):
             for d in range(4):
                 for h in range(5):
                     assert ours[position * 3 + group, d, h] == theirs[0, group * 2 + position, h, d]
+    np.testing.assert_array_equal(part.to_source(ours, theirs.shape), theirs)
 
 
-def test_sizes_are_taken_from_the_shape_of_ours():
+def test_sizes_are_inferred_from_our_shape():
+    part = Part("fc.weight", "decoder.0.weight", "f (o h) -> o h f")
     theirs = torch.randn(7, 30, generator=torch.Generator().manual_seed(0))
-    ours = Axes("f (o h) -> o h f").to_ours("fc.weight", theirs, (5, 6, 7))
+    ours = part.to_ours(theirs, (5, 6, 7))
     assert torch.equal(ours, theirs.T.view(5, 6, 7))
+    assert torch.equal(part.to_source(ours, (7, 30)), theirs)
 
 
 @pytest.mark.parametrize(
-    ("axes", "message"),
+    ("axes", "sizes", "message"),
     [
-        (Axes(), "W is (4, 6); ours is (6, 4)."),
-        (Axes("a b -> a b"), 'W is (4, 6), which "a b -> a b" does not make (6, 4), the shape of ours.'),
-        (Axes("a b -> b a 1"), 'W is (6, 4, 1), arranged by "a b -> b a 1"; ours is (6, 4).'),
-        (Axes("(g a) b -> b (a g)", {"g": 3}), '"(g a) b -> b (a g)" with g = 3 does not make (6, 4)'),
+        ("", {}, "W is (4, 6); expected (6, 4), as votes."),
+        ("a b -> a b", {}, 'W is (4, 6) with { axes = "a b -> a b" }; expected (6, 4), as votes ('),
+        ("a b -> b a 1", {}, 'W is (4, 6) with { axes = "a b -> b a 1" }; expected (6, 4), as votes.'),
+        ("(g a) b -> b (a g)", {"g": 3}, '{ axes = "(g a) b -> b (a g)", sizes = { g = 3 } }; expected (6, 4), as vo'),
+        ("a b -> b a", {"c": 3}, "Axis c is not used in transform)."),
+        ("(a b -> a b", {}, "as votes (Imbalanced parentheses in expression"),
+        ("a b -> a", {}, "Identifiers only on one side of expression (should be on both): {'b'})."),
+        ("a b -> b a 2", {}, "as votes ("),
     ],
 )
-def test_a_shape_that_does_not_fit_is_told(axes, message):
+def test_a_pattern_that_does_not_fit_is_refused(axes, sizes, message):
     with pytest.raises(UsageError, match=re.escape(message)):
-        axes.to_ours("W", np.zeros((4, 6)), (6, 4))
+        Part("W", "votes", axes, sizes, where="W").to_ours(np.zeros((4, 6)), (6, 4))
+
+
+@pytest.mark.parametrize(
+    ("shape", "name", "target", "groups", "expected"),
+    [
+        ((4, 6), "w", (4, 6), 0, [""]),
+        ((6, 4), "w", (4, 6), 0, ["b a -> a b"]),
+        ((4, 4), "w", (4, 4), 0, ["", "b a -> a b"]),
+        ((1, 7, 1), "w", (7,), 0, ["1 a 1 -> a"]),
+        ((7,), "w", (1, 7), 0, ["b -> 1 b"]),
+        ((7, 6), "w", (2, 3, 7), 0, ["c (a b) -> a b c", "c (b a) -> a b c"]),
+        ((7, 5), "w", (7, 6), 0, []),
+        ((42, 2), "w", (6, 14), 0, []),
+        ((1, 18, 5, 6, 4), "input_caps2U.weight", (18, 4, 5, 6), 0, ["1 i o h d -> i d o h"]),
+        (
+            (18, 5, 7, 4), "input_caps2U.weight", (18, 4, 5, 7), 3,
+            ["(p g) o h d -> (p g) d o h", "(g p) o h d -> (p g) d o h"],
+        ),
+    ],
+)  # fmt: skip
+def test_every_pattern_between_two_shapes_is_listed(shape, name, target, groups, expected):
+    found = patterns(shape, name, target, groups=groups)
+    assert found == expected
+    array = np.arange(np.prod(shape)).reshape(shape)
+    sizes = {"g": groups} if groups else {}
+    arranged = [Part("w", name, axes, sizes).to_ours(array, target) for axes in found]
+    assert len({each.tobytes() for each in arranged}) == len(found)
 
 
 class Theirs(nn.Module):
-    """Two convolutions of equal shapes, a normalisation, a square by hand, and a weight that ours has not."""
+    """Convolutions of equal shapes, a normalization, a square weight outside a layer, and a weight without partner."""
 
     def __init__(self):
         super().__init__()
@@ -138,62 +172,71 @@ class Theirs(nn.Module):
         self.scale = nn.Parameter(torch.zeros(()))
 
 
-def zeros(**shapes):
-    return {name.replace("__", "."): np.zeros(shape) for name, shape in shapes.items()}
-
-
-OURS = zeros(
-    e__0__weight=(8, 2, 3, 3), e__0__bias=(8,),
-    e__2__weight=(8,), e__2__bias=(8,), e__2__running_mean=(8,), e__2__running_var=(8,),
-    e__3__weight=(8, 8, 3, 3), e__3__bias=(8,), e__5__weight=(8, 8, 3, 3), e__5__bias=(8,),
-    d__input_caps2U__weight=(18, 4, 5, 6),
-    decoder__0__weight=(5, 6, 7), decoder__0__bias=(1, 7), decoder__2__weight=(7, 7), decoder__9__bias=(23,),
-)  # fmt: skip
+OURS = {
+    "e.0.weight": (8, 2, 3, 3), "e.0.bias": (8,),
+    "e.2.weight": (8,), "e.2.bias": (8,), "e.2.running_mean": (8,), "e.2.running_var": (8,),
+    "e.3.weight": (8, 8, 3, 3), "e.3.bias": (8,), "e.5.weight": (8, 8, 3, 3), "e.5.bias": (8,),
+    "d.input_caps2U.weight": (18, 4, 5, 6),
+    "decoder.0.weight": (5, 6, 7), "decoder.0.bias": (1, 7), "decoder.2.weight": (7, 7), "decoder.9.bias": (23,),
+}  # fmt: skip
 
 PROPOSED = """\
-# Proposed from names and shapes. Look through every line; comments are guesses, or what has no partner.
-# No shape tells in which order channels become capsules: axes and sizes can bring one order into the other.
+# Proposed from names and shapes. Check every line; comments are guesses, or have no partner.
+# Shapes do not tell in which order channels become capsules: axes and sizes can change the order.
 # labels = "one-hot"  # or "indices": how labels follow the images, if forward takes them
-[weights]  # theirs = ours
+[weights]  # name in your module = name in capsnet_torch
 "first.weight" = "e.0.weight"
 "first.bias" = "e.0.bias"
 "norm.weight" = "e.2.weight"
 "norm.bias" = "e.2.bias"
 "norm.running_mean" = "e.2.running_mean"
 "norm.running_var" = "e.2.running_var"
-# "second.weight" = "e.3.weight"  # a guess, by order and sizes, as well as third.weight
-# "second.bias" = "e.3.bias"  # a guess, by order and sizes, by what is left
-# "third.weight" = "e.5.weight"  # a guess, by order and sizes, by what is left
-# "third.bias" = "e.5.bias"  # a guess, by order and sizes, by what is left
+# "second.weight" = "e.3.weight"  # a guess: "third.weight" fits as well
+# "second.bias" = "e.3.bias"  # a guess: by what is left
+# "third.weight" = "e.5.weight"  # a guess: by what is left
+# "third.bias" = "e.5.bias"  # a guess: by what is left
 "caps" = { name = "d.input_caps2U.weight", axes = "1 o i h d 1 -> i d o h" }
-# "fc.weight" = { name = "decoder.0.weight", axes = "c (a b) -> a b c" }  # a guess, as axes are flattened, perhaps in another order
-"fc.bias" = { name = "decoder.0.bias", axes = "a -> 1 a" }
-# "square" = "decoder.2.weight"  # a guess, as axes of one size may be transposed
-# "decoder.9.bias" of ours, (23,), has no partner
-# "scale" of theirs, (), has no partner
-"""  # noqa: E501
+# "fc.weight" = { name = "decoder.0.weight", axes = "c (a b) -> a b c" }  # a guess: 2 orders of axes fit
+"fc.bias" = { name = "decoder.0.bias", axes = "b -> 1 b" }
+# "square" = "decoder.2.weight"  # a guess: 2 orders of axes fit
+# "decoder.9.bias" of capsnet_torch, (23,), has no partner
+# "scale" of your module, (), has no partner
+"""
 
 
-def test_what_is_proposed_word_for_word():
+def test_a_map_is_proposed():
     assert propose_map(Theirs(), OURS) == PROPOSED
 
 
 SHAPES = {"poses": (3, 5, 6), "activations": (3, 5), "reconstructions": (3, 2, 9, 8)}
+HEAD = "[outputs]  # output = index of a tuple, key of a dict or attribute; {} for a single tensor\n"
+POSES_MISSING, IMAGES_MISSING = (
+    "# poses = ?  # nothing is (3, 5, 6)\n",
+    "# reconstructions = ?  # nothing is (3, 2, 9, 8)\n",
+)
+LENGTHS = torch.zeros(3, 5)
+ALL = {"v": torch.zeros(3, 5, 6, 1), "length": LENGTHS, "other": LENGTHS, "image": torch.zeros(3, 144)}
 
 
-def test_outputs_are_proposed_by_their_shapes():
-    lengths, poses, image = torch.zeros(3, 5), torch.zeros(3, 5, 6, 1), torch.zeros(3, 144)
-    head = "[outputs]  # ours = index of a tuple, key of a dict or attribute; {} for a single tensor\n"
-    none = {"poses": "# poses = ?  # nothing is (3, 5, 6)\n"}
-    none |= {"reconstructions": "# reconstructions = ?  # nothing is (3, 2, 9, 8)\n"}
-    alone = f"{none['poses']}activations = {{}}\n{none['reconstructions']}"
-    assert propose_outputs(lengths, SHAPES) == head + alone
-    given = {"v": poses, "length": lengths, "other": lengths, "image": image}
-    assert propose_outputs(given, SHAPES) == (
-        head + 'poses = { from = "v", axes = "a b c 1 -> a b c" }\n'
-        '# activations = "length"  # a guess, as well as "other"\n'
-        '# reconstructions = { from = "image", axes = "a (b c d) -> a b c d" }'
-        "  # a guess, as axes are flattened, perhaps in another order\n"
-    )
-    raised = propose_outputs(TypeError("forward() missing 'y'\nand more"), SHAPES)
-    assert raised.startswith(head + "# forward(images) raises TypeError: forward() missing 'y'\n# poses = ?")
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        (LENGTHS, f'{POSES_MISSING}"activations" = {{}}\n{IMAGES_MISSING}'),
+        ((None, LENGTHS), f'{POSES_MISSING}"activations" = 1\n{IMAGES_MISSING}'),
+        (
+            ALL,
+            '"poses" = { from = "v", axes = "a b c 1 -> a b c" }\n'
+            '# "activations" = "length"  # a guess: "other" fits as well\n'
+            '# "reconstructions" = { from = "image", axes = "a (b c d) -> a b c d" }  # a guess: 6 orders of axes fit'
+            "\n",
+        ),
+        (
+            TypeError("forward() missing 'y'\nand more"),
+            "# forward(images) raises TypeError: forward() missing 'y'\n"
+            f"{POSES_MISSING}# activations = ?  # nothing is (3, 5)\n{IMAGES_MISSING}",
+        ),
+    ],
+    ids=["tensor", "tuple", "dict", "exception"],
+)
+def test_outputs_are_proposed_by_their_shapes(returned, expected):
+    assert propose_outputs(returned, SHAPES) == HEAD + expected

@@ -95,9 +95,9 @@ class Verify:
             return self_test()
         from capsnet_jax.interchange.state_files import read_state
         from capsnet_verify.foreign import propose, verify_module
+        from capsnet_verify.foreign_module import load_module
         from capsnet_verify.report import describe, row, summarize
         from capsnet_verify.subjects import Settings
-        from capsnet_verify.torch_module import load_module
         from capsnet_verify.torch_routing import find_routing
         from capsnet_verify.verification import verify
         from capsnet_verify.weight_map import read_map

@@ -1,4 +1,4 @@
-"""Dynamic routing between capsules."""
+"""Dynamic routing; see `capsnet_jax.routing.dynamic`."""
 
 import torch
 from jaxtyping import Float
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from capsnet_torch.capsules import Routed
 from capsnet_torch.ops import capsule_norm, squash
-from capsnet_torch.routing.arguments import learns
+from capsnet_torch.routing.arguments import check_arguments, learns
 
 
 @learns(prior_logits="i o", capsule_bias="o h")
@@ -20,17 +20,16 @@ def dynamic(
     prior_logits: Float[Tensor, "i o"] | float | None = None,
     capsule_bias: Float[Tensor, "o h"] | float | None = None,
 ) -> Routed:
-    """Routing by agreement, for a batch, in the order of the paper.
+    """Route by agreement, in the order of the paper: softmax, weighted sum, squash, update of the logits.
 
-    Leaky: c = exp(b) / (1 + sum_o exp(b)), the one being the term of the parent that is not there.
+    With `leaky`, c = exp(b) / (1 + sum_o exp(b)).
 
     References:
         Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules" (2017), procedure 1. https://arxiv.org/abs/1710.09829
         Leaky softmax and bias: https://github.com/Sarasra/models, research/capsules.
     """
     # axes: b = batch, i = input capsules, o = output capsules, h = output pose size
-    if num_iterations < 1:
-        raise ValueError(f"num_iterations is {num_iterations}, and must be at least 1.")
+    check_arguments("dynamic", num_iterations=num_iterations)
     logits = torch.zeros_like(votes[..., 0])
     if prior_logits is not None:
         logits = logits + prior_logits

@@ -1,4 +1,4 @@
-"""EM routing of matrix capsules: a mixture of Gaussians fitted to the votes."""
+"""EM routing: a mixture of Gaussians fitted to the votes; see `capsnet_jax.routing.em`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ from torch.distributions import Normal
 from torch.nn import functional
 
 from capsnet_torch.capsules import Routed
-from capsnet_torch.routing.arguments import learns
+from capsnet_torch.routing.arguments import check_arguments, learns
 
 over_outputs = partial(torch.softmax, dim=-1)
 
@@ -29,25 +29,24 @@ def em(
     epsilon: float = 1e-7,
     softmax: Callable[[Float[Tensor, "b *positions i o"]], Float[Tensor, "b *positions i o"]] = over_outputs,
 ) -> Routed:
-    """Output capsules are Gaussians, for a batch, in the order of the paper: M step, E step, M step ...
+    """Fit Gaussians to the votes, in the order of the paper: M step, E step, M step ...
 
     Args:
-        votes: may have an axis of positions after that of the batch.
-        activations: likewise.
+        votes: of a dense layer; or of a convolutional one, with an axis of positions.
+        activations: in [0, 1].
         num_iterations: number of M steps.
         beta_u: cost of describing a vote.
-        beta_a: gain of not having to describe it otherwise.
-        inverse_temperature: lambda, reached after many iterations.
-        annealing: how slowly it is reached.
+        beta_a: cost saved by an active capsule.
+        inverse_temperature: lambda, approached over the iterations.
+        annealing: how slowly lambda is approached.
         min_variance: added to the variances.
-        epsilon: added to the mass of a Gaussian where it divides.
-        softmax: of logits `[b (positions) i o]`, over all parents of an input capsule.
+        epsilon: added to the total share of a Gaussian in denominators.
+        softmax: over all output capsules that an input capsule is connected to.
 
     References:
         Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing" (2018), procedure 1.
     """
-    if num_iterations < 1:
-        raise ValueError(f"num_iterations is {num_iterations}, and must be at least 1.")
+    check_arguments("em", num_iterations=num_iterations)
     beta_u, beta_a = (torch.as_tensor(beta, dtype=votes.dtype, device=votes.device) for beta in (beta_u, beta_a))
     num_inputs, num_outputs = votes.shape[-3:-1]
     couplings = softmax(torch.zeros_like(votes[..., 0]))
@@ -58,7 +57,7 @@ def em(
         means = torch.einsum("...io,...ioh->...oh", shares, votes) / (mass + epsilon)
         deviations = votes - means[..., None, :, :]
         variances = torch.einsum("...io,...ioh->...oh", shares, deviations**2) / (mass + epsilon) + min_variance
-        # Not validated: that looks at values, of which there are none where a model is exported.
+        # Validation reads values, which do not exist while a model is exported.
         gaussians = Normal(means[..., None, :, :], variances.sqrt()[..., None, :, :], validate_args=False)
         costs = (beta_u[..., None] + variances.sqrt().log()) * mass * num_outputs / num_inputs
         temperature = inverse_temperature * (1 - annealing ** (iteration + 1))

@@ -1,4 +1,4 @@
-"""Inverted dot-product attention routing."""
+"""Inverted dot-product attention routing; see `capsnet_jax.routing.inverted_attention`."""
 
 import torch
 from jaxtyping import Float
@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from capsnet_torch.capsules import Routed
-from capsnet_torch.routing.arguments import learns
+from capsnet_torch.routing.arguments import check_arguments, learns
 
 
 @learns(gain="h", offset="h", readout="h", readout_bias="")
@@ -21,17 +21,14 @@ def inverted_attention(
     readout_bias: Float[Tensor, ""] | float = 0.0,
     epsilon: float = 1e-5,
 ) -> Routed:
-    """Output capsules query, input capsules are shared out among them, for a batch, in the order of the paper.
-
-    The paper starts from poses of zero, which is a first round of couplings from logits of zero.
+    """Attend from output to input capsules, with a softmax over outputs, starting from poses of zero as in the paper.
 
     References:
         Tsai, Srivastava, Goh, Salakhutdinov, "Capsules with Inverted Dot-Product Attention Routing" (2020),
         algorithm 1. https://arxiv.org/abs/2002.04764
     """
     # axes: b = batch, i = input capsules, o = output capsules, h = output pose size
-    if num_iterations < 1:
-        raise ValueError(f"num_iterations is {num_iterations}, and must be at least 1.")
+    check_arguments("inverted_attention", num_iterations=num_iterations)
     size = votes.shape[-1]
     queries = torch.zeros_like(votes[:, 0])
     for _ in range(num_iterations):

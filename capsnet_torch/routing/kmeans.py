@@ -1,4 +1,4 @@
-"""Routing as clustering of directions."""
+"""K-means routing; see `capsnet_jax.routing.kmeans`."""
 
 import torch
 from jaxtyping import Float
@@ -6,19 +6,19 @@ from torch import Tensor
 
 from capsnet_torch.capsules import Routed
 from capsnet_torch.ops import capsule_norm, direction, squash
+from capsnet_torch.routing.arguments import check_arguments
 
 
 def kmeans(votes: Float[Tensor, "b i o h"], activations: Float[Tensor, "b i"], *, num_iterations: int = 3) -> Routed:
-    """Soft spherical k-means, for a batch: assign all votes by their cosines, then move all centers.
+    """Soft spherical k-means: assign votes to centers by a softmax of their cosines, then move the centers.
 
-    Unlike `torch.cosine_similarity`, the cosine with a vote of zero has the gradient zero.
+    Unlike that of `torch.cosine_similarity`, the gradient at a vote of zero is zero.
 
     References:
         https://github.com/leftthomas/CapsuleLayer, k_means_routing with the cosine similarity.
         Dhillon, Modha, "Concept Decompositions for Large Sparse Text Data Using Clustering" (2001), section 3.
     """
-    if num_iterations < 1:
-        raise ValueError(f"num_iterations is {num_iterations}, and must be at least 1.")
+    check_arguments("kmeans", num_iterations=num_iterations)
     cosines = torch.zeros_like(votes[..., 0])
     for iteration in range(num_iterations):
         couplings = torch.softmax(cosines, dim=-1)

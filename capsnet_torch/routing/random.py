@@ -1,4 +1,4 @@
-"""Routing by chance: a baseline whose couplings differ, and mean nothing."""
+"""Random routing, a baseline; see `capsnet_jax.routing.random`."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from capsnet_torch.ops import capsule_norm, squash
 
 
 def random(votes: Float[Tensor, "b i o h"], activations: Float[Tensor, "b i"], *, seed: int = 0) -> Routed:
-    """Couplings drawn once by NumPy, uniform on the simplex of each input capsule, the same for all of the batch."""
+    """Draw the couplings of each input capsule uniformly from the simplex, with NumPy, once for all examples."""
     _, num_inputs, num_outputs, _ = votes.shape
     drawn = np.random.default_rng(seed).dirichlet(np.ones(num_outputs), num_inputs)
     couplings = torch.as_tensor(drawn, dtype=votes.dtype, device=votes.device).expand(votes.shape[:-1])

@@ -1,4 +1,4 @@
-"""From the name of a routing to what a layer calls, with the options and weights that its arguments say it has."""
+"""Routings by name, with options bound and learned weights; see `capsnet_jax.routing.registry`."""
 
 import inspect
 import json
@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from capsnet_torch.capsules import Routed
 from capsnet_torch.routing.dynamic import dynamic
@@ -20,21 +20,12 @@ from capsnet_torch.routing.self_routing import self_routing
 from capsnet_torch.routing.uniform import uniform
 from capsnet_torch.routing.variational import variational
 
-ROUTINGS: dict[str, Callable[..., Routed]] = {
-    "dynamic": dynamic,
-    "em": em,
-    "variational": variational,
-    "self_attention": self_attention,
-    "inverted_attention": inverted_attention,
-    "self_routing": self_routing,
-    "kmeans": kmeans,
-    "uniform": uniform,
-    "random": random,
-}
+FUNCTIONS = (dynamic, em, variational, self_attention, inverted_attention, self_routing, kmeans, uniform, random)
+ROUTINGS: dict[str, Callable[..., Routed]] = {function.__name__: function for function in FUNCTIONS}
 
 
 class Routing:
-    """A routing of a batch, as "name,option=value" or a function; see `capsnet_jax.routing.registry.Routing`."""
+    """A routing as a layer calls it, for a batch; made from "name,option=value" or a function."""
 
     def __init__(self, routing: str | Callable[..., Routed], *, num_iterations: int):
         settings: list[str] = []
@@ -50,7 +41,7 @@ class Routing:
             value = json.loads(text.lower())  # true, false or a number
             self.options[option] = float(value) if isinstance(self.parameters[option].default, float) else value
 
-    def __call__(self, votes: torch.Tensor, activations: torch.Tensor, **given: Any) -> Routed:
+    def __call__(self, votes: Tensor, activations: Tensor, **given: Any) -> Routed:
         given = {name: value for name, value in given.items() if name in self.parameters}
         return self.function(votes, activations, **(self.options | given))
 
@@ -59,7 +50,7 @@ class Routing:
         return dict(inspect.signature(self.function).parameters)
 
     def new_weights(self, **sizes: int) -> nn.ParameterDict:
-        """The weights that the routing learns, each full of the constant that it starts from."""
+        """Create the learned weights, each filled with the constant that it starts from; sizes are of the axes."""
         function = self.function.func if isinstance(self.function, partial) else self.function
         weights = nn.ParameterDict()
         for name, axes in getattr(function, "learned_axes", {}).items():

@@ -1,4 +1,4 @@
-"""Self-attention routing of Efficient-CapsNet: no iterations."""
+"""Self-attention routing of Efficient-CapsNet; see `capsnet_jax.routing.self_attention`."""
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from capsnet_torch.routing.arguments import learns
 def self_attention(
     votes: Float[Tensor, "b i o h"], activations: Float[Tensor, "b i"], *, prior: Float[Tensor, "i o"] | float = 0.0
 ) -> Routed:
-    """Attention among the votes for each output capsule, for a batch, through the paper's matrix of all pairs.
+    """Attend among the votes for each output capsule, with the paper's matrix of all pairs of input capsules.
 
     References:
         Mazzia, Salvetti, Chiaberge, "Efficient-CapsNet: Capsule Network with Self-Attention Routing" (2021),

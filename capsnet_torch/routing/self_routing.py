@@ -1,4 +1,4 @@
-"""Self-routing: every input capsule decides by itself where it sends its vote."""
+"""Self-routing; see `capsnet_jax.routing.self_routing`."""
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ def self_routing(
     route_bias: Float[Tensor, "i o"] | float = 0.0,
     epsilon: float = 1e-8,
 ) -> Routed:
-    """A linear classifier for each input capsule in place of agreement, for a batch.
+    """Compute the couplings of each input capsule by a linear classifier of its pose.
 
     References:
         Hahn, Pyeon, Kim, "Self-Routing Capsule Networks" (2019), eq. 4 to 6.

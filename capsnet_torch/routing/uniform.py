@@ -1,4 +1,4 @@
-"""No routing: the baseline that every routing has to beat."""
+"""Uniform couplings, a baseline without routing; see `capsnet_jax.routing.uniform`."""
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from capsnet_torch.ops import capsule_norm, squash
 
 
 def uniform(votes: Float[Tensor, "b i o h"], activations: Float[Tensor, "b i"]) -> Routed:
-    """Every input capsule sends the same share to every output capsule, for a batch.
+    """Couple every input capsule to every output capsule equally.
 
     References:
         Gu, Tresp, "Improving the Robustness of Capsule Networks to Image Affine Transformations" (2019), section 4.

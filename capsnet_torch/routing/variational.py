@@ -1,4 +1,4 @@
-"""Capsule routing by variational Bayes: a mixture of Gaussians whose parameters have distributions, too."""
+"""Variational Bayes routing; see `capsnet_jax.routing.variational`."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from capsnet_torch.capsules import Routed
-from capsnet_torch.routing.arguments import learns
+from capsnet_torch.routing.arguments import check_arguments, learns
 
 
 @learns(gain="o", beta="o")
@@ -25,17 +25,16 @@ def variational(
     epsilon: float = 1e-7,
     norm_epsilon: float = 1e-5,
 ) -> Routed:
-    """Gaussians with priors, for a batch, with the matrices of the paper: Wishart scales Psi `[b o h h]`.
+    """Fit Gaussians with priors to the votes, with the paper's Wishart scale matrices Psi `[b o h h]`.
 
-    Only the diagonal of the inverse scale is kept, so that determinant and quadratic form could be had for less.
+    Their inverses are diagonal; `capsnet_jax` uses that, this function computes with whole matrices.
 
     References:
         Ribeiro, Leontidis, Kollias, "Capsule Routing via Variational Bayes" (2020), algorithm 1, with diagonal
         precision matrices. https://arxiv.org/abs/1905.11455
     """
     # axes: b = batch, i = input capsules, o = output capsules, h and k = components of a pose
-    if num_iterations < 1:
-        raise ValueError(f"num_iterations is {num_iterations}, and must be at least 1.")
+    check_arguments("variational", num_iterations=num_iterations)
     num_outputs, size = votes.shape[-2:]
     couplings = torch.full_like(votes[..., 0], 1 / num_outputs)
     for iteration in range(num_iterations):
@@ -65,6 +64,6 @@ def variational(
 
 
 def _digamma(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    # Far from zero by the recurrence psi(x) = psi(x + 1) - 1 / x, as PyTorch's derivative of digamma is an asymptotic
-    # series: of the relative error 5e-10 near 1, and 2e-14 when it starts from 16 further.
+    # By the recurrence psi(x) = psi(x + 1) - 1 / x: PyTorch's derivative of digamma is an asymptotic series, with a
+    # relative error of 5e-10 near 1, and 2e-14 beyond 16.
     return torch.digamma(x + 16) - sum(1 / (x + k) for k in range(16))
