@@ -12,7 +12,7 @@ from capsnet_torch.augmentation import random_shift, to_unit_range
 from capsnet_torch.capsules import Capsules
 from capsnet_torch.model import CapsNet
 from capsnet_torch.ops import answers_right
-from capsnet_torch.training import train_step
+from capsnet_torch.step import train_step
 
 Calls = list[tuple[Callable[[], Any], int | float]]
 """Functions to time, each with its weight in the sum of their times."""

@@ -16,7 +16,7 @@ from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.nn.precision import for_products
 from capsnet_jax.ops import mask_by_label
 from capsnet_jax.train.step import compute_losses
-from capsnet_torch import training as torch_training
+from capsnet_torch import step as torch_step
 from capsnet_torch.ops import mask_by_label as torch_mask_by_label
 from capsnet_verify.pair import Pair
 
@@ -87,7 +87,7 @@ def in_torch(pair: Pair) -> dict[str, np.ndarray]:
         masked = torch_mask_by_label(capsules.poses, labels)
         values |= {f"decoder {number}": model.decoder[: 2 * number + 2](masked) for number in (0, 1)}
         values["reconstructions"] = rearrange(model.decode(capsules.poses, labels), CHANNELS_LAST)
-    losses = torch_training.compute_losses(model, images, labels, **pair.loss)
+    losses = torch_step.compute_losses(model, images, labels, **pair.loss)
     values |= _of_losses(pair, losses)
     losses.total.backward()
     # From the output back to the input. Without a reconstruction in the loss, the decoder has no gradient.

@@ -17,7 +17,7 @@ from capsnet_jax.config import TrainingConfig
 from capsnet_jax.interchange.weights import to_torch
 from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.train.step import create_state, make_train_step
-from capsnet_torch.training import train_step as torch_train_step
+from capsnet_torch.step import train_step as torch_train_step
 from capsnet_verify.causes import VISIBLE, cause, mixed_up, usual_cause
 from capsnet_verify.checks import DIFFERS, NO_POWER, STEPS, Check, compare, tolerance_of
 from capsnet_verify.heat import Heat, heat
