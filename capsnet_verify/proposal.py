@@ -76,9 +76,9 @@ def propose_map(module: nn.Module, shapes: Mapping[str, Shape]) -> str:
         if not choices:
             break
         target, (source, *others) = choices[0]
-        doubt = _doubt(axes(source, target), [json.dumps(other.name) for other in others])
-        fields = {"name": target.name, "axes": axes(source, target)[0]}
-        lines[target.name] = _comment_if(doubt or ("by what is left" if guessing else ""), source.name, fields)
+        orders, names = axes(source, target), [other.name for other in others]
+        fields = {"name": target.name, "axes": orders[0]}
+        lines[target.name] = _line(source.name, fields, len(orders), names, guessing=guessing)
         targets.remove(target)
         sources.remove(source)
         layers += [(target.layer, source.layer)] if source.standard else []
@@ -105,8 +105,7 @@ def propose_outputs(returned: Any, shapes: Mapping[str, Shape]) -> str:
         }
         if found:
             (source, axes), *others = found.items()
-            doubt = _doubt(axes, [json.dumps(other) for other, _ in others])
-            lines.append(_comment_if(doubt, name, {"from": source, "axes": axes[0]}))
+            lines.append(_line(name, {"from": source, "axes": axes[0]}, len(axes), [other for other, _ in others]))
         else:
             lines.append(f"# {name} = ?  # nothing is {shape}")
     return "\n".join([*lines, ""])
@@ -130,11 +129,9 @@ def _is_standard(module: nn.Module, name: str) -> bool:
     return kind in KINDS and type(module.get_submodule(layer)).__module__.startswith("torch.nn.")
 
 
-def _doubt(axes: list[str], others: list[str]) -> str:
-    doubts = [f"{', '.join(others)} {'fits' if len(others) == 1 else 'fit'} as well"] if others else []
-    return "; ".join(doubts + ([f"{len(axes)} orders of axes fit"] if len(axes) > 1 else []))
-
-
-def _comment_if(doubt: str, key: str, fields: Mapping[str, Any]) -> str:
+def _line(key: str, fields: Mapping[str, Any], orders: int, others: list[Any], *, guessing: bool = False) -> str:
+    """A line of the map; as a comment with the reason, if other names or orders of axes fit, or an earlier guess."""
+    doubts = [f"{', '.join(map(json.dumps, others))} {'fits' if len(others) == 1 else 'fit'} as well"] if others else []
+    doubts += [f"{orders} orders of axes fit"] if orders > 1 else []
     line = toml_line(key, **fields)
-    return f"# {line}  # a guess: {doubt}" if doubt else line
+    return f"# {line}  # a guess: {'; '.join(doubts) or 'by what is left'}" if doubts or guessing else line
