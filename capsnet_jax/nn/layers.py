@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Capsules, Routed
 from capsnet_jax.errors import UsageError
-from capsnet_jax.nn.fast.choice import Choice, choose_convolution, choose_routing
+from capsnet_jax.nn.fast.choice import Choice, Size, choose_convolution, choose_routing
 from capsnet_jax.nn.fast.convolution import convolve, depthwise
 from capsnet_jax.nn.fast.fused_dynamic import FUSED
 from capsnet_jax.nn.initializers import TORCH, Initializer, Scheme, new_param
@@ -318,7 +318,7 @@ class CapsuleLayer(nnx.Module):
             self.sow(nnx.Intermediate, "couplings", routed.couplings)
         return routed
 
-    def choice(self, num_examples: int) -> Choice:
+    def choice(self, num_examples: Size) -> Choice:
         """Tell the implementation for batches of this size."""
         return choose_routing(self.routing, self.implementation, num_examples)
 
