@@ -25,8 +25,7 @@ from capsnet_jax.runs.comparison import (
     table,
     write_results,
 )
-from capsnet_jax.runs.folder import Run
-from capsnet_jax.runs.seeds import SeedFolders
+from capsnet_jax.runs.folder import Run, SeedFolders
 from capsnet_jax.runs.session import train_runs
 from capsnet_jax.train.evaluation import mean_coupling_entropy
 from capsnet_jax.train.loop import Trainer

@@ -128,7 +128,7 @@ def in_a_sentence(box: str, help_command: str) -> str:
     rows = [row.strip("│| ") for row in re.sub(r"\x1b\[[\d;]*m", "", box).strip().splitlines()[1:-1]]
     message, *others = "\n".join("" if set(row) <= set("─-") else row for row in rows).split("\n\n")
     message, help_text = " ".join(message.split()).rstrip("."), " ".join(" ".join(others).split())
-    if constructor := re.match(r"Error parsing [a-z]+: (.*)", message):  # of a dataclass, whose messages are complete
+    if constructor := re.match(r"Error parsing \w+: (.*)", message):  # of a dataclass, whose messages are complete
         return f"{constructor[1]}."
     help_command = f"`{help_command}`"
     if choice := re.match(r"invalid choice ('.*') for argument '(.*)'. Expected one of \((.*)\)", message):

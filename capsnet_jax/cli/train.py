@@ -23,9 +23,8 @@ from capsnet_jax.errors import NonFiniteLossError, StoppedBySignalError, UsageEr
 from capsnet_jax.figures import reconstructions_figure
 from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.ops import to_unit_range
-from capsnet_jax.runs.folder import Run
+from capsnet_jax.runs.folder import Run, SeedFolders, saved_options
 from capsnet_jax.runs.metrics import event_writer_class
-from capsnet_jax.runs.seeds import SeedFolders, saved_options
 from capsnet_jax.runs.session import train_runs
 from capsnet_jax.train.evaluation import Evaluation, final_line, most_active
 from capsnet_jax.train.loop import Trainer

@@ -16,9 +16,8 @@ from capsnet_jax.config import differences
 from capsnet_jax.errors import UsageError
 from capsnet_jax.figures import comparison_figure
 from capsnet_jax.files import replace_file
-from capsnet_jax.runs.folder import Run
+from capsnet_jax.runs.folder import Run, SeedFolders
 from capsnet_jax.runs.metrics import read_metrics
-from capsnet_jax.runs.seeds import SeedFolders
 from capsnet_jax.tables import markdown_table, number_cell
 
 CONFIG, RESULTS = "config.json", "results.jsonl"

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from capsnet_jax.errors import StoppedBySignalError, UsageError
 from capsnet_jax.runs.checkpoint import Checkpoints
-from capsnet_jax.runs.folder import BEST, Run
+from capsnet_jax.runs.folder import BEST, Run, SeedFolders
 from capsnet_jax.runs.metrics import MetricsLog
-from capsnet_jax.runs.seeds import SeedFolders, groups_of_seeds
 from capsnet_jax.train.evaluation import Evaluation
 from capsnet_jax.train.loop import Trainer
+from capsnet_jax.train.memory import available_memory
 from capsnet_jax.train.progress import Progress, show_progress
 from capsnet_jax.train.sharding import any_process, failing_together, same_everywhere
 
@@ -73,6 +73,26 @@ def train_runs(
         ):
             tests = [seed.test for seed in progress.seeds if seed.test is not None]
         yield group, runs, tests or [group.evaluate_test(index) for index in range(len(runs))]
+
+
+def groups_of_seeds(trainer: Trainer, seeds: Sequence[int], *, at_once: int = 0) -> Iterator[Trainer]:
+    """Yield trainers for groups of seeds that train side by side. They share one compiled program.
+
+    Args:
+        trainer: A trainer of any seeds.
+        seeds: All seeds.
+        at_once: Number of seeds in a group; 0 for as many as fit in memory.
+    """
+    # More is faster on CPU, too: three seeds of 144 capsules took 0.45 s per step side by side and 0.53 s one after
+    # the other with dynamic routing, 0.90 and 1.21 s with variational; medians on 2 shared cores.
+    size = min(at_once or len(seeds), len(seeds))
+    trainer = trainer.with_seeds(seeds[:size])
+    # All processes must choose the same size, although free memory differs between hosts.
+    while size > 1 and not at_once and any_process(trainer.memory() > available_memory())[0]:
+        size //= 2
+        trainer = trainer.with_seeds(seeds[:size])
+    for start in range(0, len(seeds), size):
+        yield trainer.with_seeds(seeds[start : start + size])
 
 
 class Session:

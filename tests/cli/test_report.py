@@ -9,12 +9,11 @@ import pytest
 import tyro
 
 from capsnet_jax import UsageError
-from capsnet_jax.cli.report import Report
+from capsnet_jax.cli.report import History, Report
 from capsnet_jax.config import Config, DataConfig, TrainingConfig
 from capsnet_jax.figures import learning_curves_figure
 from capsnet_jax.runs.folder import Run
 from capsnet_jax.runs.metrics import METRICS
-from capsnet_jax.runs.report import History
 
 STEPS = 4  # of an epoch, in two chunks
 SPEEDS = (100.0, 900.0, 1234.0, 1100.0, 1000.0)

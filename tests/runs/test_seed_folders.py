@@ -14,10 +14,9 @@ import pytest
 from capsnet_jax import UsageError
 from capsnet_jax.cli.main import main
 from capsnet_jax.config import Config
-from capsnet_jax.runs import seeds
-from capsnet_jax.runs.folder import Run
+from capsnet_jax.runs import session
+from capsnet_jax.runs.folder import Run, SeedFolders, read_seeds, saved_options
 from capsnet_jax.runs.metrics import MetricsLog
-from capsnet_jax.runs.seeds import SeedFolders, read_seeds, saved_options
 from tests.conftest import IMAGE_SHAPE, make_small_dataset, write_idx_folder
 from tests.tiny_run import contents, metrics, printed
 from tests.tiny_run import options_of as tiny_options
@@ -49,7 +48,7 @@ def trained(request, data, tmp_path_factory):
     """With memory for all three, or for no more than one."""
     folder = tmp_path_factory.mktemp("trained") / "runs"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seeds, "available_memory", lambda: math.inf if request.param == 3 else 0)
+        patch.setattr(session, "available_memory", lambda: math.inf if request.param == 3 else 0)
         return Trained(folder, printed(*options_of(data, folder)), request.param)
 
 
@@ -116,11 +115,11 @@ def test_stopped_and_resumed_they_end_as_if_uninterrupted(trained, data, tmp_pat
         return write(self, progress, seed)
 
     with monkeypatch.context() as patch:
-        patch.setattr(seeds, "available_memory", lambda: math.inf if trained.at_once == 3 else 0)
+        patch.setattr(session, "available_memory", lambda: math.inf if trained.at_once == 3 else 0)
         patch.setattr(MetricsLog, "write", signalling)
         assert main(options_of(data, folder)) == 143
     assert f"after step 7. To continue: capsnet train --resume --run-dir {folder}" in capsys.readouterr().err
-    monkeypatch.setattr(seeds, "available_memory", lambda: 0 if trained.at_once == 3 else math.inf)
+    monkeypatch.setattr(session, "available_memory", lambda: 0 if trained.at_once == 3 else math.inf)
     lines = printed("train", "--resume", "--run-dir", str(folder))
     assert [line for line in lines if line.startswith("Going on")] == (
         ["Going on after step 7 of 10"]

@@ -8,8 +8,8 @@ from flax import nnx
 
 from capsnet_jax import CapsNet
 from capsnet_jax.config import TrainingConfig
-from capsnet_jax.runs import seeds
-from capsnet_jax.runs.seeds import groups_of_seeds
+from capsnet_jax.runs import session
+from capsnet_jax.runs.session import groups_of_seeds
 from capsnet_jax.train.loop import Trainer, fit
 from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset
 
@@ -92,7 +92,7 @@ def test_as_many_seeds_as_fit_train_at_once(together, monkeypatch):
     needed = together[0].memory()
 
     def sizes(available: int) -> list[int]:
-        monkeypatch.setattr(seeds, "available_memory", lambda: available)
+        monkeypatch.setattr(session, "available_memory", lambda: available)
         return [len(group.seeds) for group in groups_of_seeds(together[0], [0, 1, 2])]
 
     assert sizes(needed) == [3]
