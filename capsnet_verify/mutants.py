@@ -19,13 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from einops import rearrange, reduce
+from einops import rearrange
 from flax import nnx
-from jax.scipy.special import digamma
 
 from capsnet_jax.capsules import Routed
-from capsnet_jax.nn.fast import fourier, fused_dynamic
-from capsnet_jax.ops import mask_by_label, multi_hot, squash, standardize
+from capsnet_jax.nn.fast import fused_dynamic
+from capsnet_jax.ops import squash
 from capsnet_verify.routings import INPUTS, OUTPUTS, SIZE, Case
 from capsnet_verify.subjects import EVERY_TERM, SMALL, Subject, of_model, of_preset
 
@@ -73,44 +72,29 @@ class _MadeOf(NamedTuple):
     make: Callable[[Function], Function]
 
 
+def _by(change: Function) -> _MadeOf:
+    """A replacement that passes the right function and its own arguments to another one."""
+    return _MadeOf(lambda right: functools.wraps(right)(lambda *args, **options: change(right, *args, **options)))
+
+
 def _given(**arguments: Any) -> _MadeOf:
     """The right function, always called with these arguments."""
-
-    def make(right: Function) -> Function:
-        @functools.wraps(right)
-        def wrong(*args: Any, **options: Any) -> Any:
-            return right(*args, **options | arguments)
-
-        return wrong
-
-    return _MadeOf(make)
+    return _by(lambda right, *args, **options: right(*args, **options | arguments))
 
 
-def _around(change: Callable[..., Routed]) -> _MadeOf:
-    """A routing by another function, `(right routing, votes, activations) -> Routed`."""
-
-    def make(right: Function) -> Function:
-        @functools.wraps(right)
-        def wrong(votes: jax.Array, activations: jax.Array, **options: Any) -> Routed:
-            return change(partial(right, **options), votes, activations)
-
-        return wrong
-
-    return _MadeOf(make)
+def _times(factor: float) -> _MadeOf:
+    """The right function, with its result multiplied."""
+    return _by(lambda right, *args: factor * right(*args))
 
 
 def _knowing(argument: str, place: str, wrong_for: Callable[[Any], Function]) -> _MadeOf:
     """The right function, in which the one at a place is replaced by what is made for the value of an argument."""
 
-    def make(right: Function) -> Function:
-        @functools.wraps(right)
-        def wrong(*args: Any, **options: Any) -> Any:
-            with mock.patch(place, wrong_for(options[argument])):
-                return right(*args, **options)
+    def change(right: Function, *args: Any, **options: Any) -> Any:
+        with mock.patch(place, wrong_for(options[argument])):
+            return right(*args, **options)
 
-        return wrong
-
-    return _MadeOf(make)
+    return _by(change)
 
 
 def _changed(pattern: str, change: Callable[[list[Any]], Any]) -> _MadeOf:
@@ -136,15 +120,14 @@ def _like(module: ModuleType, **others: Any) -> SimpleNamespace:
     return SimpleNamespace(**vars(module) | others)
 
 
-# Functions as they are, which replacements call.
-softmax, constant = jax.nn.softmax, jax.lax.stop_gradient
-fused, spectral = SimpleNamespace(**vars(fused_dynamic)), SimpleNamespace(**vars(fourier))
-
-# Dynamic routing in a model, by the softmax of its logits.
+softmax, constant = jax.nn.softmax, jax.lax.stop_gradient  # as they are, for what replaces them
 
 
 def _over_inputs(logits: jax.Array, axis: int) -> jax.Array:
     return softmax(logits, axis=1 - axis)
+
+
+# Models.
 
 
 def _no_agreement(logits: jax.Array, axis: int) -> jax.Array:
@@ -155,21 +138,15 @@ def _no_gradient_of_agreement(logits: jax.Array, axis: int) -> jax.Array:
     return softmax(constant(logits), axis=axis)
 
 
-def _averaging_logits(vmap: Function) -> Function:
+def _averaging_logits(vmap: Function, function: Function) -> Function:
     def averaged(logits: jax.Array, leaky: bool) -> jax.Array:
         return softmax(jax.lax.pmean(logits, "batch"))
 
-    def vmap_of(function: Function) -> Function:
-        def route(*arguments: Any) -> Any:
-            with mock.patch("capsnet_jax.routing.dynamic._softmax", averaged):
-                return function(*arguments)
+    def route(*arguments: Any) -> Any:
+        with mock.patch("capsnet_jax.routing.dynamic._softmax", averaged):
+            return function(*arguments)
 
-        return vmap(route, axis_name="batch")
-
-    return vmap_of
-
-
-# Primary capsules, from channels of the features, `(features, pattern, groups) -> poses`.
+    return vmap(route, axis_name="batch")
 
 
 def _as_capsules(pattern: str) -> Function:
@@ -182,27 +159,16 @@ def _of_neighbouring_pixels(features: jax.Array, _: str, groups: int) -> jax.Arr
 
 _groups_first = _as_capsules("b height width (groups d) -> b (groups height width) d")
 _strided = _as_capsules("b height width (d groups) -> b (height width groups) d")
-
-# Images, labels, batch normalization and convolutions.
+_apart = partial(jax.nn.standardize, axis=(1, 2))
+_next_label = _by(lambda mask, poses, labels: mask(poses, (labels + 1) % poses.shape[1]))
+_first_label = _by(lambda multi_hot, labels, *rest: multi_hot(labels[:, 0], *rest))
+_mirrored = _by(
+    lambda convolve, images, kernel, *args, **options: convolve(images, kernel[::-1, ::-1], *args, **options)
+)
 
 
 def _together(images: jax.Array) -> jax.Array:
     return (images - images.mean()) / images.std()
-
-
-_apart = partial(jax.nn.standardize, axis=(1, 2))
-
-
-def _masked_by_next_label(poses: jax.Array, labels: jax.Array) -> jax.Array:
-    return mask_by_label(poses, (labels + 1) % poses.shape[1])
-
-
-def _first_label(labels: jax.Array, *rest: Any) -> jax.Array:
-    return multi_hot(labels[:, 0], *rest)
-
-
-def _half_of_two_labels(*arguments: Any) -> jax.Array:
-    return multi_hot(*arguments) / 2
 
 
 def _nothing(model: Any) -> None:
@@ -212,34 +178,27 @@ def _nothing(model: Any) -> None:
 def _with(**constants: float) -> _MadeOf:
     """Batch normalization with other constants."""
 
-    def make(right: Function) -> Function:
-        def call(norm: nnx.BatchNorm, *args: Any) -> Any:
-            vars(norm).update(constants)
-            return right(norm, *args)
+    def call(right: Function, norm: nnx.BatchNorm, *args: Any) -> Any:
+        vars(norm).update(constants)
+        return right(norm, *args)
 
-        return call
-
-    return _MadeOf(make)
+    return _by(call)
 
 
-def _mirrored(convolve: Function) -> Function:
-    return lambda images, kernel, *args, **options: convolve(images, kernel[::-1, ::-1], *args, **options)
-
-
-def _no_gradient_of_images(*arguments: Any) -> Any:
-    of_images, of_kernel = spectral._backward(*arguments)
+def _no_gradient_of_images(backward: Function, *arguments: Any) -> Any:
+    of_images, of_kernel = backward(*arguments)
     return jnp.zeros_like(of_images), of_kernel
 
 
 # Routings by themselves.
 
 
-def _accumulated(right: Function) -> Function:
+def _accumulated(softmax: Function) -> Function:
     seen: list[jax.Array] = []
 
     def wrong(logits: jax.Array, axis: int) -> jax.Array:
         seen.append(logits)
-        return right(sum(seen[1:], start=seen[0]), axis=axis)
+        return softmax(sum(seen[1:], start=seen[0]), axis=axis)
 
     return wrong
 
@@ -256,10 +215,6 @@ def _constant_couplings(logits: jax.Array, *_: Any) -> jax.Array:
     return constant(softmax(logits, axis=-1))
 
 
-def _even_shares_of_leak(votes: jax.Array, *how: Any) -> jax.Array:
-    return (OUTPUTS + 1) / OUTPUTS * reduce(votes, *how)
-
-
 def _bias_after(place: str) -> _MadeOf:
     return _knowing("capsule_bias", place, lambda bias: lambda poses: squash(poses - bias) + bias)
 
@@ -273,14 +228,12 @@ def _with_prior_inside(prior: jax.Array) -> Function:
     return lambda logits, axis: softmax(logits + prior, axis=axis) - prior
 
 
-_prior_at_first = _knowing("prior_logits", "capsnet_jax.routing.dynamic._softmax", _without_prior_later)
-_prior_inside = _knowing("prior", "jax.nn.softmax", _with_prior_inside)
-
-
 def _every_second(change: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
     return lambda results: results[-1] if len(results) % 2 else change(results)
 
 
+_prior_at_first = _knowing("prior_logits", "capsnet_jax.routing.dynamic._softmax", _without_prior_later)
+_prior_inside = _knowing("prior", "jax.nn.softmax", _with_prior_inside)
 _votes_added_up = _changed("... o -> ... 1 o", lambda results: jnp.ones_like(results[-1]))
 # In EM, calls with these patterns give in turn means and variances, means and doubled variances, costs and densities.
 _about_zero = _changed("... i o h -> ... o h", _every_second(lambda results: results[-1] + jnp.square(results[-2])))
@@ -289,40 +242,30 @@ _no_density = _changed("... o h -> ... o", _every_second(lambda results: 0 * res
 _no_cost = _changed("... o h -> ... o", lambda results: (1 - len(results) % 2) * results[-1])
 # In variational routing, with this one kappa and nu.
 _no_nu = _changed("o 1 -> o", _every_second(lambda results: jnp.ones_like(results[-1])))
+_sharper = _by(lambda softmax, logits, axis: softmax(SIZE**0.5 * logits, axis=axis))
+_ignoring = _by(lambda route, votes, activations, **options: route(votes, jnp.ones_like(activations), **options))
 
 
-def _no_mixing_proportions(values: jax.Array) -> jax.Array:
+def _no_mixing_proportions(digamma: Function, values: jax.Array) -> jax.Array:
     return digamma(values) if values.shape == (OUTPUTS, SIZE) else jnp.zeros_like(values)
-
-
-def _times_root_of_h(array: jax.Array, *how: Any) -> jax.Array:
-    return SIZE**0.5 * reduce(array, *how)
-
-
-def _softmax_of_times_root_of_h(logits: jax.Array, axis: int) -> jax.Array:
-    return softmax(SIZE**0.5 * logits, axis=axis)
 
 
 def _not_standardized(values: jax.Array, epsilon: float) -> jax.Array:
     return values
 
 
-def _over_capsules(poses: jax.Array, epsilon: float) -> jax.Array:
+def _over_capsules(standardize: Function, poses: jax.Array, epsilon: float) -> jax.Array:
     return standardize(poses.T, epsilon=epsilon).T
 
 
-def _ignoring_activations(right: Function, votes: jax.Array, activations: jax.Array) -> Routed:
-    return right(votes, jnp.ones_like(activations))
-
-
-def _poses_times_mass(right: Function, votes: jax.Array, activations: jax.Array) -> Routed:
-    routed = right(votes, activations)
+def _poses_times_mass(route: Function, votes: jax.Array, activations: jax.Array, **options: Any) -> Routed:
+    routed = route(votes, activations, **options)
     mass = (activations[:, None] * routed.couplings).sum(axis=0)
     return routed._replace(poses=routed.poses * mass[:, None])
 
 
-def _activations_times_mass(right: Function, votes: jax.Array, activations: jax.Array) -> Routed:
-    routed = right(votes, activations)
+def _activations_times_mass(route: Function, votes: jax.Array, activations: jax.Array, **options: Any) -> Routed:
+    routed = route(votes, activations, **options)
     return routed._replace(activations=routed.activations * activations.sum())
 
 
@@ -337,11 +280,14 @@ def _exponential(seed: int) -> SimpleNamespace:
 
 # Dynamic routing without votes, by the functions of its module.
 
-
 # Results of calls with these patterns are added to earlier ones, and subtracted for the gradient of a softmax.
 _last_alone = _changed("b o h -> o h b", lambda results: results[-1] - sum(results[-2:-1]))
 _first_constant = _changed("b o h -> o h b", lambda results: results[-1] if results[1:] else constant(results[-1]))
 _of_exponential = _changed("o i b -> 1 i b", lambda results: 0 * results[-1])
+_no_leak_at_first = _by(lambda uniform_sum, leaky, *rest: uniform_sum(False, *rest))
+_not_detached = _by(lambda coupled_sum, leaky, detach: coupled_sum(leaky, False))
+_no_first_chunk = _by(lambda loop, first, *rest: loop(first + 1, *rest))
+_to_the_first = _by(lambda update, whole, part, start, axis: update(whole, part, 0, axis))
 
 
 def _fused_over_inputs(logits: jax.Array, axis: int) -> jax.Array:
@@ -353,63 +299,48 @@ def _leak_first(logits: jax.Array, axis: int) -> jax.Array:
     return jnp.roll(softmax(logits, axis=axis), 1, axis=axis)
 
 
-def _without_prior(leaky: bool, detach: bool, operands: Any, projected: jax.Array) -> jax.Array:
-    return fused._couplings(leaky, detach, operands._replace(prior=None), projected)
+def _without_prior(couplings: Function, leaky: bool, detach: bool, operands: Any, projected: jax.Array) -> jax.Array:
+    return couplings(leaky, detach, operands._replace(prior=None), projected)
 
 
-def _uniform_at_first(right: Function) -> Function:
-    calls, uniform = itertools.count(), partial(fused._uniform_sum, True)
-    return lambda summed, *rest: right(summed if next(calls) else uniform, *rest)
+def _uniform_at_first(sum_over_inputs: Function) -> Function:
+    calls, uniform = itertools.count(), partial(fused_dynamic._uniform_sum, True)
+    return lambda summed, *rest: sum_over_inputs(summed if next(calls) else uniform, *rest)
 
 
-def _no_leak_at_first(leaky: bool, *rest: Any) -> jax.Array:
-    return fused._uniform_sum(False, *rest)
-
-
-def _without_last_chunk(step: Any, initial: Any, operands: Any) -> Any:
+def _no_last_chunk(over_chunks: Function, step: Any, initial: Any, operands: Any) -> Any:
     """Leaves out 3 of the 11 input capsules: the last chunk, as chunks are of 4."""
-    return fused._over_chunks(step, initial, jax.tree.map(lambda array: array[:-3], operands))
+    return over_chunks(step, initial, jax.tree.map(lambda array: array[:-3], operands))
 
 
-def _without_first_chunk(loop: Function) -> Function:
-    return lambda first, *rest: loop(first + 1, *rest)
-
-
-def _agreed_of_last_chunk(step: Any, initial: Any, operands: Any) -> Any:
+def _agreed_of_last_chunk(over_chunks: Function, step: Any, initial: Any, operands: Any) -> Any:
     def forgetful(carry: Any, *chunk: Any) -> Any:
         return step((carry[0], jnp.zeros_like(carry[1])) if isinstance(carry, tuple) else carry, *chunk)
 
-    return fused._over_chunks(forgetful, initial, operands)
+    return over_chunks(forgetful, initial, operands)
 
 
-def _not_detached(leaky: bool, detach: bool) -> Function:
-    return fused._coupled_sum(leaky, False)
-
-
-def _constant_for(name: str) -> Function:
+def _constant_for(name: str) -> _MadeOf:
     """The backward pass of a sum of votes, in which couplings count as constants for one of the gradients."""
 
-    def backward(leaky: bool, detach: bool, *arguments: Any) -> Any:
-        gradients, of_agreed = fused._coupled_sum_backward(leaky, detach, *arguments)
-        detached, zeros = fused._coupled_sum_backward(leaky, True, *arguments)
+    def change(backward: Function, leaky: bool, detach: bool, *arguments: Any) -> Any:
+        gradients, of_agreed = backward(leaky, detach, *arguments)
+        detached, zeros = backward(leaky, True, *arguments)
         if name == "agreed":
             return gradients, zeros
         return gradients._replace(**{name: getattr(detached, name)}), of_agreed
 
-    return backward
+    return _by(change)
 
 
-def _no_gradient_of_prior(*arguments: Any) -> Any:
-    gradients, of_agreed = fused._coupled_sum_backward(*arguments)
+def _no_gradient_of_prior(backward: Function, *arguments: Any) -> Any:
+    gradients, of_agreed = backward(*arguments)
     return gradients._replace(prior=jax.tree.map(jnp.zeros_like, gradients.prior)), of_agreed
 
 
-def _first_gradient_alone(summed: Any, arguments: Any, cotangents: Any) -> Any:
+def _first_gradient_alone(backward: Function, summed: Any, arguments: Any, cotangents: Any) -> Any:
     of_sums, of_operands = cotangents
-    return fused._backward(summed, arguments, (of_sums, jax.tree.map(jnp.zeros_like, of_operands)))
-
-
-_to_the_first = _MadeOf(lambda update: lambda whole, part, start, axis: update(whole, part, 0, axis))
+    return backward(summed, arguments, (of_sums, jax.tree.map(jnp.zeros_like, of_operands)))
 
 
 NN, DYNAMIC, NORM = "capsnet_jax.nn", "capsnet_jax.routing.dynamic", "flax.nnx.BatchNorm.__call__"
@@ -422,23 +353,23 @@ MODELS = [
     (PLAIN, "squash along the capsules", "couplings 0", f"{DYNAMIC}.squash", lambda poses: squash(poses.T).T),
     (PLAIN, "no agreement update at all", "couplings 0", "jax.nn.softmax", _no_agreement),
     (PLAIN, "no gradient through the agreement", OF_VOTES, "jax.nn.softmax", _no_gradient_of_agreement),
-    (PLAIN, "logits averaged over the batch", "couplings 0", "jax.vmap", _MadeOf(_averaging_logits)),
+    (PLAIN, "logits averaged over the batch", "couplings 0", "jax.vmap", _by(_averaging_logits)),
     (PLAIN, "groups before positions", "primary poses", f"{LAYERS}.rearrange", _groups_first),
     (PLAIN, "a capsule's channels strided over groups", "primary poses", f"{LAYERS}.rearrange", _strided),
     (PLAIN, "capsules of neighbouring pixels", "primary poses", f"{LAYERS}.rearrange", _of_neighbouring_pixels),
-    (PLAIN, "decoder masked by the wrong label", "reconstructions", f"{NN}.model.mask_by_label", _masked_by_next_label),
+    (PLAIN, "decoder masked by the wrong label", "reconstructions", f"{NN}.model.mask_by_label", _next_label),
     (TWO_LABELS, "images standardized together", "stem 0", f"{LAYERS}.standardize_images", _together),
     (TWO_LABELS, "channels standardized apart", "stem 0", f"{LAYERS}.standardize_images", _apart),
     (TWO_LABELS, "only the first of two labels kept", "decoder 0", "capsnet_jax.ops.multi_hot", _first_label),
     (TWO_LABELS, "only the first of two labels wanted", "margin loss", f"{NN}.losses.multi_hot", _first_label),
-    (TWO_LABELS, "targets of two labels that sum to 1", "margin loss", f"{NN}.losses.multi_hot", _half_of_two_labels),
+    (TWO_LABELS, "targets of two labels that sum to 1", "margin loss", f"{NN}.losses.multi_hot", _times(0.5)),
     (NORMALIZED, "softmax over normalized inputs", "couplings 0", "jax.nn.softmax", _over_inputs),
     (NORMALIZED, "no evaluation mode", "poses with running means", f"{NN}.model.CapsNet.eval", _nothing),
     (NORMALIZED, "another epsilon of batch normalization", "stem 0", NORM, _with(epsilon=1e-5)),
     (NORMALIZED, "another momentum of batch normalization", "step 1", NORM, _with(momentum=0.01)),
-    (PLAIN, "Adam with epsilon in the root", "step 1", "optax.adam", partial(optax.adam, eps=0, eps_root=1e-8)),
+    (PLAIN, "Adam with epsilon in the root", "step 1", "optax.adam", _given(eps=0, eps_root=1e-8)),
     (PLAIN, "Adam with Nesterov momentum", "step 1", "optax.adam", optax.nadam),
-    (PLAIN, "Adam with another second moment", "step 2", "optax.adam", partial(optax.adam, b2=0.99)),
+    (PLAIN, "Adam with another second moment", "step 2", "optax.adam", _given(b2=0.99)),
     (PLAIN, "Adam with decayed weights", "step 1", "optax.adam", partial(optax.adamw, weight_decay=1e-2)),
 ]
 OF_BIAS = "gradient encoder.image2primary_capsules.0.bias, batch of 26"
@@ -452,15 +383,21 @@ IN_ONE_IMPLEMENTATION = [
         f"{FUSED}._coupled_sum_backward",
         _constant_for("agreed"),
     ),
-    (PLAIN, "kernel mirrored by XLA", "stem 0, batch of 3 as on GPU", f"{CONVOLUTION}.convolution", _MadeOf(_mirrored)),
+    (PLAIN, "kernel mirrored by XLA", "stem 0, batch of 3 as on GPU", f"{CONVOLUTION}.convolution", _mirrored),
     (
         SPECTRAL,
         "kernel mirrored in spectra",
         "primary poses, batch of 26",
         f"{CONVOLUTION}.fourier",
-        _MadeOf(_mirrored),
+        _mirrored,
     ),
-    (SPECTRAL, "no gradient of images by spectra", OF_BIAS, f"{NN}.fast.fourier._backward", _no_gradient_of_images),
+    (
+        SPECTRAL,
+        "no gradient of images by spectra",
+        OF_BIAS,
+        f"{NN}.fast.fourier._backward",
+        _by(_no_gradient_of_images),
+    ),
 ]
 
 # By routing: the mistake, the check, the place in the module of the routing or in JAX, and what is there.
@@ -473,7 +410,7 @@ ROUTINGS: Table = {
     "dynamic,leaky=true": [
         ("leaks and renormalizes", "couplings", "_softmax", _renormalized),
         ("returns the leak", "couplings", "_softmax", _with_leak),
-        ("leaks from the second iteration on", "couplings", "reduce", _even_shares_of_leak),
+        ("leaks from the second iteration on", "couplings", "reduce", _times((OUTPUTS + 1) / OUTPUTS)),
     ],
     "dynamic,detach=true": [("detaches nothing", "gradient of votes", "dynamic", _given(detach=False))],
     f"{LEARNED},detach=true": [
@@ -486,7 +423,7 @@ ROUTINGS: Table = {
     EVERY_TERM["em"]: [
         ("softmax over inputs", "couplings", "em", _given(softmax=partial(softmax, axis=-2))),
         ("E step ignores output activations", "couplings", "jax.nn.log_sigmoid", jnp.zeros_like),
-        ("M step ignores input activations", "couplings", "em", _around(_ignoring_activations)),
+        ("M step ignores input activations", "couplings", "em", _ignoring),
         ("votes added up, not averaged", "couplings", "rearrange", _votes_added_up),
         ("variance about zero", "couplings", "reduce", _about_zero),
         ("deviation for variance", "couplings", "rearrange", _deviations),
@@ -497,8 +434,8 @@ ROUTINGS: Table = {
     ],
     "variational": [
         ("softmax over inputs", "couplings", "jax.nn.softmax", _over_inputs),
-        ("no mixing proportions", "couplings", "digamma", _no_mixing_proportions),
-        ("ignores input activations", "couplings", "variational", _around(_ignoring_activations)),
+        ("no mixing proportions", "couplings", "digamma", _by(_no_mixing_proportions)),
+        ("ignores input activations", "couplings", "variational", _ignoring),
         ("logarithm for digamma", "couplings", "digamma", jnp.log),
         ("one degree of freedom", "couplings", "jnp", _like(jnp, arange=jnp.zeros)),
         ("no prior of the means", "couplings", "variational", _given(kappa0=0.0)),
@@ -509,24 +446,24 @@ ROUTINGS: Table = {
     ],
     "self_attention": [
         ("softmax over inputs", "couplings", "jax.nn.softmax", _over_inputs),
-        ("no division by the root of h", "couplings", "reduce", _times_root_of_h),
+        ("no division by the root of h", "couplings", "reduce", _times(SIZE**0.5)),
         ("prior inside the softmax", "couplings", "self_attention", _prior_inside),
         ("the other squash", "poses", "exponential_squash", squash),
     ],
     "inverted_attention": [
         ("softmax over inputs", "couplings", "jax.nn.softmax", _over_inputs),
-        ("no division by the root of h", "couplings", "jax.nn.softmax", _softmax_of_times_root_of_h),
+        ("no division by the root of h", "couplings", "jax.nn.softmax", _sharper),
         ("no layer norm", "couplings", "standardize", _not_standardized),
-        ("layer norm over capsules", "couplings", "standardize", _over_capsules),
+        ("layer norm over capsules", "couplings", "standardize", _by(_over_capsules)),
         ("no gain", "couplings", "inverted_attention", _given(gain=1.0)),
         ("no readout bias", "activations", "inverted_attention", _given(readout_bias=0.0)),
     ],
     "self_routing": [
         ("softmax over inputs", "couplings", "jax.nn.softmax", _over_inputs),
         ("no bias", "couplings", "self_routing", _given(route_bias=0.0)),
-        ("ignores activations", "poses", "self_routing", _around(_ignoring_activations)),
-        ("poses not normalized", "poses", "self_routing", _around(_poses_times_mass)),
-        ("activations not normalized", "activations", "self_routing", _around(_activations_times_mass)),
+        ("ignores activations", "poses", "self_routing", _ignoring),
+        ("poses not normalized", "poses", "self_routing", _by(_poses_times_mass)),
+        ("activations not normalized", "activations", "self_routing", _by(_activations_times_mass)),
     ],
     "kmeans": [
         ("softmax over inputs", "couplings", "jax.nn.softmax", _over_inputs),
@@ -536,7 +473,7 @@ ROUTINGS: Table = {
     ],
     "uniform": [
         ("shares of the inputs", "couplings", "jnp", _like(jnp, full_like=_shares_of_inputs)),
-        ("sum for mean", "poses", "reduce", lambda votes, *how: OUTPUTS * reduce(votes, *how)),
+        ("sum for mean", "poses", "reduce", _times(OUTPUTS)),
     ],
     "random": [("not normalized", "couplings", "np", _like(np, random=SimpleNamespace(default_rng=_exponential)))],
     "random,seed=3": [("seed ignored", "couplings", "random", _given(seed=0))],
@@ -545,16 +482,21 @@ FUSED_ROUTINGS: Table = {
     "dynamic": [
         ("softmax over inputs", "couplings", "jax.nn.softmax", _fused_over_inputs),
         ("agreement with the last poses alone", "couplings", "rearrange", _last_alone),
-        ("last chunk left out", "couplings", "_over_chunks", _without_last_chunk),
-        ("first chunk left out", "couplings", "jax.lax.fori_loop", _MadeOf(_without_first_chunk)),
+        ("last chunk left out", "couplings", "_over_chunks", _by(_no_last_chunk)),
+        ("first chunk left out", "couplings", "jax.lax.fori_loop", _no_first_chunk),
         ("detaches undemanded", "gradient of poses", "fused_dynamic", _given(detach=True)),
         ("detaches the first iteration", "gradient of poses", "rearrange", _first_constant),
         ("gradient of an exponential for the softmax's", "gradient of poses", "reduce", _of_exponential),
         ("no gradient of poses by couplings", "gradient of poses", "_coupled_sum_backward", _constant_for("poses")),
         ("no gradient of weight by couplings", "gradient of weight", "_coupled_sum_backward", _constant_for("weight")),
         ("no gradient of the agreement", "gradient of poses", "_coupled_sum_backward", _constant_for("agreed")),
-        ("gradient of the last chunk's agreement alone", "gradient of poses", "_over_chunks", _agreed_of_last_chunk),
-        ("gradient of the first iteration alone", "gradient of poses", "_backward", _first_gradient_alone),
+        (
+            "gradient of the last chunk's agreement alone",
+            "gradient of poses",
+            "_over_chunks",
+            _by(_agreed_of_last_chunk),
+        ),
+        ("gradient of the first iteration alone", "gradient of poses", "_backward", _by(_first_gradient_alone)),
         ("gradients go to the first chunk", "gradient of poses", "jax.lax.dynamic_update_slice_in_dim", _to_the_first),
     ],
     "dynamic,leaky=true": [
@@ -568,8 +510,8 @@ FUSED_ROUTINGS: Table = {
     EVERY_TERM["dynamic"]: [
         ("bias after squash", "couplings", "fused_dynamic", _bias_after(f"{FUSED}.squash")),
         ("no prior in the first iteration", "couplings", "_sum_over_inputs", _MadeOf(_uniform_at_first)),
-        ("no prior in later iterations", "couplings", "_couplings", _without_prior),
-        ("no gradient of the prior", "gradient of prior_logits", "_coupled_sum_backward", _no_gradient_of_prior),
+        ("no prior in later iterations", "couplings", "_couplings", _by(_without_prior)),
+        ("no gradient of the prior", "gradient of prior_logits", "_coupled_sum_backward", _by(_no_gradient_of_prior)),
     ],
 }
 
