@@ -158,8 +158,8 @@ def worst(name: str, sides: dict[str, tuple[Any, np.ndarray]], tolerance: float)
 
 def _results(verification: Verification, mistake: AbstractContextManager[Any]) -> Generator[Result, None, None]:
     subject, settings = verification.subject, verification.settings
-    plan = verification.plan = plan_of(subject, settings)
     pair = new_pair(subject, settings)
+    plan = verification.plan = plan_of(subject, settings)
     yield from _weights(subject, settings)
     verification.heats = heat(pair)
     with mistake:

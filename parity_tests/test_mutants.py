@@ -14,10 +14,9 @@ from parity_tests.pairs import make_pair
 # One of each kind.
 ORDINARY = [
     "squash along the capsules",
-    "no gradient through the agreement",
+    "one iteration fewer",
     "targets of two labels that sum to 1",
-    "Adam with another second moment",
-    "kernel mirrored by XLA",
+    "Adam with decayed weights",
     "dynamic: detaches nothing",
     "dynamic: softmax over inputs",
     "em: variance about zero",

@@ -39,7 +39,7 @@ def run(tmp_path_factory):
     return folder, to_torch(model)
 
 
-QUICKLY = ["--batch-size", 3, "--steps", 0]
+QUICKLY = ["--batch-size", 3, "--steps", 0, "--dtype", "float32"]
 DAMAGED_FILES = {name: case for name, case in DAMAGED_STATES.items() if name not in ("transposed", "bfloat16")}
 
 
@@ -95,7 +95,7 @@ def test_a_truncated_file_and_a_pickle_are_refused(run, tmp_path, verify_command
 def test_damage_that_shapes_do_not_show_is_reported_by_name(damage, first, cause, run, tmp_path, verify_command):
     folder, state = run
     torch.save({name: torch.from_numpy(array) for name, array in damage(state).items()}, tmp_path / "damaged.pt")
-    arguments = [folder, "--torch-weights", tmp_path / "damaged.pt", *QUICKLY, "--dtype", "float32"]
+    arguments = [folder, "--torch-weights", tmp_path / "damaged.pt", *QUICKLY]
     status, printed, _ = verify_command(*arguments, "--json", tmp_path / "verified.json")
     assert status == 1
     assert f"differ, first in {first} (" in printed.splitlines()[-1]
