@@ -35,13 +35,26 @@ from capsnet_jax.routing.properties import (
 # The couplings of random routing depend on the index of a capsule.
 BROKEN_PROMISES = {"random": {"order of inputs", "order of outputs"}}
 
+CASES = st.tuples(st.integers(0, 2**32 - 1), st.floats(0.1, 3), st.floats(-1, 1))  # seed, scale, offset
 subject_of = functools.cache(lambda name: Subject(get_routing(name)))  # compiled once, not for each example
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
-@settings(derandomize=True, deadline=None, max_examples=15, database=None, phases=[Phase.generate])  # no shrinking
-@given(seed=st.integers(0, 2**32 - 1), scale=st.floats(0.1, 3), offset=st.floats(-1, 1))
-def test_every_routing_has_the_properties(name, seed, scale, offset):
+@settings(derandomize=True, deadline=None, max_examples=4, database=None, phases=[Phase.generate])  # no shrinking
+@given(case=CASES)
+def test_every_routing_has_the_properties(name, case):
+    check_properties(name, *case)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ROUTINGS)
+@settings(derandomize=True, deadline=None, max_examples=30, database=None, phases=[Phase.generate])
+@given(case=CASES)
+def test_every_routing_has_the_properties_in_many_cases(name, case):
+    check_properties(name, *case)
+
+
+def check_properties(name, seed, scale, offset):
     subject = subject_of(name)
     case = draw_case(subject.routing, seed, scale=scale, offset=offset)
     findings = {}
