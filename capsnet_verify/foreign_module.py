@@ -122,7 +122,7 @@ class ForeignModule:
     def state(self) -> StateDict:
         """Copy the weights of the module, under our names and with our axes."""
         return {
-            part.name: np.array(part.to_ours(self.entries[part.source].numpy(force=True), self.weights[part.name]))
+            part.name: np.array(part.to_twin(self.entries[part.source].numpy(force=True), self.weights[part.name]))
             for part in self.map.weights
         }
 
@@ -178,13 +178,13 @@ class ForeignModule:
                 raise UsageError(f"The torch model, called with {shown}, raises {in_words(error)}.") from error
         values = {}
         for part in self.map.outputs:
-            values[part.name] = part.to_ours(pick(part, returned), self.values[part.name])
+            values[part.name] = part.to_twin(pick(part, returned), self.values[part.name])
         for part in self.map.values:
             calls = seen[part.source]
             if len(calls) != 1 or not isinstance(calls[0], Tensor):
                 got = f"returns {type(calls[0]).__name__}" if len(calls) == 1 else f"ran {len(calls)} times in one call"
                 raise UsageError(f"{part.where} {got}; expected a submodule that runs once and returns a tensor.")
-            value = part.to_ours(calls[0], self.values[part.name])
+            value = part.to_twin(calls[0], self.values[part.name])
             values[part.name] = torch.relu(value) if part.relu else value
         return values
 

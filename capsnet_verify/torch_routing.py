@@ -87,9 +87,9 @@ def torch_check(function: Callable[..., Any]) -> Check:
         (outputs * torch.cos(torch.arange(outputs.shape[1], dtype=votes.dtype))).sum().backward()
         pairs = {name: (getattr(routed, name), getattr(expected, name).detach()) for name in Routed._fields}
         pairs["gradients of votes"] = (gradient, votes.grad)
-        for name, (ours, theirs) in pairs.items():
-            if ours.shape != tuple(theirs.shape):
-                raise Finding(f"Compared with torch: {name} are {ours.shape}; by torch, {tuple(theirs.shape)}.")
-            compare("Compared with torch", name, ours, theirs, TOLERANCE)
+        for name, (actual, wanted) in pairs.items():
+            if actual.shape != tuple(wanted.shape):
+                raise Finding(f"Compared with torch: {name} are {actual.shape}; by torch, {tuple(wanted.shape)}.")
+            compare("Compared with torch", name, actual, wanted, TOLERANCE)
 
     return agrees_with_torch

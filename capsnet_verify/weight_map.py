@@ -46,7 +46,7 @@ class Part:
     relu: bool = False
     where: str = ""
 
-    def to_ours(self, array: Any, shape: Shape) -> Any:
+    def to_twin(self, array: Any, shape: Shape) -> Any:
         """Rearrange an array or tensor of the module to the axes of `capsnet_torch`, where it has this shape.
 
         Raises:
@@ -55,7 +55,7 @@ class Part:
         return self._rearrange(array, self.axes, shape)
 
     def to_source(self, array: Any, shape: Shape) -> Any:
-        """Invert `to_ours`; `shape` is that of the weight in the module."""
+        """Invert `to_twin`; `shape` is that of the weight in the module."""
         return self._rearrange(array, " -> ".join(reversed(self.axes.split("->"))) if self.axes else "", shape)
 
     def _rearrange(self, array: Any, pattern: str, shape: Shape) -> Any:
@@ -142,19 +142,19 @@ def patterns(shape: Shape, name: str, target: Shape, *, groups: int = 0) -> list
         letters, target = "pgdoh", (target[0] // groups, groups, *target[1:])
     axes = ["1" if size == 1 else letter for letter, size in zip(letters, target, strict=False)]
     sizes = {axis: size for axis, size in zip(axes, target, strict=True) if axis != "1"}
-    ours = " ".join(axes).replace("p g", "(p g)")
+    target_axes = " ".join(axes).replace("p g", "(p g)")
     found = []
     for order in itertools.permutations(sizes) if math.prod(shape) == math.prod(sizes.values()) else ():
-        left, theirs = list(order), []
+        left, source_axes = list(order), []
         for size in shape:
             axes = []
             while left and math.prod(sizes[axis] for axis in axes) < size:
                 axes.append(left.pop(0))
             if math.prod(sizes[axis] for axis in axes) != size:
                 break
-            theirs.append(f"({' '.join(axes)})" if len(axes) > 1 else axes[0] if axes else "1")
+            source_axes.append(f"({' '.join(axes)})" if len(axes) > 1 else axes[0] if axes else "1")
         else:
-            found.append("" if theirs == ours.split() else f"{' '.join(theirs)} -> {ours}")
+            found.append("" if source_axes == target_axes.split() else f"{' '.join(source_axes)} -> {target_axes}")
     return found
 
 

@@ -95,7 +95,7 @@ def test_a_file_that_does_not_exist_or_is_not_text_is_refused(tmp_path):
 def test_axes_are_split_and_reordered_there_and_back():
     part = Part("W", "votes", "1 (g p) h d -> (p g) d h", {"g": 3})
     theirs = np.random.default_rng(0).normal(size=(1, 6, 5, 4))
-    ours = part.to_ours(theirs, (6, 4, 5))
+    ours = part.to_twin(theirs, (6, 4, 5))
     for group in range(3):
         for position in range(2):
             for d in range(4):
@@ -107,7 +107,7 @@ def test_axes_are_split_and_reordered_there_and_back():
 def test_sizes_are_inferred_from_our_shape():
     part = Part("fc.weight", "decoder.0.weight", "f (o h) -> o h f")
     theirs = torch.randn(7, 30, generator=torch.Generator().manual_seed(0))
-    ours = part.to_ours(theirs, (5, 6, 7))
+    ours = part.to_twin(theirs, (5, 6, 7))
     assert torch.equal(ours, theirs.T.view(5, 6, 7))
     assert torch.equal(part.to_source(ours, (7, 30)), theirs)
 
@@ -127,7 +127,7 @@ def test_sizes_are_inferred_from_our_shape():
 )
 def test_a_pattern_that_does_not_fit_is_refused(axes, sizes, message):
     with pytest.raises(UsageError, match=re.escape(message)):
-        Part("W", "votes", axes, sizes, where="W").to_ours(np.zeros((4, 6)), (6, 4))
+        Part("W", "votes", axes, sizes, where="W").to_twin(np.zeros((4, 6)), (6, 4))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_every_pattern_between_two_shapes_is_listed(shape, name, target, groups,
     assert found == expected
     array = np.arange(np.prod(shape)).reshape(shape)
     sizes = {"g": groups} if groups else {}
-    arranged = [Part("w", name, axes, sizes).to_ours(array, target) for axes in found]
+    arranged = [Part("w", name, axes, sizes).to_twin(array, target) for axes in found]
     assert len({each.tobytes() for each in arranged}) == len(found)
 
 
