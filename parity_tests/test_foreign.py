@@ -1,8 +1,11 @@
 """Compare other people's capsule networks with ours, by right and wrong maps, and with mistakes in the networks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from capsnet_jax.errors import UsageError
 from parity_tests.foreign_models import (
@@ -13,6 +16,7 @@ from parity_tests.foreign_models import (
     LENGTHS_AND_IMAGES,
     NORM,
     NORMALIZED,
+    SUBJECT,
     VOTES,
     Everything,
     Lengths,
@@ -54,6 +58,20 @@ def test_a_right_model_agrees_with_the_right_map(verify_foreign, build, text, na
     assert all(found.hot for found in verification.heats)
     assert max(check.error for check in verification.checks) < 1e-13
     assert notes is None or verification.notes == notes
+
+
+class ByIndices(LengthsAndImages):
+    def forward(self, x, y):
+        return super().forward(x, F.one_hot(y, 5).to(x.dtype))
+
+
+def test_labels_may_be_indices_and_the_loss_may_be_spread_and_summed(verify_foreign):
+    run = SUBJECT.run
+    training = replace(run.config.training, loss="spread", reconstruction_error="sum")
+    subject = SUBJECT._replace(run=run._replace(config=replace(run.config, training=training)))
+    verification = verify_foreign(ByIndices, LENGTHS_AND_IMAGES.replace("one-hot", "indices"), subject)
+    assert verification.status == 0
+    assert names_of(verification) == ["stem 0", "poses 0", "activations", *OF_IMAGES]
 
 
 @pytest.mark.parametrize(
