@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Orbax logs errors with a stack trace before raising them; they are reported below in one sentence.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         return 0 if command is None else command.run() or 0
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         return _fail(2, error)
     except NonFiniteLossError as error:
         return _fail(1, error, *_notes(error))
@@ -64,8 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print("capsnet: interrupted; folders keep what was saved before.", *_notes(error), file=sys.stderr)
         return 130
-    except OSError as error:
-        return _fail(2, error)
     except RuntimeError as error:
         from jax.errors import JaxRuntimeError
 
