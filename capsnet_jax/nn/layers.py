@@ -308,7 +308,8 @@ class CapsuleLayer(nnx.Module):
 
     def route(self, capsules: Capsules) -> Routed:
         """Compute the output capsules and the couplings of all votes; `nnx.capture` also collects both."""
-        if self.choice(capsules.poses.shape[0]).name == "fused":
+        # Not `self.choice`: `nnx.tabulate` traces the method calls of modules, which must return arrays.
+        if choose_routing(self.routing, self.implementation, capsules.poses.shape[0]).name == "fused":
             options = dict(self.routing.options) | self._routing_weights()
             routed = FUSED[self.routing.function](capsules.poses, self.weight[...], **options)
         else:
