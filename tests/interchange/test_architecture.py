@@ -73,6 +73,14 @@ def test_an_ambiguous_activation_is_taken_from_the_config():
         assert infer_architecture(state, run.config.model) == run.config.model
 
 
+def test_depthwise_capsules_are_inferred_unless_there_is_one_channel():
+    other = dataclasses.replace(PLAIN, primary_depthwise=True)
+    assert infer_architecture(random_state(new_run(PLAIN)), other) == PLAIN
+    one = dataclasses.replace(other, stem_channels=1, primary_groups=1, primary_dim=1)
+    for model in (one, dataclasses.replace(one, primary_depthwise=False)):
+        assert infer_architecture(random_state(new_run(one)), model) == model
+
+
 def change(state, **changes):
     """Replace entries by zeros of other shapes."""
     names = {"classes": "encoder.primary2digit_capsules.input_caps2U.weight", "pixels": "decoder.4.weight"}
