@@ -1,7 +1,5 @@
 """Batch normalisation uses the batch in training mode, and running averages in evaluation mode."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,18 +7,31 @@ from flax import nnx
 
 from capsnet_jax import CapsNet
 from capsnet_jax.config import TrainingConfig
+from capsnet_jax.data import Dataset
 from capsnet_jax.interchange.weights import from_torch, to_torch
-from capsnet_jax.train.evaluation import evaluate
+from capsnet_jax.train.evaluation import Evaluation, evaluate
 from capsnet_jax.train.loop import fit
-from tests.conftest import IMAGE_SHAPE, SMALL
+from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset
 
-CONFIG = TrainingConfig(epochs=2, batch_size=8, learning_rate=0.01)
+CONFIG = TrainingConfig(epochs=10, batch_size=8, learning_rate=0.01)
 RUNNING = ["encoder.image2primary_capsules.2.running_mean", "encoder.image2primary_capsules.2.running_var"]
 
 
 @pytest.fixture
 def model() -> CapsNet:
     return CapsNet(IMAGE_SHAPE, 10, **SMALL, batch_norm=True, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[CapsNet, Dataset, Evaluation]:
+    """A trained model, its data set, and the result on test images at the end of training."""
+    model = CapsNet(IMAGE_SHAPE, 10, **SMALL, batch_norm=True, rngs=nnx.Rngs(0))
+    dataset = make_small_dataset()
+    *_, last = fit(model, dataset, CONFIG)
+    return model, dataset, last.seeds[0].test
+
+
+encode = nnx.jit(lambda model, images: model.encode(images))
 
 
 def images(count: int) -> jnp.ndarray:
@@ -50,34 +61,34 @@ def test_running_averages_have_momentum_099(model):
 
 
 def test_examples_are_independent_in_evaluation_mode(model):
-    together = model.encode(images(5)).poses[0]
-    alone = model.encode(images(5)[:1]).poses[0]
+    together = encode(model, images(5)).poses[0]
+    alone = encode(model, images(5)[:1]).poses[0]
     np.testing.assert_allclose(alone, together, rtol=1e-5, atol=1e-7)
 
 
-def test_running_averages_are_saved_with_the_weights(model, small_dataset):
+def test_running_averages_are_saved_with_the_weights(trained):
     """A copy of a trained model, made from its state_dict, evaluates to the same result as at the end of training."""
-    *_, last = fit(model, small_dataset, dataclasses.replace(CONFIG, epochs=3))
+    model, dataset, result = trained
     state = to_torch(model)
     for name in RUNNING:
         assert np.abs(state[name] - (1 if name.endswith("var") else 0)).max() > 1e-3
     other = CapsNet(IMAGE_SHAPE, 10, **SMALL, batch_norm=True, rngs=nnx.Rngs(1))
     counter = {"encoder.image2primary_capsules.2.num_batches_tracked": np.array(18)}  # PyTorch keeps one
     from_torch(other, state | counter)
-    again = evaluate(other, small_dataset.test_images, small_dataset.test_labels, reconstruct=False)
-    assert again == last.seeds[0].test
+    assert evaluate(other, dataset.test_images, dataset.test_labels, reconstruct=False) == result
 
 
-def test_evaluation_does_not_depend_on_the_batch_size(model, small_dataset):
+def test_evaluation_does_not_depend_on_the_batch_size(trained):
     """In training mode, batches of two would be classified differently."""
-    *_, _ = fit(model, small_dataset, dataclasses.replace(CONFIG, epochs=10))
-    shown, labels = small_dataset.test_images, small_dataset.test_labels
+    model, dataset, _ = trained
+    shown, labels = dataset.test_images, dataset.test_labels
     counted = [evaluate(model, shown, labels, batch_size=size) for size in (2, 23)]
 
     def right(start: int, stop: int) -> int:
-        predicted = model.encode(jnp.asarray(shown[start:stop]) / jnp.float32(255)).activations.argmax(axis=1)
+        predicted = encode(model, jnp.asarray(shown[start:stop]) / jnp.float32(255)).activations.argmax(axis=1)
         return int(np.sum(predicted == labels[start:stop]))
 
     assert [result.num_correct for result in counted] == [right(0, 23)] * 2
+    model = nnx.clone(model)
     model.train()
     assert sum(right(start, start + 2) for start in range(0, 23, 2)) != counted[0].num_correct

@@ -9,6 +9,7 @@ from flax import nnx
 from capsnet_jax import CapsNet, Capsules, Routed, UsageError
 from capsnet_jax.nn.conv_capsules import ConvCapsules, places_under_kernel, softmax_over_parents
 from capsnet_jax.nn.layers import CapsuleLayer
+from capsnet_jax.routing import ROUTINGS
 
 GRID, IN_GROUPS, IN_DIM, OUT_GROUPS, OUT_DIM, KERNEL, STRIDE = (5, 6), 2, 4, 3, 7, (3, 2), 2
 OUT_GRID = (2, 3)
@@ -57,7 +58,8 @@ def test_a_capsule_changes_only_the_positions_that_cover_it(routing):
     row, column = 1, 4
     index = (row * GRID[1] + column) * IN_GROUPS + 1
     after = Capsules(before.poses.at[:, index].multiply(-3), before.activations)
-    change = np.abs(layer(after).poses - layer(before).poses).max(axis=(0, 2)).reshape(2, 3, OUT_GROUPS)
+    route = nnx.jit(layer)
+    change = np.abs(route(after).poses - route(before).poses).max(axis=(0, 2)).reshape(2, 3, OUT_GROUPS)
     # Kernels of 2 x 2 in steps of 2 do not overlap: rows 0 and 1, columns 4 and 5 are the output at (0, 2).
     assert np.all(change[0, 2] > 1e-3)
     change[0, 2] = 0
@@ -101,7 +103,7 @@ def test_the_softmax_is_over_all_parents_of_an_input():
 
 def test_em_divides_a_capsule_among_all_positions_that_cover_it():
     layer = new_layer(routing="em,inverse_temperature=1", kernel_size=3, stride=1)
-    couplings = layer.route(capsules()).couplings
+    couplings = jax.jit(layer.route)(capsules()).couplings
     totals = np.zeros((BATCH, GRID[0] * GRID[1], IN_GROUPS))
     for position, places in enumerate(places_under_kernel(GRID, (3, 3), 1)):
         for tap, place in enumerate(places):
@@ -130,21 +132,20 @@ def test_a_kernel_as_large_as_the_grid_equals_a_dense_layer(routing):
     for name in dense.routing_weights:
         value = jnp.asarray(np.random.default_rng(3).normal(size=dense.routing_weights[name].shape), jnp.float32)
         dense.routing_weights[name][...] = conv.routing_weights[name][...] = value
-    ours, theirs = conv(capsules()), dense(capsules())
-    np.testing.assert_allclose(ours.poses, theirs.poses, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(ours.activations, theirs.activations, rtol=1e-4)
+    actual, expected = jax.jit(lambda capsules: (conv(capsules), dense(capsules)))(capsules())
+    np.testing.assert_allclose(actual.poses, expected.poses, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(actual.activations, expected.activations, rtol=1e-4)
 
 
 def test_any_routing_stacks_on_any_other():
-    """Abstract evaluation of all pairs, a dense layer above a convolutional one."""
-    from capsnet_jax.routing import ROUTINGS
-
-    below = {name: new_layer(routing=name) for name in ROUTINGS}
-    above = {name: CapsuleLayer(18, OUT_DIM, 4, 5, routing=name, rngs=nnx.Rngs(0)) for name in ROUTINGS}
-    for lower in below.values():
-        for upper in above.values():
-            poses, activations = jax.eval_shape(lambda x, lower=lower, upper=upper: upper(lower(x)), capsules())
-            assert (poses.shape, activations.shape) == ((BATCH, 4, 5), (BATCH, 4))
+    """Abstract evaluation: all return the same shapes and dtypes, and accept them."""
+    shapes = [(BATCH, 18, OUT_DIM), (BATCH, 18)]
+    between = Capsules(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    for name in ROUTINGS:
+        below, above = new_layer(routing=name), CapsuleLayer(18, OUT_DIM, 4, 5, routing=name, rngs=nnx.Rngs(0))
+        assert jax.eval_shape(below.__call__, capsules()) == between
+        poses, activations = jax.eval_shape(above.__call__, between)
+        assert (poses.shape, activations.shape) == ((BATCH, 4, 5), (BATCH, 4))
 
 
 def test_wrong_sizes_are_errors():

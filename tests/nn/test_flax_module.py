@@ -31,17 +31,29 @@ def images(request) -> jax.Array:
     return images_of(request.param)
 
 
+forward = nnx.jit(lambda model, images: model(images))
+
+
 def test_a_call_returns_what_encode_and_decode_return(model, images):
-    poses, activations, reconstructions = model(images)
-    capsules = model.encode(images)
-    np.testing.assert_array_equal(poses, capsules.poses)
-    np.testing.assert_array_equal(activations, capsules.activations)
-    predicted = np.asarray(activations).argmax(axis=1)
-    np.testing.assert_array_equal(reconstructions, model.decode(poses, predicted))
-    labels = (predicted + 1) % 10
-    np.testing.assert_array_equal(model(images, labels).reconstructions, model.decode(poses, labels))
-    assert np.abs(model(images, labels).reconstructions - reconstructions).max() > 1e-4
-    assert CapsNet(IMAGE_SHAPE, 10, **CONVOLUTIONAL, rngs=nnx.Rngs(0))(images).reconstructions is None
+    @jax.jit
+    def both_ways(images, labels):
+        capsules = model.encode(images)
+        predicted = capsules.activations.argmax(axis=1)
+        decoded = [model.decode(capsules.poses, classes) for classes in (predicted, labels)]
+        return (model(images), model(images, labels)), (capsules, decoded)
+
+    labels = jnp.full(len(images), 3)
+    (by_default, of_labels), (capsules, (of_predicted, decoded)) = both_ways(images, labels)
+    np.testing.assert_array_equal(by_default.poses, capsules.poses)
+    np.testing.assert_array_equal(by_default.activations, capsules.activations)
+    np.testing.assert_array_equal(by_default.reconstructions, of_predicted)
+    np.testing.assert_array_equal(of_labels.reconstructions, decoded)
+    assert np.abs(of_predicted - decoded).max() > 1e-4
+
+
+def test_a_model_without_decoder_returns_no_reconstructions():
+    model = CapsNet(IMAGE_SHAPE, 10, **CONVOLUTIONAL, rngs=nnx.Rngs(0))
+    assert jax.eval_shape(model.__call__, images_of(2)).reconstructions is None
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -75,7 +87,7 @@ def test_tabulate_shows_every_layer(model):
 def test_split_and_merge_give_the_same_model(model, images):
     graphdef, state = nnx.split(model)
     assert hash(graphdef) == hash(nnx.split(nnx.clone(model))[0])
-    np.testing.assert_array_equal(nnx.merge(graphdef, state)(images).poses, model(images).poses)
+    np.testing.assert_array_equal(forward(nnx.merge(graphdef, state), images).poses, forward(model, images).poses)
 
 
 def test_an_optimizer_of_flax_trains_it(images):
@@ -96,38 +108,51 @@ def test_an_optimizer_of_flax_trains_it(images):
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_derivatives_in_forward_mode(model, images, compiled):
+@pytest.mark.parametrize(
+    ("batch_size", "compiled", "second"),
+    [
+        (BATCHES["votes"], True, True),
+        (BATCHES["fused"], True, False),
+        pytest.param(BATCHES["fused"], True, True, marks=pytest.mark.exhaustive),
+        pytest.param(BATCHES["votes"], False, False, marks=pytest.mark.exhaustive),
+        pytest.param(BATCHES["fused"], False, False, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_derivatives_in_forward_mode(batch_size, compiled, second):
     """Compared with central differences of the function and of its gradient, and with reverse mode."""
     with jax.enable_x64(True):
         exact = CapsNet(IMAGE_SHAPE, 10, **SMALL, param_dtype="float64", rngs=nnx.Rngs(0))
-        images = images.astype("float64")
+        images = images_of(batch_size).astype("float64")
         direction = jnp.asarray(np.random.default_rng(9).normal(size=images.shape))
 
         def along(t):
             output = exact(images + t * direction)
             return output.activations.sum() + output.poses[..., 0].sum()
 
-        along = jax.jit(along) if compiled else along
+        def derivatives(t):
+            value, pushed = jax.jvp(along, (t,), (1.0,))
+            curvature = jax.hessian(along)(t) if second else 0.0
+            return value, pushed, jax.grad(along)(t), jax.linearize(along, t)[1](1.0), curvature
+
         step = 1e-5
-        slope = (along(step) - along(-step)) / (2 * step)
-        pushed = jax.jvp(along, (0.0,), (1.0,))[1]
-        np.testing.assert_allclose(pushed, slope, rtol=1e-6)
-        np.testing.assert_allclose(pushed, jax.grad(along)(0.0), rtol=1e-10)
-        np.testing.assert_allclose(jax.linearize(along, 0.0)[1](1.0), pushed, rtol=1e-10)
-        if compiled:
-            slope = jax.grad(along)
-            curvature = (slope(step) - slope(-step)) / (2 * step)
-            np.testing.assert_allclose(jax.hessian(along)(0.0), curvature, rtol=1e-5)
+        evaluate = jax.jit(derivatives) if compiled else derivatives
+        below, here, above = (evaluate(t) for t in (-step, 0.0, step))
+        _, pushed, slope, linear, curvature = here
+        np.testing.assert_allclose(pushed, (above[0] - below[0]) / (2 * step), rtol=1e-6)
+        np.testing.assert_allclose(pushed, slope, rtol=1e-10)
+        np.testing.assert_allclose(linear, pushed, rtol=1e-10)
+        if second:
+            np.testing.assert_allclose(curvature, (above[2] - below[2]) / (2 * step), rtol=1e-5)
 
 
 def test_vmap_over_images_and_over_models(model, images):
-    each = jax.vmap(lambda image: model(image[None]).activations[0])(images)
-    np.testing.assert_allclose(each, model(images).activations, rtol=2e-4, atol=1e-6)
+    each = jax.jit(jax.vmap(lambda image: model(image[None]).activations[0]))(images)
+    expected = forward(model, images).activations
+    np.testing.assert_allclose(each, expected, rtol=2e-4, atol=1e-6)
     graphdef, state = nnx.split(model)
     two = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf]), state)
-    outputs = jax.vmap(lambda state: nnx.merge(graphdef, state)(images).activations)(two)
-    np.testing.assert_allclose(outputs[0], model(images).activations, rtol=2e-4, atol=1e-6)
+    outputs = jax.jit(jax.vmap(lambda state: nnx.merge(graphdef, state)(images).activations))(two)
+    np.testing.assert_allclose(outputs[0], expected, rtol=2e-4, atol=1e-6)
     assert np.abs(outputs[1] - outputs[0]).max() > 0.01
 
 
