@@ -29,12 +29,6 @@ from parity_tests.pairs import make_pair
 
 TWO_LAYERS = {"hidden_capsules": ((8, 7),), "primary_scale": 5.0, "routing": EVERY_TERM["dynamic"]}
 ORDINARY = {
-    "squashed, all biases, as official": {
-        "primary_scale": 2.0,
-        "primary_squash": "squash",
-        "decoder_bias": True,
-        "routing": "dynamic,capsule_bias=0.1",
-    },
     "normalized and depthwise, as efficient": {
         "stem_below": ((5, 3), (6, 2)),
         "stem_channels": 12,
@@ -57,10 +51,17 @@ ORDINARY = {
         "shared_class_transform": True,
         "routing": "em,annealing=0,min_variance=0.1",
     },
-    "two capsule layers, fused": TWO_LAYERS | {"routing_implementation": "fused"},
+    "two capsule layers, squashed, all biases, fused": TWO_LAYERS
+    | {"primary_squash": "squash", "decoder_bias": True, "routing_implementation": "fused"},
 }
 EXHAUSTIVE = {
     "default": {},
+    "squashed, all biases, as official": {
+        "primary_scale": 2.0,
+        "primary_squash": "squash",
+        "decoder_bias": True,
+        "routing": "dynamic,capsule_bias=0.1",
+    },
     "fused": {"routing_implementation": "fused"},
     "one iteration": {"num_iterations": 1},
     "five iterations": {"num_iterations": 5},
