@@ -49,7 +49,7 @@ class ModelConfig:
     """Sizes and options of the network. The defaults are the reference model.
 
     Raises:
-        UsageError: A size is less than 1, or a value is not one of the choices.
+        UsageError: a size is less than 1, or a value is not one of the choices.
 
     Examples:
         >>> from capsnet_jax import ModelConfig
@@ -137,7 +137,7 @@ class ModelConfig:
             fields: any fields, by name.
 
         Raises:
-            UsageError: There is no such field, or a value is wrong.
+            UsageError: there is no such field, or a value is wrong.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         given = dict(zip(("image_shape", "num_classes"), sizes, strict=False))
@@ -167,7 +167,7 @@ class ModelConfig:
         """Number of positions of the primary capsules, along height and width.
 
         Raises:
-            UsageError: The images are too small for the convolutions.
+            UsageError: the images are too small for the convolutions.
         """
         below = [(kernel, stride) for _, kernel, stride in self.stem_convolutions]
         below.append((self.primary_kernel, self.primary_stride))
@@ -221,7 +221,7 @@ class TrainingConfig:
     """Optimization: epochs, batches, loss and Adam.
 
     Raises:
-        UsageError: A value is out of its range, or not one of the choices.
+        UsageError: a value is out of its range, or not one of the choices.
 
     Examples:
         >>> from capsnet_jax import TrainingConfig
@@ -312,7 +312,7 @@ class Config:
         """Create a config from the result of `to_json`.
 
         Raises:
-            UsageError: A section or field is missing or unknown.
+            UsageError: a section or field is missing or unknown.
         """
         try:
             model, data = dict(fields["model"]), dict(fields["data"])

@@ -24,9 +24,9 @@ class NonFiniteLossError(ArithmeticError):
 
     Args:
         what: "loss" or "gradient".
-        seed: Seed of the run.
-        step: Number of the first such training step, from 1.
-        value: The loss or the gradient norm.
+        seed: seed of the run.
+        step: number of the first such training step, from 1.
+        value: the loss or the gradient norm.
     """
 
     def __init__(self, what: str, seed: int, step: int, value: float):
@@ -38,8 +38,8 @@ class StoppedBySignalError(Exception):
     """Training was stopped by a signal, after it saved a checkpoint.
 
     Args:
-        number: The signal.
-        step: Number of training steps done.
+        number: the signal.
+        step: number of training steps done.
     """
 
     def __init__(self, number: signal.Signals, step: int):

@@ -127,7 +127,7 @@ def get_preset(name: str) -> Config:
     """Return the config of a name in `PRESETS`.
 
     Raises:
-        UsageError: There is no such preset.
+        UsageError: there is no such preset.
     """
     if name not in PRESETS:
         raise UsageError(f"Unknown preset {name!r}; expected {', '.join(PRESETS)}.")

@@ -8,7 +8,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Format rows of cells as a Markdown table with aligned columns, which also reads well as plain text.
 
     Args:
-        rows: The headings, then the rows, all of the same length. The first column is aligned to the left, all others
+        rows: the headings, then the rows, all of the same length. The first column is aligned to the left, all others
             to the right.
     """
     widths = [max(2, *map(len, column)) for column in zip(*rows, strict=True)]  # a rule is at least -:

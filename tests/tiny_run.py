@@ -19,9 +19,9 @@ class TinyRun(NamedTuple):
     """A run of two epochs of six steps on the small data set.
 
     Attributes:
-        folder: The run folder; tests that change it make a copy.
-        data_dir: Folder of the idx files.
-        lines: What `capsnet train` printed.
+        folder: the run folder; tests that change it make a copy.
+        data_dir: folder of the idx files.
+        lines: what `capsnet train` printed.
     """
 
     folder: Path

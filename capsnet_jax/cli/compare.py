@@ -140,7 +140,7 @@ def expand(routings: Iterable[str]) -> list[str]:
     """Return the names of the routings, each once; "all" stands for every built-in one.
 
     Raises:
-        UsageError: There are none.
+        UsageError: there are none.
     """
     names = [name for routing in routings for name in (ROUTINGS if routing == "all" else (routing,))]
     if not names:

@@ -79,7 +79,7 @@ def write_onnx(run: Run, model: CapsNet, path: Path) -> None:
     """Write the PyTorch twin, with the weights of the model, as an ONNX file.
 
     Raises:
-        UsageError: A package is not installed, the routing has no PyTorch twin, or ONNX cannot express it.
+        UsageError: a package is not installed, the routing has no PyTorch twin, or ONNX cannot express it.
     """
     for package in ("torch", "onnxscript"):
         import_for_onnx(package)
@@ -107,9 +107,9 @@ def error_of_file(path: Path, format: str, model: CapsNet) -> float:
     """Compute the `largest_error` of an exported file on seeded random images.
 
     Args:
-        path: The exported file.
+        path: the exported file.
         format: "stablehlo" or "onnx".
-        model: The model that was exported.
+        model: the model that was exported.
 
     Raises:
         UsageError: onnxruntime is needed and not installed.
@@ -161,7 +161,7 @@ def import_for_onnx(package: str) -> Any:
     """Import a package that exporting to ONNX needs.
 
     Raises:
-        UsageError: It is not installed.
+        UsageError: it is not installed.
     """
     try:
         return importlib.import_module(package)

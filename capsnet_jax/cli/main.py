@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: The name of the command and its options; by default those of the process.
+        argv: the name of the command and its options; by default those of the process.
 
     Returns:
         The exit status: 0 for success; 1 if the loss is not finite, memory is exhausted or a check failed; 2 if an
@@ -80,7 +80,7 @@ def parse(argv: Sequence[str]) -> Any | None:
         An instance of the class of the command, to be run by its method `run`; None if help was printed instead.
 
     Raises:
-        UsageError: There is no such command, or an option is unknown or has a wrong value.
+        UsageError: there is no such command, or an option is unknown or has a wrong value.
     """
     name, *options = argv
     if name not in COMMANDS:
@@ -120,8 +120,8 @@ def in_a_sentence(box: str, help_command: str) -> str:
     """Turn the box that tyro draws around an error into one sentence.
 
     Args:
-        box: What tyro printed: the error, and below horizontal rules some help.
-        help_command: The command that lists all options.
+        box: what tyro printed: the error, and below horizontal rules some help.
+        help_command: the command that lists all options.
     """
     rows = [row.strip("│| ") for row in re.sub(r"\x1b\[[\d;]*m", "", box).strip().splitlines()[1:-1]]
     message, *others = "\n".join("" if set(row) <= set("─-") else row for row in rows).split("\n\n")

@@ -48,7 +48,7 @@ def read_image(path: Path, run: Run) -> UInt8[np.ndarray, "height width channels
     """Read an image file, in the size and with the channels that the model of a run expects.
 
     Raises:
-        UsageError: The file cannot be read or has another size, or the model is not of grey or RGB images.
+        UsageError: the file cannot be read or has another size, or the model is not of grey or RGB images.
     """
     height, width, channels = run.image_shape
     if channels not in (1, 3):

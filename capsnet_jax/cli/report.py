@@ -52,10 +52,10 @@ class History:
     """Options and metrics of a run.
 
     Attributes:
-        folder: Folder of the run.
-        options: Options by name.
-        chunks: Metrics of each chunk of steps, in order.
-        epochs: Metrics of each epoch, in order.
+        folder: folder of the run.
+        options: options by name.
+        chunks: metrics of each chunk of steps, in order.
+        epochs: metrics of each epoch, in order.
     """
 
     folder: Path
@@ -68,7 +68,7 @@ class History:
         """Read the history of a run from its folder.
 
         Raises:
-            UsageError: The folder has no config or no metrics yet, or they cannot be read.
+            UsageError: the folder has no config or no metrics yet, or they cannot be read.
         """
         config, path = folder / CONFIG, folder / METRICS
         try:
@@ -129,7 +129,7 @@ def runs_of(folder: Path) -> list[Path]:
     """Return the folders of all seeds in a folder, or the folder itself if it is that of a run.
 
     Raises:
-        UsageError: It is neither.
+        UsageError: it is neither.
     """
     seeds = [path.parent for path in folder.glob(f"seed-*/{CONFIG}") if path.parent.name[5:].isdecimal()]
     if seeds:

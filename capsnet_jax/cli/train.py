@@ -76,7 +76,7 @@ class Train(TrainingOptions):
         """Return the defaults of all options: those of the preset or, with --resume, of the run that is resumed.
 
         Raises:
-            UsageError: There is no such preset, or the run cannot be read.
+            UsageError: there is no such preset, or the run cannot be read.
         """
         config, resumed = read_defaults(argv)
         saved = None if resumed is None else saved_options(resumed)
@@ -141,7 +141,7 @@ def prepare(run: Run, dataset: Dataset, num_seeds: int) -> tuple[Trainer, SeedFo
     """Create the trainer of a run and the folders of its seeds. Nothing is compiled or written yet.
 
     Raises:
-        UsageError: The model cannot be built, or config and data set do not fit each other.
+        UsageError: the model cannot be built, or config and data set do not fit each other.
     """
     first, data = run.config.training.seed, run.config.data
     seeds = range(first, first + num_seeds)

@@ -57,7 +57,7 @@ def read_defaults(argv: Sequence[str]) -> tuple[Config, Path | None]:
         whose options take its place, or None.
 
     Raises:
-        UsageError: There is no such preset.
+        UsageError: there is no such preset.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset")

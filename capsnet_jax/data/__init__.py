@@ -21,7 +21,7 @@ def configured_dataset(data: DataConfig) -> Dataset:
     """Load the data set of a configuration, with its limit and its validation split, but not cropped.
 
     Raises:
-        UsageError: The data set cannot be read, or is too small for limit or validation split.
+        UsageError: the data set cannot be read, or is too small for limit or validation split.
     """
     dataset = load_dataset(data.dataset, data.data_dir, image_size=data.image_size)
     return dataset.limited(data.train_limit).with_validation(data.validation)
@@ -31,7 +31,7 @@ def load_dataset(name: str, data_dir: Path | None = None, *, image_size: tuple[i
     """Load a data set by name or path.
 
     Args:
-        name: One of
+        name: one of
 
             - `digits`: 1,797 handwritten digits of 8 x 8 from scikit-learn; every fifth of each class is for testing;
             - `mnist`, `fashion_mnist`, `kmnist`: from idx files in `data_dir`;
@@ -40,14 +40,14 @@ def load_dataset(name: str, data_dir: Path | None = None, *, image_size: tuple[i
             - the name of any image data set in tensorflow-datasets.
 
             An existing path takes precedence over a name of tensorflow-datasets, but not over the other names.
-        data_dir: Folder of idx files, or of prepared tensorflow-datasets.
-        image_size: Height and width to resize the images of a folder to; None keeps their size.
+        data_dir: folder of idx files, or of prepared tensorflow-datasets.
+        image_size: height and width to resize the images of a folder to; None keeps their size.
 
     Returns:
         Training and test images with their labels and class names.
 
     Raises:
-        UsageError: The name is unknown, its package is not installed, a file is missing or wrong, or `image_size` is
+        UsageError: the name is unknown, its package is not installed, a file is missing or wrong, or `image_size` is
             given for anything but a folder of images.
 
     Examples:
@@ -90,7 +90,7 @@ def with_absolute_paths(data: DataConfig) -> DataConfig:
     """Make the paths of a configuration absolute, so that it can be read from another working directory.
 
     Raises:
-        UsageError: The data set is a path that does not exist.
+        UsageError: the data set is a path that does not exist.
     """
     path = _existing_path(data.dataset)
     name = data.dataset if path is None else str(path.absolute())

@@ -33,7 +33,7 @@ class Augmentation:
     Each augmentation has its own random key, so what it draws does not depend on which others are used.
 
     Raises:
-        UsageError: A value is out of its range, or both kinds of shift are given.
+        UsageError: a value is out of its range, or both kinds of shift are given.
     """
 
     rotation: float = 0.0
@@ -73,7 +73,7 @@ class Augmentation:
         """Read augmentations from options such as `("shift=0.1", "flip")`, listed by `describe_augmentations`.
 
         Raises:
-            UsageError: A name is unknown or repeated, a value is missing, superfluous or out of its range, or both
+            UsageError: a name is unknown or repeated, a value is missing, superfluous or out of its range, or both
                 kinds of shift are given.
         """
         settings: dict[str, Any] = {}
@@ -95,14 +95,14 @@ class Augmentation:
         """Augment a batch of images.
 
         Args:
-            key: Random key of this batch.
-            images: Pixels in [0, 1]; zero is the background.
+            key: random key of this batch.
+            images: pixels in [0, 1]; zero is the background.
 
         Returns:
             Images in [0, 1], of the same size, or squares of the side `crop`.
 
         Raises:
-            UsageError: The images are smaller than the crop, or no larger than `shift_pixels`.
+            UsageError: the images are smaller than the crop, or no larger than `shift_pixels`.
         """
 
         def own_key(constant: int) -> PRNGKeyArray:
@@ -138,8 +138,8 @@ def rotate(images: Images, radians: Float[Array, " b"]) -> Images:
     """Rotate each image about its centre by its own angle, with bilinear interpolation.
 
     Args:
-        images: Images on a background of zeros, which also surrounds them.
-        radians: Angles, counter-clockwise as displayed; pi / 2 is `np.rot90` of a square image.
+        images: images on a background of zeros, which also surrounds them.
+        radians: angles, counter-clockwise as displayed; pi / 2 is `np.rot90` of a square image.
     """
     _, height, width, _ = images.shape
     middle_row, middle_column = (height - 1) / 2, (width - 1) / 2
@@ -158,13 +158,13 @@ def random_shift(key: PRNGKeyArray, images: Images, *, fraction: float, pixels: 
     """Shift each image by a random number of whole pixels along both axes, and fill with zeros.
 
     Args:
-        key: Random key of this batch.
-        images: Pixels of any range; zero is the background.
-        fraction: Offsets are uniform in +-`fraction` times the size, then rounded.
-        pixels: If not 0, used in place of `fraction`: every whole offset up to this one is equally likely.
+        key: random key of this batch.
+        images: pixels of any range; zero is the background.
+        fraction: offsets are uniform in +-`fraction` times the size, then rounded.
+        pixels: if not 0, used in place of `fraction`: every whole offset up to this one is equally likely.
 
     Raises:
-        UsageError: A shift by `pixels` could move an image out of sight.
+        UsageError: a shift by `pixels` could move an image out of sight.
     """
     count, height, width, _ = images.shape
     if pixels >= min(height, width):
@@ -187,7 +187,7 @@ def random_crop(key: PRNGKeyArray, images: Images, *, side: int) -> Float[Array,
     """Cut a square of `side` pixels out of each image, at a uniformly random position.
 
     Raises:
-        UsageError: The images are smaller than the square.
+        UsageError: the images are smaller than the square.
     """
     count, height, width, _ = images.shape
     if side > min(height, width):

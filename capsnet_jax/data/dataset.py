@@ -20,13 +20,13 @@ class Dataset(NamedTuple):
     images have the same shape, except that training images may be larger if crops are drawn from them.
 
     Attributes:
-        train_images: Training images.
-        train_labels: Their labels, `[train]` or `[train k]`.
-        test_images: Test images.
-        test_labels: Their labels.
-        class_names: Name of each class.
-        validation_images: Images held out of the training images; None without a validation split.
-        validation_labels: Their labels, or None.
+        train_images: training images.
+        train_labels: their labels, `[train]` or `[train k]`.
+        test_images: test images.
+        test_labels: their labels.
+        class_names: name of each class.
+        validation_images: images held out of the training images; None without a validation split.
+        validation_labels: their labels, or None.
 
     Examples:
         >>> import numpy as np
@@ -70,7 +70,7 @@ class Dataset(NamedTuple):
         """Keep only the first `train_limit` training images; None keeps all.
 
         Raises:
-            UsageError: There are fewer training images.
+            UsageError: there are fewer training images.
         """
         if train_limit is not None and train_limit > len(self.train_images):
             raise UsageError(f"train_limit is {train_limit}, with only {len(self.train_images)} training images.")
@@ -83,7 +83,7 @@ class Dataset(NamedTuple):
         stratified: each class gives the same fraction of its images, to within one.
 
         Raises:
-            UsageError: The fraction is not in [0, 1), or either split would be empty.
+            UsageError: the fraction is not in [0, 1), or either split would be empty.
         """
         if not 0 <= fraction < 1:
             raise UsageError(f"validation is {fraction}, and must be at least 0 and less than 1.")
@@ -116,7 +116,7 @@ class Dataset(NamedTuple):
         Training images stay whole, so that random crops can be drawn from them.
 
         Raises:
-            UsageError: The images are smaller.
+            UsageError: the images are smaller.
         """
         if side is None:
             return self
@@ -140,16 +140,16 @@ def make_dataset(
     """Make a data set of your own arrays, and check them.
 
     Args:
-        train_images: Images `[images height width channels]`, in uint8 or as floats in [0, 1].
-        train_labels: Class indices `[images]`, or `[images k]` for k different classes in each image.
-        test_images: Images of the same shape and dtype.
-        test_labels: Class indices, as many for each image as in `train_labels`.
-        num_classes: Number of classes, at least 2.
-        class_names: Names of the classes; by default "0", "1" ...
-        described: Names of the four arrays in error messages.
+        train_images: images `[images height width channels]`, in uint8 or as floats in [0, 1].
+        train_labels: class indices `[images]`, or `[images k]` for k different classes in each image.
+        test_images: images of the same shape and dtype.
+        test_labels: class indices, as many for each image as in `train_labels`.
+        num_classes: number of classes, at least 2.
+        class_names: names of the classes; by default "0", "1" ...
+        described: names of the four arrays in error messages.
 
     Raises:
-        UsageError: Shapes, dtypes or counts do not match, labels are out of range or repeated in an image, or images
+        UsageError: shapes, dtypes or counts do not match, labels are out of range or repeated in an image, or images
             are not in [0, 1].
     """
     if num_classes < 2:
@@ -198,7 +198,7 @@ def central_crop(
     """Crop images to their central `side` x `side` pixels; if margins differ by one, the upper or left is smaller.
 
     Raises:
-        UsageError: The images are smaller, or `side` is not positive.
+        UsageError: the images are smaller, or `side` is not positive.
     """
     height, width = images.shape[1:3]
     if not 1 <= side <= min(height, width):

@@ -34,11 +34,11 @@ def load_image_folder(folder: Path, image_size: tuple[int, int] | None = None) -
     ignored. Hidden files and files without the suffix of an image are skipped.
 
     Args:
-        folder: The folder.
-        image_size: Height and width to resize all images to, with antialiasing; None if they have one size already.
+        folder: the folder.
+        image_size: height and width to resize all images to, with antialiasing; None if they have one size already.
 
     Raises:
-        UsageError: The folders are not as above, there are fewer than two classes or a class without images, or an
+        UsageError: the folders are not as above, there are fewer than two classes or a class without images, or an
             image cannot be read or has another size.
     """
     if image_size is not None and min(image_size) < 1:
@@ -109,7 +109,7 @@ def read_header(path: Path) -> tuple[int, int, str]:
     """Read height, width and Pillow's mode of an image file.
 
     Raises:
-        UsageError: The file cannot be read, or has floating-point pixels.
+        UsageError: the file cannot be read, or has floating-point pixels.
     """
     with _errors_as_usage(path), Image.open(path) as image:
         if image.mode == "F":
@@ -123,7 +123,7 @@ def decode(path: Path, target: UInt8[np.ndarray, "height width channels"]) -> No
     16 bits are scaled to 8, and transparent pixels become black.
 
     Raises:
-        UsageError: The file cannot be read.
+        UsageError: the file cannot be read.
     """
     height, width, channels = target.shape
     with _errors_as_usage(path), Image.open(path) as file:

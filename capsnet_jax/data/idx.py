@@ -24,7 +24,7 @@ def read_idx_folder(folder: Path) -> list[UInt8[np.ndarray, "..."]]:
     """Read training images `[images height width 1]` and labels, test images and labels.
 
     Raises:
-        UsageError: A file is missing, truncated or of another kind; the message names it.
+        UsageError: a file is missing, truncated or of another kind; the message names it.
     """
     paths = [_path(folder, name) for name in FILES]
     if missing := [path for path in paths if not path.exists()]:
@@ -47,11 +47,11 @@ def read_idx(path: Path, *, ndim: int) -> UInt8[np.ndarray, "..."]:
     Layout: the bytes 0, 0, 8 (unsigned byte), number of axes; each size as 4 bytes, big-endian; the values.
 
     Args:
-        path: The file.
-        ndim: Expected number of axes: 3 for images, 1 for labels.
+        path: the file.
+        ndim: expected number of axes: 3 for images, 1 for labels.
 
     Raises:
-        UsageError: The file is damaged, truncated, longer than its header says, or of another kind.
+        UsageError: the file is damaged, truncated, longer than its header says, or of another kind.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

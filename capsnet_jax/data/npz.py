@@ -19,7 +19,7 @@ def load_npz(path: Path) -> Dataset:
     both splits.
 
     Raises:
-        UsageError: The file is damaged, contains pickled objects or lacks an array, or an array is not as above; the
+        UsageError: the file is damaged, contains pickled objects or lacks an array, or an array is not as above; the
             message names file and array.
     """
     if path.suffix != ".npz":

@@ -38,7 +38,7 @@ def multi_mnist(mnist: Dataset) -> Dataset:
         They make many pairs for each digit; this makes one.
 
     Raises:
-        UsageError: The images are not 28 x 28, or a split has only one class.
+        UsageError: the images are not 28 x 28, or a split has only one class.
     """
     _check_digits("multi_mnist", mnist)
     train = overlapping_pairs(mnist.train_images, mnist.train_labels, np.random.RandomState(TRAIN_SEED))
@@ -52,7 +52,7 @@ def overlapping_pairs(
     """Overlay each image with another one of a different class, and return the images and both labels.
 
     Raises:
-        UsageError: All images are of one class.
+        UsageError: all images are of one class.
     """
     by_class = np.argsort(labels, kind="stable")
     counts = np.bincount(labels)
@@ -91,7 +91,7 @@ def affine_mnist(mnist: Dataset) -> Dataset:
         Sabour, Frosst, Hinton (2017), section 5.2, for training on padded and shifted MNIST only.
 
     Raises:
-        UsageError: The images are not 28 x 28, or a digit does not fit into 40 x 40 after its map.
+        UsageError: the images are not 28 x 28, or a digit does not fit into 40 x 40 after its map.
     """
     _check_digits("affine_mnist", mnist)
     pad = (AFFINE_PAD, AFFINE_PAD)
@@ -104,7 +104,7 @@ def affine_images(images: Digits, rng: np.random.RandomState) -> UInt8[np.ndarra
     """Transform each image by a random linear map of its own, and move it to a random place.
 
     Raises:
-        UsageError: A transformed digit does not fit.
+        UsageError: a transformed digit does not fit.
     """
     from scipy import ndimage  # slow to import
 

@@ -18,11 +18,11 @@ def load_tfds(name: str, data_dir: Path | None) -> Dataset:
     """Load the training and test images of a data set, and download and prepare it if necessary.
 
     Args:
-        name: Name of the data set in tensorflow-datasets.
-        data_dir: Folder of prepared data sets; None for the default of tensorflow-datasets.
+        name: name of the data set in tensorflow-datasets.
+        data_dir: folder of prepared data sets; None for the default of tensorflow-datasets.
 
     Raises:
-        UsageError: The data set is unknown, its images have different sizes or no class, or a package is missing.
+        UsageError: the data set is unknown, its images have different sizes or no class, or a package is missing.
     """
     try:
         import tensorflow_datasets as tfds

@@ -16,10 +16,10 @@ class Curves(NamedTuple):
     """Learning curves of a run, as points: losses over training steps, errors in percent over epochs.
 
     Attributes:
-        chunk_losses: Mean training loss of each chunk of steps, at its last step.
-        epoch_losses: Mean training loss of each epoch, at the middle of its steps.
-        validation_errors: After each epoch; empty without validation images.
-        test_errors: After each epoch.
+        chunk_losses: mean training loss of each chunk of steps, at its last step.
+        epoch_losses: mean training loss of each epoch, at the middle of its steps.
+        validation_errors: after each epoch; empty without validation images.
+        test_errors: after each epoch.
     """
 
     chunk_losses: Float[np.ndarray, "chunks 2"]
@@ -32,7 +32,7 @@ def learning_curves_figure(runs: Mapping[str, Curves]) -> Figure:
     """Plot training losses of runs over steps, and beside them validation and test errors over epochs.
 
     Args:
-        runs: Learning curves by name, which is shown in the legend.
+        runs: learning curves by name, which is shown in the legend.
     """
     columns = min(len(runs), 1 if max(map(len, runs)) > 60 else 2)
     legend_height = 0.2 * math.ceil(len(runs) / columns)
@@ -68,8 +68,8 @@ def comparison_figure(
     """Plot the test errors of routings: at the last epoch, with each seed and the standard deviation; and over epochs.
 
     Args:
-        errors: Test errors of each routing, in percent.
-        failures: For routings without errors, the reason.
+        errors: test errors of each routing, in percent.
+        failures: for routings without errors, the reason.
     """
     names = sorted(errors, key=lambda name: errors[name][:, -1].mean(), reverse=True)  # the best one on top
     failed = [f"{name}: {why}" for name, why in (failures or {}).items()]
@@ -107,7 +107,7 @@ def log_scale(axis: Axis, values: Sequence[np.ndarray]) -> None:
 
     Args:
         axis: `xaxis` or `yaxis` of a subplot.
-        values: Arrays of all values along this axis.
+        values: arrays of all values along this axis.
     """
     of_all = np.concatenate([array.ravel() for array in values]) if values else np.ones(1)
     positive = of_all[of_all > 0]

@@ -16,10 +16,10 @@ def reconstructions_figure(
     """Draw images in a row, and below each its reconstruction from the capsule of the predicted class.
 
     Args:
-        images: Images in [0, 1], with 1 or 3 channels.
-        reconstructions: Reconstructions of these images.
-        labels: True classes, shown above.
-        predictions: Predicted classes, shown below; in red where they differ.
+        images: images in [0, 1], with 1 or 3 channels.
+        reconstructions: reconstructions of these images.
+        labels: true classes, shown above.
+        predictions: predicted classes, shown below; in red where they differ.
     """
     figure = Figure(figsize=(0.8 * len(images) + 1, 2.3), dpi=120, layout="constrained")
     axes = figure.subplots(2, len(images), squeeze=False)
@@ -38,8 +38,8 @@ def confusion_figure(confusion: Int[np.ndarray, "o o"], class_names: Sequence[st
     """Draw a confusion matrix; each cell is coloured by its fraction of the images of the true class.
 
     Args:
-        confusion: Numbers of images, `[true predicted]`.
-        class_names: Names of rows and columns.
+        confusion: numbers of images, `[true predicted]`.
+        class_names: names of rows and columns.
     """
     size = len(class_names)
     side = np.clip(0.4 * size, 3, 14)

@@ -26,10 +26,10 @@ class Checkpoints:
     """Checkpoints of a run. The latest ones and the one that is best on validation images are kept.
 
     Args:
-        folder: Folder of the checkpoints, which is created if needed.
-        keep: Number of latest checkpoints to keep.
-        depends_on: What must not change on resume, as types that JSON has.
-        warn: Called with a sentence about each checkpoint that cannot be used.
+        folder: folder of the checkpoints, which is created if needed.
+        keep: number of latest checkpoints to keep.
+        depends_on: what must not change on resume, as types that JSON has.
+        warn: called with a sentence about each checkpoint that cannot be used.
     """
 
     def __init__(self, folder: Path, *, keep: int, depends_on: Mapping[str, Any], warn: Callable[[str], None] = print):
@@ -56,11 +56,11 @@ class Checkpoints:
         """Start to write a checkpoint in the background. The arrays are copied first, so training can continue.
 
         Args:
-            snapshot: State of the training.
-            validation: Accuracy on validation images, mean over the seeds, if it was evaluated at this step.
+            snapshot: state of the training.
+            validation: accuracy on validation images, mean over the seeds, if it was evaluated at this step.
 
         Raises:
-            UsageError: This checkpoint or the one before cannot be written.
+            UsageError: this checkpoint or the one before cannot be written.
         """
         arrays = _named_arrays(snapshot)
         step = int(arrays["step"][0])
@@ -86,7 +86,7 @@ class Checkpoints:
         """Wait until the checkpoint in the background is complete.
 
         Raises:
-            UsageError: It cannot be written.
+            UsageError: it cannot be written.
         """
         with self._explained():
             self._manager.wait_until_finished()
@@ -96,10 +96,10 @@ class Checkpoints:
         """Read the latest complete checkpoint; None if there are none. Damaged ones after it are renamed.
 
         Args:
-            like: Any snapshot of the same training, for shapes and dtypes.
+            like: any snapshot of the same training, for shapes and dtypes.
 
         Raises:
-            UsageError: A checkpoint is of another config or version; or there are some and none can be used, and then
+            UsageError: a checkpoint is of another config or version; or there are some and none can be used, and then
                 none is renamed.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):

@@ -114,11 +114,11 @@ def open_folder(folder: Path, depends_on: Mapping[str, Any]) -> dict[str, Result
     """Create the folder of a comparison, or read the results of one that was stopped.
 
     Args:
-        folder: The output folder.
-        depends_on: What results depend on, as types that JSON has; saved, and compared on the next call.
+        folder: the output folder.
+        depends_on: what results depend on, as types that JSON has; saved, and compared on the next call.
 
     Raises:
-        UsageError: The folder holds a comparison of another config or something else, or cannot be read or written.
+        UsageError: the folder holds a comparison of another config or something else, or cannot be read or written.
     """
     path = folder / CONFIG
     try:

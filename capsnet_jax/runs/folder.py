@@ -28,11 +28,11 @@ class Run(NamedTuple):
     """A run: its folder, and all that its results depend on.
 
     Attributes:
-        folder: Folder of its files.
-        config: Its options.
-        class_names: Names of the classes, in order.
-        labels_per_image: Number of classes that each image shows.
-        data_checksum: Checksum of all images and labels; 0 if they are not known.
+        folder: folder of its files.
+        config: its options.
+        class_names: names of the classes, in order.
+        labels_per_image: number of classes that each image shows.
+        data_checksum: checksum of all images and labels; 0 if they are not known.
     """
 
     folder: Path
@@ -61,7 +61,7 @@ class Run(NamedTuple):
         """Create the model with the initial weights of a seed, by default that of the config.
 
         Raises:
-            UsageError: The images are too small for the model, or its routing is unknown.
+            UsageError: the images are too small for the model, or its routing is unknown.
         """
         rngs = nnx.Rngs(self.config.training.seed if seed is None else seed)
         return CapsNet.from_config(self.config.model, rngs=rngs)
@@ -88,7 +88,7 @@ class Run(NamedTuple):
         """Check that the folder has no run yet or, if it may be resumed, has this one.
 
         Raises:
-            UsageError: The folder has another run, cannot be read, or is a file.
+            UsageError: the folder has another run, cannot be read, or is a file.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"The run folder {self.folder} is a file; give another name.")
@@ -106,7 +106,7 @@ class Run(NamedTuple):
         """Create the folder and write the config atomically.
 
         Raises:
-            UsageError: The folder cannot be written.
+            UsageError: the folder cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -133,12 +133,12 @@ class SeedFolders:
     """Folders of runs from several seeds: `seed-0`, `seed-1` ... in one folder. A single seed has that for itself.
 
     Args:
-        run: A run in the folder of all.
-        seeds: Seeds of the runs.
+        run: a run in the folder of all.
+        seeds: seeds of the runs.
 
     Attributes:
-        seeds: Seeds of the runs.
-        at_once: Number of seeds that train side by side; 0 if not known yet. Fixed once the runs have started, because
+        seeds: seeds of the runs.
+        at_once: number of seeds that train side by side; 0 if not known yet. Fixed once the runs have started, because
             these seeds share their checkpoints.
     """
 
@@ -166,7 +166,7 @@ class SeedFolders:
         """Check that the folder has no runs yet or, if they may be resumed, has these.
 
         Raises:
-            UsageError: It has other runs, or cannot be read.
+            UsageError: it has other runs, or cannot be read.
         """
         folder = self._run.folder
         parent = read_seeds(folder.parent)
@@ -190,7 +190,7 @@ class SeedFolders:
         """Create the folders and write configs where there are none.
 
         Raises:
-            UsageError: They cannot be written.
+            UsageError: they cannot be written.
         """
         if len(self.seeds) > 1 and not self.at_once:
             self.keep_together(0)
@@ -202,7 +202,7 @@ class SeedFolders:
         """Save how many seeds train side by side; 0 if not known yet.
 
         Raises:
-            UsageError: The folder cannot be written.
+            UsageError: the folder cannot be written.
         """
         self.at_once = at_once
         if len(self.seeds) > 1:
@@ -218,7 +218,7 @@ def read_run(folder: Path) -> Run:
     """Read a run from its folder, without weights.
 
     Raises:
-        UsageError: The folder is not that of a run.
+        UsageError: the folder is not that of a run.
     """
     try:
         fields = json.loads((folder / CONFIG).read_text())
@@ -243,11 +243,11 @@ def load_run(folder: Path, *, best: bool = False) -> tuple[Run, CapsNet]:
     """Load a run and its trained model.
 
     Args:
-        folder: Folder of the run.
-        best: Whether to load the weights that were best on validation images instead of the last ones.
+        folder: folder of the run.
+        best: whether to load the weights that were best on validation images instead of the last ones.
 
     Raises:
-        UsageError: The folder is not that of a run, or has no such weights.
+        UsageError: the folder is not that of a run, or has no such weights.
     """
     run = read_run(folder)
     model = run.new_model()
@@ -264,14 +264,14 @@ def load(path: str | Path, *, best: bool = False) -> CapsNet:
     """Load a trained model.
 
     Args:
-        path: A run folder, or a folder that `capsnet convert` wrote.
-        best: Whether to load the weights that were best on validation images instead of the last ones.
+        path: a run folder, or a folder that `capsnet convert` wrote.
+        best: whether to load the weights that were best on validation images instead of the last ones.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        UsageError: There is no such folder, or it has no config or no weights.
+        UsageError: there is no such folder, or it has no config or no weights.
 
     Examples:
         >>> import pathlib, tempfile
@@ -307,7 +307,7 @@ def read_seeds(folder: Path) -> tuple[list[int], int] | None:
     """Read the seeds of the runs in a folder, and how many train side by side; None if it is not a folder of several.
 
     Raises:
-        UsageError: The file cannot be read.
+        UsageError: the file cannot be read.
     """
     path = folder / SEEDS
     if not path.exists():
@@ -323,7 +323,7 @@ def saved_options(folder: Path) -> tuple[Config, int] | None:
     """Read config and number of seeds of the run or runs in a folder; None if there are none.
 
     Raises:
-        UsageError: They cannot be read.
+        UsageError: they cannot be read.
     """
     before = read_seeds(folder)
     if before is not None:

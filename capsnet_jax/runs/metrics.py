@@ -22,12 +22,12 @@ class MetricsLog:
     and, with validation images, "validation_accuracy".
 
     Args:
-        folder: Folder of the run.
-        step: Number of training steps done. Lines of later steps, from before a crash, are dropped.
-        tensorboard: Whether to write TensorBoard events as well.
+        folder: folder of the run.
+        step: number of training steps done. Lines of later steps, from before a crash, are dropped.
+        tensorboard: whether to write TensorBoard events as well.
 
     Attributes:
-        best: Best accuracy on validation images so far, or None.
+        best: best accuracy on validation images so far, or None.
 
     Raises:
         UsageError: TensorBoard's writer is not installed, or the lines of before cannot be read.
@@ -95,7 +95,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a metrics file. A last line without a line break, from a crash while it was written, is ignored.
 
     Raises:
-        UsageError: A line is not JSON.
+        UsageError: a line is not JSON.
     """
     lines = []
     for number, line in enumerate(path.read_text().split("\n")[:-1], 1):
@@ -110,11 +110,11 @@ def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
     """Read the metrics of a run, of all chunks or of all epochs; none if it has no metrics file.
 
     Args:
-        folder: Folder of the run.
+        folder: folder of the run.
         kind: "chunk" or "epoch".
 
     Raises:
-        UsageError: A line is not JSON.
+        UsageError: a line is not JSON.
     """
     path = folder / METRICS
     return [line for line in read_lines(path) if line.get("kind") == kind] if path.exists() else []
@@ -124,7 +124,7 @@ def event_writer_class() -> Any:
     """Import the class of TensorBoard's writers.
 
     Raises:
-        UsageError: It is not installed.
+        UsageError: it is not installed.
     """
     try:
         from tensorboardX import SummaryWriter

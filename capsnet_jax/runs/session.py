@@ -34,20 +34,20 @@ def train_runs(
     """Train a run from each seed, in groups side by side, starting from the checkpoints in their folders.
 
     Args:
-        trainer: A trainer of any seeds.
-        folders: Folders of the runs, which exist.
-        at_once: Number of seeds in a group; 0 for as many as fit in memory. Runs that have started keep their groups.
-        resume: Whether to print that there is no checkpoint.
-        tensorboard: Whether to write TensorBoard events.
-        console: Where progress is shown.
+        trainer: a trainer of any seeds.
+        folders: folders of the runs, which exist.
+        at_once: number of seeds in a group; 0 for as many as fit in memory. Runs that have started keep their groups.
+        resume: whether to print that there is no checkpoint.
+        tensorboard: whether to write TensorBoard events.
+        console: where progress is shown.
 
     Yields:
         For each group: the trainer with the last weights, the runs, and their evaluations on all test images.
 
     Raises:
         StoppedBySignalError: SIGTERM or SIGINT was received; a checkpoint was saved.
-        NonFiniteLossError: The loss or the gradient of a step is not finite.
-        UsageError: A folder cannot be used, or its checkpoints are of another config or version.
+        NonFiniteLossError: the loss or the gradient of a step is not finite.
+        UsageError: a folder cannot be used, or its checkpoints are of another config or version.
     """
     for group in groups_of_seeds(trainer, folders.seeds, at_once=folders.at_once or at_once):
         with failing_together():
@@ -79,9 +79,9 @@ def groups_of_seeds(trainer: Trainer, seeds: Sequence[int], *, at_once: int = 0)
     """Yield trainers for groups of seeds that train side by side. They share one compiled program.
 
     Args:
-        trainer: A trainer of any seeds.
-        seeds: All seeds.
-        at_once: Number of seeds in a group; 0 for as many as fit in memory.
+        trainer: a trainer of any seeds.
+        seeds: all seeds.
+        at_once: number of seeds in a group; 0 for as many as fit in memory.
     """
     # More is faster on CPU, too: three seeds of 144 capsules took 0.45 s per step side by side and 0.53 s one after
     # the other with dynamic routing, 0.90 and 1.21 s with variational; medians on 2 shared cores.
@@ -99,17 +99,17 @@ class Session:
     """Training of runs that differ only in their seed, side by side, with metrics and checkpoints.
 
     Args:
-        trainer: Trainer of the seeds of these runs.
-        runs: One for each seed; their folders exist.
-        checkpoints: Folder of the checkpoints that all of them share.
-        tensorboard: Whether to write TensorBoard events.
-        warn: Called with a sentence about each checkpoint that cannot be used.
+        trainer: trainer of the seeds of these runs.
+        runs: one for each seed; their folders exist.
+        checkpoints: folder of the checkpoints that all of them share.
+        tensorboard: whether to write TensorBoard events.
+        warn: called with a sentence about each checkpoint that cannot be used.
 
     Attributes:
-        start: Number of training steps done before; 0 without a checkpoint.
+        start: number of training steps done before; 0 without a checkpoint.
 
     Raises:
-        UsageError: A folder cannot be used, or its checkpoints are of another config or past the last step.
+        UsageError: a folder cannot be used, or its checkpoints are of another config or past the last step.
     """
 
     def __init__(
@@ -150,8 +150,8 @@ class Session:
 
         Raises:
             StoppedBySignalError: SIGTERM or SIGINT was received; a checkpoint was saved.
-            NonFiniteLossError: The loss or the gradient of a step is not finite.
-            UsageError: A file cannot be written.
+            NonFiniteLossError: the loss or the gradient of a step is not finite.
+            UsageError: a file cannot be written.
         """
         saved = time.monotonic()
         try:
@@ -206,7 +206,7 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
     """Inside this block, SIGTERM and SIGINT are appended to the list that it yields; a second one interrupts.
 
     Raises:
-        KeyboardInterrupt: A second signal was received.
+        KeyboardInterrupt: a second signal was received.
     """
     received: list[signal.Signals] = []
 

@@ -28,15 +28,15 @@ class Evaluation(NamedTuple):
     """Accuracy, per-class precision and recall, and mean activations on a set of images.
 
     Attributes:
-        num_correct: Number of images whose k most active classes are exactly their k labels.
-        num_images: Number of images.
-        counts: Number of images of each class.
-        precision: For each class, the fraction of predictions of it that are right; None if it is never predicted.
-        recall: For each class, the fraction of its images for which it is predicted; None if it has no images.
-        confusion: Number of images of a class (row) for which a class (column) is predicted; None for several labels.
-        right_activation: Mean activation of the capsules of the labels.
-        runner_up_activation: Mean activation of the most active other capsule; None if there are no others.
-        reconstruction_error: Mean squared error of pixels in [0, 1], reconstructed from the capsules of the labels;
+        num_correct: number of images whose k most active classes are exactly their k labels.
+        num_images: number of images.
+        counts: number of images of each class.
+        precision: for each class, the fraction of predictions of it that are right; None if it is never predicted.
+        recall: for each class, the fraction of its images for which it is predicted; None if it has no images.
+        confusion: number of images of a class (row) for which a class (column) is predicted; None for several labels.
+        right_activation: mean activation of the capsules of the labels.
+        runner_up_activation: mean activation of the most active other capsule; None if there are no others.
+        reconstruction_error: mean squared error of pixels in [0, 1], reconstructed from the capsules of the labels;
             None if the model has no decoder or reconstruction was not asked for.
     """
 
@@ -74,8 +74,8 @@ class Predictions(NamedTuple):
     """Outputs of a model for images.
 
     Attributes:
-        activations: Activations of the class capsules.
-        reconstruction_errors: Mean squared error of the pixels in [0, 1] of each image, reconstructed from the capsules
+        activations: activations of the class capsules.
+        reconstruction_errors: mean squared error of the pixels in [0, 1] of each image, reconstructed from the capsules
             of its labels; None without labels or without a decoder.
     """
 
@@ -97,18 +97,18 @@ def evaluate(
     Batch normalization uses its running statistics, whether or not the model is in training mode.
 
     Args:
-        model: The model.
+        model: the model.
         images: uint8, or float32 in [0, 1], as in a `Dataset`.
-        labels: Class indices `[images]`, or `[images k]` for k different classes in each image.
-        batch_size: Number of images in a batch. The last batch is padded with images that do not count.
-        reconstruct: Whether to compute the reconstruction error as well.
-        mesh: Devices that share each batch and hold the weights; None for one device.
+        labels: class indices `[images]`, or `[images k]` for k different classes in each image.
+        batch_size: number of images in a batch. The last batch is padded with images that do not count.
+        reconstruct: whether to compute the reconstruction error as well.
+        mesh: devices that share each batch and hold the weights; None for one device.
 
     Returns:
         Accuracy, confidence interval, precision, recall and confusions; see `Evaluation`.
 
     Raises:
-        UsageError: The images do not have the shape that the model was made for.
+        UsageError: the images do not have the shape that the model was made for.
 
     Examples:
         >>> from flax import nnx
@@ -141,7 +141,7 @@ def predict(
     The arguments are those of `evaluate`.
 
     Raises:
-        UsageError: The images do not have the shape that the model was made for.
+        UsageError: the images do not have the shape that the model was made for.
     """
     return Predictions(*_in_batches(_predict_batch, model, (images, labels), batch_size, mesh))
 
@@ -192,7 +192,7 @@ def coupling_entropy(couplings: Float[Array, "*batch i o"]) -> Float[Array, "*ba
     $$-\frac{1}{\ln O} \sum_o p_o \ln p_o, \quad p_o = \frac{c_o}{\sum_k c_k}$$
 
     Args:
-        couplings: Negative couplings, which a learned prior can produce, count as 0.
+        couplings: negative couplings, which a learned prior can produce, count as 0.
 
     Returns:
         1 if an input capsule is coupled to all output capsules equally, or to none, and 0 if it is coupled to only one.

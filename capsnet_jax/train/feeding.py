@@ -25,9 +25,9 @@ class Feed:
     """Sends the images of each chunk of steps to the devices while the chunk before is trained on.
 
     Args:
-        data: Training images and their labels, in host memory.
-        mesh: The devices, each of which gets its share of every batch.
-        stream: Whether to send only the images of each chunk; otherwise all are sent once, and then only indices.
+        data: training images and their labels, in host memory.
+        mesh: the devices, each of which gets its share of every batch.
+        stream: whether to send only the images of each chunk; otherwise all are sent once, and then only indices.
     """
 
     def __init__(self, data: tuple[np.ndarray, np.ndarray], mesh: Mesh, *, stream: bool):
@@ -38,7 +38,7 @@ class Feed:
         """Yield images, labels and indices of each chunk, as arguments of the function of `make_train_chunk`.
 
         Args:
-            chunks: Indices of the images of each chunk, `[seeds steps b]`.
+            chunks: indices of the images of each chunk, `[seeds steps b]`.
         """
         with ThreadPoolExecutor(1) as worker:
             pending = (worker.submit(self._send, indices) for indices in chunks)

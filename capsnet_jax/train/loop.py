@@ -49,19 +49,19 @@ def fit(
     Training advances only while the iterator is consumed. The model is updated after every epoch.
 
     Args:
-        model: The model; its weights are where training starts.
-        dataset: Training, test and, optionally, validation images.
-        config: Epochs, batch size, learning rate and so on.
-        augment: Augmentations of the training images, such as `("shift=0.1", "flip")`; see `Augmentation`.
-        stream: Whether to send images to the device chunk by chunk; by default only if they take more than half of its
+        model: the model; its weights are where training starts.
+        dataset: training, test and, optionally, validation images.
+        config: epochs, batch size, learning rate and so on.
+        augment: augmentations of the training images, such as `("shift=0.1", "flip")`; see `Augmentation`.
+        stream: whether to send images to the device chunk by chunk; by default only if they take more than half of its
             memory.
 
     Returns:
         An iterator over the progress: step, speed, losses and, after the last chunk of an epoch, accuracies.
 
     Raises:
-        UsageError: At once, if model, data set, config and augmentations do not fit together.
-        NonFiniteLossError: While iterating, if a loss or gradient is not finite.
+        UsageError: at once, if model, data set, config and augmentations do not fit together.
+        NonFiniteLossError: while iterating, if a loss or gradient is not finite.
 
     Examples:
         >>> import numpy as np
@@ -97,8 +97,8 @@ class Snapshot(NamedTuple):
     """Everything that the rest of training depends on; the content of a checkpoint.
 
     Attributes:
-        state: Training state of all seeds, stacked.
-        sums: Sums of the metrics over the steps of the current epoch so far.
+        state: training state of all seeds, stacked.
+        sums: sums of the metrics over the steps of the current epoch so far.
     """
 
     state: TrainState
@@ -109,21 +109,21 @@ class Trainer:
     """Training from one or several seeds, each with the same result as a run of its own.
 
     Args:
-        new_model: Function of a seed that returns the model with its initial weights.
-        dataset: The data set; only training images are augmented.
-        config: Epochs, batch size, learning rate and so on.
-        augment: Augmentations of the training images; see `Augmentation`.
-        stream: Whether to send images to the devices chunk by chunk; by default if the data set is too large for them.
-        seeds: Seeds to train side by side, as one program; by default the seed of the config.
+        new_model: function of a seed that returns the model with its initial weights.
+        dataset: the data set; only training images are augmented.
+        config: epochs, batch size, learning rate and so on.
+        augment: augmentations of the training images; see `Augmentation`.
+        stream: whether to send images to the devices chunk by chunk; by default if the data set is too large for them.
+        seeds: seeds to train side by side, as one program; by default the seed of the config.
 
     Attributes:
-        num_params: Number of weights of a model.
-        steps_per_epoch: Number of training steps in an epoch.
-        graphdef: Static definition of a model in training mode, for `nnx.merge`.
-        snapshot: The current state of training; assign another one to resume from it.
+        num_params: number of weights of a model.
+        steps_per_epoch: number of training steps in an epoch.
+        graphdef: static definition of a model in training mode, for `nnx.merge`.
+        snapshot: the current state of training; assign another one to resume from it.
 
     Raises:
-        UsageError: The model cannot be built or has no decoder to reconstruct with, there are fewer training images
+        UsageError: the model cannot be built or has no decoder to reconstruct with, there are fewer training images
             than a batch, an augmentation is unknown, or the number of devices does not divide a batch.
     """
 
@@ -204,7 +204,7 @@ class Trainer:
         """Train from the snapshot to the last epoch, and yield the progress after every chunk of steps.
 
         Raises:
-            NonFiniteLossError: A loss or gradient is not finite; the error has the step.
+            NonFiniteLossError: a loss or gradient is not finite; the error has the step.
         """
         order_keys, step_keys = self._keys
         while self.step < self.last_step:
@@ -264,7 +264,7 @@ class Trainer:
         """Trace a chunk of training steps without compiling it, so that errors surface early.
 
         Raises:
-            UsageError: An augmentation does not fit the images, or the loss does not fit the labels.
+            UsageError: an augmentation does not fit the images, or the loss does not fit the labels.
         """
         jax.eval_shape(self._train_chunk, *self._arguments(self.chunk))
 
@@ -332,9 +332,9 @@ def make_train_chunk(
     """Make a function that runs several training steps for each seed on the device.
 
     Args:
-        train_step: A function from `make_train_step`.
-        augmentation: Augmentation of the images, drawn anew in each step.
-        sharding: How a batch is split over the devices.
+        train_step: a function from `make_train_step`.
+        augmentation: augmentation of the images, drawn anew in each step.
+        sharding: how a batch is split over the devices.
 
     Returns:
         A function `(state, images, labels, indices, key) -> (state, metrics of each step)`, to be compiled with a
@@ -371,12 +371,12 @@ def check_finite(metrics: Float[np.ndarray, "metrics seeds steps"], seeds: Seque
     """Raise an error if a loss or gradient norm is not finite.
 
     Args:
-        metrics: Fields of `StepMetrics`, in their order.
-        seeds: Seeds, for the message.
-        first_step: Number of the first of these steps, from 1.
+        metrics: fields of `StepMetrics`, in their order.
+        seeds: seeds, for the message.
+        first_step: number of the first of these steps, from 1.
 
     Raises:
-        NonFiniteLossError: Has seed and number of the first step that is not finite.
+        NonFiniteLossError: has seed and number of the first step that is not finite.
     """
     for name, what in (("total", "loss"), ("gradient_norm", "gradient")):
         numbers = metrics[StepMetrics._fields.index(name)]

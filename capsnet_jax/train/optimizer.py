@@ -15,8 +15,8 @@ def learning_rate(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedul
     """Create the learning rate schedule: the step size as a function of the number of steps done.
 
     Args:
-        config: Its fields `schedule`, `learning_rate...` and `warmup_steps` are used.
-        steps_per_epoch: Number of steps in an epoch; a cosine ends after the last epoch.
+        config: its fields `schedule`, `learning_rate...` and `warmup_steps` are used.
+        steps_per_epoch: number of steps in an epoch; a cosine ends after the last epoch.
     """
     warmup, peak, floor = config.warmup_steps, config.learning_rate, config.learning_rate_floor
     if config.schedule == "cosine":

@@ -19,11 +19,11 @@ class SeedProgress(NamedTuple):
     """Metrics of the training from one seed after a chunk of steps.
 
     Attributes:
-        seed: The seed.
-        chunk: Fields of `StepMetrics`, averaged over the steps of the chunk.
-        epoch: The same, averaged over the steps of the epoch so far.
-        validation: Evaluation on all validation images, after the last chunk of an epoch; otherwise None.
-        test: Evaluation on all test images, after the last chunk of an epoch; otherwise None.
+        seed: the seed.
+        chunk: fields of `StepMetrics`, averaged over the steps of the chunk.
+        epoch: the same, averaged over the steps of the epoch so far.
+        validation: evaluation on all validation images, after the last chunk of an epoch; otherwise None.
+        test: evaluation on all test images, after the last chunk of an epoch; otherwise None.
     """
 
     seed: int
@@ -37,12 +37,12 @@ class Progress(NamedTuple):
     """Position, speed and metrics of training after a chunk of steps.
 
     Attributes:
-        epoch: Number of the epoch, from 1.
-        step: Number of training steps done in all epochs.
-        steps_per_epoch: Number of training steps in an epoch.
-        learning_rate: Learning rate of the last step.
-        images_per_second: Training speed in this chunk, over all seeds. The first chunk includes compilation.
-        seeds: Metrics of each seed.
+        epoch: number of the epoch, from 1.
+        step: number of training steps done in all epochs.
+        steps_per_epoch: number of training steps in an epoch.
+        learning_rate: learning rate of the last step.
+        images_per_second: training speed in this chunk, over all seeds. The first chunk includes compilation.
+        seeds: metrics of each seed.
     """
 
     epoch: int
@@ -77,10 +77,10 @@ def show_progress(training: Iterator[Progress], *, epochs: int, console: Console
     """Show the progress of training and pass it on: as a progress bar in a terminal, as lines of text elsewhere.
 
     Args:
-        training: The iterator over the progress of training.
-        epochs: Number of epochs of the whole training.
-        console: The console to print to.
-        start: Number of training steps done before.
+        training: the iterator over the progress of training.
+        epochs: number of epochs of the whole training.
+        console: the console to print to.
+        start: number of training steps done before.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, TextColumn("{task.fields[state]}"), console=console, disable=not console.is_terminal) as bar:

@@ -20,11 +20,11 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
 
     Args:
         coordinator: HOST:PORT of process 0. Under Slurm, and on clouds that JAX knows, all arguments are optional.
-        num_processes: Number of processes.
-        process_id: Index of this process, from 0.
+        num_processes: number of processes.
+        process_id: index of this process, from 0.
 
     Raises:
-        UsageError: Arguments are missing and cannot be detected, or the other processes do not connect.
+        UsageError: arguments are missing and cannot be detected, or the other processes do not connect.
     """
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
@@ -40,10 +40,10 @@ def data_mesh(size: int) -> Mesh:
     """Create a one-dimensional mesh of all devices of all processes.
 
     Args:
-        size: Number of images in a micro-batch, of which each device gets the same share.
+        size: number of images in a micro-batch, of which each device gets the same share.
 
     Raises:
-        UsageError: The number of devices does not divide `size`.
+        UsageError: the number of devices does not divide `size`.
     """
     devices = jax.devices()
     if size % len(devices):

@@ -22,11 +22,11 @@ class TrainState(NamedTuple):
     """Everything that a training step updates.
 
     Attributes:
-        params: Weights.
-        average: Exponential moving average of the weights; empty if none is kept.
-        batch_stats: Running means and variances of batch normalization.
-        opt_state: State of the optimizer.
-        step: Number of training steps done.
+        params: weights.
+        average: exponential moving average of the weights; empty if none is kept.
+        batch_stats: running means and variances of batch normalization.
+        opt_state: state of the optimizer.
+        step: number of training steps done.
     """
 
     params: nnx.State
@@ -45,11 +45,11 @@ class StepMetrics(NamedTuple):
     """Loss, accuracy and gradient norm of one step, each a mean over the batch, before the update.
 
     Attributes:
-        total: The loss that is minimized.
-        margin: Its margin or spread loss.
-        reconstruction: Its reconstruction loss, without its weight.
-        accuracy: Fraction of images that are classified correctly.
-        gradient_norm: Global norm of the gradient before clipping; None if only losses are computed.
+        total: the loss that is minimized.
+        margin: its margin or spread loss.
+        reconstruction: its reconstruction loss, without its weight.
+        accuracy: fraction of images that are classified correctly.
+        gradient_norm: global norm of the gradient before clipping; None if only losses are computed.
     """
 
     total: Float[Array, "..."]
@@ -72,16 +72,16 @@ def compute_losses(
     """Compute the losses and the accuracy of a batch.
 
     Args:
-        model: The model, in training mode if batch normalization shall use this batch.
-        images: Pixels in [0, 1].
-        labels: Class indices, one or several for each image.
-        reconstruction_weight: Weight of the reconstruction loss; 0 skips the decoder.
+        model: the model, in training mode if batch normalization shall use this batch.
+        images: pixels in [0, 1].
+        labels: class indices, one or several for each image.
+        reconstruction_weight: weight of the reconstruction loss; 0 skips the decoder.
         reconstruction_error: "mean" over the pixels, or their "sum".
         loss: "margin" or "spread".
-        step: Number of training steps done, on which the margin of the spread loss depends.
+        step: number of training steps done, on which the margin of the spread loss depends.
 
     Raises:
-        UsageError: The loss is unknown or does not allow several labels, or the model has no decoder.
+        UsageError: the loss is unknown or does not allow several labels, or the model has no decoder.
     """
     capsules = model.encode(images)
     if loss == "margin":
@@ -104,9 +104,9 @@ def create_state(
     """Split a model into its static graph definition and the initial training state.
 
     Args:
-        model: Initial weights; they are copied, because training donates its state.
-        optimizer: The optimizer, as for `make_train_step`.
-        average: Whether to keep a moving average of the weights.
+        model: initial weights; they are copied, because training donates its state.
+        optimizer: the optimizer, as for `make_train_step`.
+        average: whether to keep a moving average of the weights.
     """
     model = nnx.clone(model)
     model.train()
@@ -121,9 +121,9 @@ def make_train_step(
     r"""Make a pure function `(state, images, labels) -> (state, metrics)`, to be compiled with `jax.jit`.
 
     Args:
-        graphdef: Static definition of the model, from `create_state`.
-        optimizer: The optimizer.
-        config: Its fields for the losses, `precision`, `accumulate` (see `in_micro_batches`) and `ema_decay` are used.
+        graphdef: static definition of the model, from `create_state`.
+        optimizer: the optimizer.
+        config: its fields for the losses, `precision`, `accumulate` (see `in_micro_batches`) and `ema_decay` are used.
 
     The decay $\beta$ of the moving average $m \leftarrow \beta m + (1 - \beta) w$ is at most $(1 + t) / (10 + t)$ in
     step $t$, so that the initial weights are soon forgotten.
@@ -171,8 +171,8 @@ def in_micro_batches(gradient: Callable[..., Any], number: int) -> Callable[...,
     batch.
 
     Args:
-        gradient: A function `(params, batch_stats, images, labels, step) -> (gradient, (metrics, batch_stats))`.
-        number: Number of micro-batches, which divides the batch size.
+        gradient: a function `(params, batch_stats, images, labels, step) -> (gradient, (metrics, batch_stats))`.
+        number: number of micro-batches, which divides the batch size.
 
     Returns:
         A function of the same arguments that returns mean gradient and metrics, and the last batch statistics.
