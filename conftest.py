@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-# Machine code that is not optimised compiles in half the time; the program it is made of is the same.
+# Machine code that is not optimized compiles in half the time; the program it is made of is the same.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 

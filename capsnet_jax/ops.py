@@ -98,7 +98,7 @@ def exponential_squash(poses: Float[Array, "*capsules h"]) -> Float[Array, "*cap
 
 
 def standardize(values: Float[Array, "*batch n"], *, epsilon: float = 1e-5) -> Float[Array, "*batch n"]:
-    r"""Normalise to mean 0 and variance 1 along the last axis: layer normalisation without learned weights.
+    r"""Normalize to mean 0 and variance 1 along the last axis: layer normalization without learned weights.
 
     $$y = \frac{x - \bar x}{\sqrt{\overline{(x - \bar x)^2} + \epsilon}}$$
 
@@ -110,14 +110,14 @@ def standardize(values: Float[Array, "*batch n"], *, epsilon: float = 1e-5) -> F
         epsilon: added to the variance.
 
     Returns:
-        The normalised array, of the same shape.
+        The normalized array, of the same shape.
     """
     centered = values - reduce(values, "... n -> ... 1", "mean")
     return centered / jnp.sqrt(reduce(jnp.square(centered), "... n -> ... 1", "mean") + epsilon)
 
 
 def standardize_images(images: Float[Array, "b height width channels"]) -> Float[Array, "b height width channels"]:
-    r"""Normalise each image to mean 0 and standard deviation 1 over all of its n pixels and channels.
+    r"""Normalize each image to mean 0 and standard deviation 1 over all of its n pixels and channels.
 
     $$y = \frac{x - \bar x}{\max(\sigma, 1 / \sqrt n)}$$
 

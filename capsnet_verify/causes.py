@@ -14,8 +14,8 @@ VISIBLE = 1e-3  # mistakes other than a lack of precision are larger
 # By the first words of the first check that differs; everything before it agrees.
 PLACES = {
     "weight": "weights of another training step or precision, or an entry that was changed",
-    "poses with running means": "the running means of batch normalisation, or a layer that stays in training mode",
-    "stem": "stride, padding or axis order of a convolution, standardisation of images, or batch normalisation",
+    "poses with running means": "the running means of batch normalization, or a layer that stays in training mode",
+    "stem": "stride, padding or axis order of a convolution, standardization of images, or batch normalization",
     "primary poses": "the order in which channels become capsules (height, width, groups), their scale or their squash",
     "primary activations": "the axis of the norm, or which channel the activation is",
     "votes": "the axes of the transformation (input capsule, input pose, output capsule, output pose)",

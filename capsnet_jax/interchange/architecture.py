@@ -74,7 +74,7 @@ def infer_architecture(
 def _convolutions(shapes: Shapes) -> list[tuple[int, int, int]]:
     """Output channels, input channels and kernel size of each convolution, up to that of the primary capsules."""
     names = [f"{STEM}.{number}.weight" for number in _numbers(STEM, shapes)]
-    names = [name for name in names if len(shapes.get(name, ())) != 1]  # weights of batch normalisation have one axis
+    names = [name for name in names if len(shapes.get(name, ())) != 1]  # weights of batch normalization have one axis
     if len(names) < 2:
         names = [f"{STEM}.{number}.weight" for number in (0, 2)]  # the least that a model has, to name what is missing
     convolutions = []

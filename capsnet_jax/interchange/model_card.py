@@ -93,7 +93,7 @@ def _model(
     height, width, channels = image_shape
     num_classes = len(class_names)
     names = ", ".join(class_names[:MOST_NAMES]) + (" ..." if num_classes > MOST_NAMES else "")
-    norm, averages = (", batch normalisation", " with running averages") if model.batch_norm else ("", "")
+    norm, averages = (", batch normalization", " with running averages") if model.batch_norm else ("", "")
     rows = [("layer", "sizes")]
     rows += [
         ("convolution", f"{outputs} channels, kernel {kernel} x {kernel}, stride {stride}, ReLU{norm}")
@@ -163,7 +163,7 @@ def _use(model: ModelConfig, image_shape: tuple[int, int, int], num_classes: int
     shape, dim = f"b {height} {width} {channels}", model.class_dim
     evaluate = "capsnet evaluate FOLDER" + ("" if known_data else " --dataset YOUR_DATA_SET")
     predict = "\ncapsnet predict FOLDER image.png" if channels in (1, 3) else ""
-    own = " The model standardises each image." if model.standardize_images else ""
+    own = " The model standardizes each image." if model.standardize_images else ""
     return f"""```python
 import capsnet_jax
 

@@ -29,7 +29,7 @@ def to_stablehlo(model: CapsNet) -> bytes:
         model: a model with any routing.
 
     Returns:
-        The serialised program, for `jax.export.deserialize`.
+        The serialized program, for `jax.export.deserialize`.
 
     Raises:
         UsageError: the routing cannot be written as StableHLO, for example because it calls back into Python.

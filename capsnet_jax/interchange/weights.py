@@ -32,7 +32,7 @@ class Row(NamedTuple):
 CONVOLUTION = ("outputs inputs height width", "height width inputs outputs")
 BIAS = ("outputs", "outputs")
 NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}  # PyTorch's names and Flax's
-UNUSED = ".num_batches_tracked"  # PyTorch counts batches in every batch normalisation, and does not use the count
+UNUSED = ".num_batches_tracked"  # PyTorch counts batches in every batch normalization, and does not use the count
 FLOATS = "float16, float32 or float64"
 LISTED = 4  # number of names in a message
 
@@ -40,7 +40,7 @@ LISTED = 4  # number of names in a message
 def weight_table(model: CapsNet) -> list[Row]:
     """List a row for each parameter and running average of a model."""
     rows = []
-    number = 0  # index in PyTorch's Sequential, where convolution, ReLU and batch normalisation alternate
+    number = 0  # index in PyTorch's Sequential, where convolution, ReLU and batch normalization alternate
     for k in range(len(model.stem.convolutions)):
         rows += _convolution(f"encoder.image2primary_capsules.{number}", ("stem", "convolutions", k))
         number += 2

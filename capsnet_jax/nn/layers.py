@@ -98,13 +98,13 @@ class Convolution(nnx.Module):
 
 
 class Stem(nnx.Module):
-    """Convolutions from images to features, each followed by ReLU and optionally batch normalisation.
+    """Convolutions from images to features, each followed by ReLU and optionally batch normalization.
 
     Args:
         in_channels: number of channels of the images.
         convolutions: number of output channels, kernel size and stride of each convolution.
-        batch_norm: whether to normalise features over the batch. In evaluation mode, running averages are used.
-        standardize: whether to standardise each image first; see `standardize_images`.
+        batch_norm: whether to normalize features over the batch. In evaluation mode, running averages are used.
+        standardize: whether to standardize each image first; see `standardize_images`.
         scheme: initial distributions of the parameters.
         param_dtype: dtype of the parameters.
         rngs: source of the initial parameters.
@@ -257,7 +257,7 @@ class CapsuleLayer(nnx.Module):
         num_iterations: number of routing iterations, for routings that iterate.
         implementation: "votes" computes votes first; "fused" never stores them and exists for the routings in `FUSED`;
             "auto" picks the faster one for the batch size and devices. The results are equal.
-        recompute: recompute votes and routing in the backward pass instead of storing them (rematerialisation);
+        recompute: recompute votes and routing in the backward pass instead of storing them (rematerialization);
             "fused" always does.
         scheme: initial distribution of the weight.
         param_dtype: dtype of the parameters.

@@ -50,7 +50,7 @@ class CapsNet(nnx.Module):
     """A capsule network: stem, primary capsules, capsule layers and an optional decoder.
 
     The defaults are the reference model, a dynamic-routing network of 8.2 million parameters on MNIST. A new model is
-    in evaluation mode; `model.train()` and `model.eval()` matter for batch normalisation only.
+    in evaluation mode; `model.train()` and `model.eval()` matter for batch normalization only.
 
     Args:
         sizes: `image_shape` and `num_classes`, if given by position.

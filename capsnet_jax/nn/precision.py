@@ -1,7 +1,7 @@
 """Mixed precision: matrix products and convolutions in a small dtype such as bfloat16, everything else in float32.
 
 Each layer casts its input to the dtype of its weight, and casts the product back to float32 before anything that sums
-many numbers or has exponents, roots or quotients: norms, squash, softmax, batch normalisation, sigmoid. The dtype of
+many numbers or has exponents, roots or quotients: norms, squash, softmax, batch normalization, sigmoid. The dtype of
 the weights alone therefore sets the precision. A model of float32 or float64 weights has no casts at all.
 """
 
@@ -15,7 +15,7 @@ PRODUCTS = {"kernel", "weight", "from_capsules", "hidden_weight", "to_pixels"}
 def for_products(params: nnx.State, dtype: DTypeLike) -> nnx.State:
     """Cast the weights of matrix products and convolutions; other parameters keep their dtype.
 
-    Biases, batch normalisation and learned weights of routings are not cast. The cast is differentiable: gradients
+    Biases, batch normalization and learned weights of routings are not cast. The cast is differentiable: gradients
     have the dtype of the original weights.
 
     Args:

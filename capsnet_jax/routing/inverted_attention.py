@@ -40,8 +40,8 @@ def inverted_attention(
         epsilon: added to the variance in the layer norm.
 
     Returns:
-        The normalised output capsules, the activations $\sigma(w \cdot v_o + \beta)$, and the couplings of the last
-        iteration. The norms of normalised poses are all alike, so they cannot serve as activations; like the paper,
+        The normalized output capsules, the activations $\sigma(w \cdot v_o + \beta)$, and the couplings of the last
+        iteration. The norms of normalized poses are all alike, so they cannot serve as activations; like the paper,
         this reads activations with one linear function shared by all output capsules.
 
     Raises:

@@ -285,7 +285,7 @@ def name_of(check: Check) -> str:
 
 
 def verdict(routing: str, outcomes: list[Outcome]) -> str:
-    """Summarise the outcomes in one sentence."""
+    """Summarize the outcomes in one sentence."""
     failed = [outcome.name for outcome in outcomes if outcome.status == "FAILED"]
     skipped = sum(outcome.status == "not run" for outcome in outcomes)
     if not failed:

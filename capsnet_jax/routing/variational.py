@@ -62,7 +62,7 @@ def variational(
         alpha0: prior of the mixing proportions.
         kappa0: weight of the prior mean, as a number of votes.
         psi0: prior of the inverse scale. The larger it is compared with the squared votes, the softer the assignments.
-            The authors use 1, and batch normalisation.
+            The authors use 1, and batch normalization.
         epsilon: added to $R_o$ in denominators.
         norm_epsilon: added to the variance in LN.
 
@@ -76,8 +76,8 @@ def variational(
         Ribeiro, Leontidis, Kollias, "Capsule Routing via Variational Bayes" (2020), algorithm 1, with diagonal
         precision matrices. https://arxiv.org/abs/1905.11455
         The authors' code, https://github.com/fabio-deep/Variational-Capsule-Routing, leaves $E_o$ out of the numerator
-        of the softmax, and batch-normalises means and activations, which couples the examples of a batch. LN replaces
-        the normalisation of activations; without it, all activations stay close to each other and training is slow.
+        of the softmax, and batch-normalizes means and activations, which couples the examples of a batch. LN replaces
+        the normalization of activations; without it, all activations stay close to each other and training is slow.
     """
     check_arguments("variational", votes, activations, num_iterations=num_iterations)
     num_outputs, size = votes.shape[1:]

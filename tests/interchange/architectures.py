@@ -11,7 +11,7 @@ from capsnet_jax.config import Config, ModelConfig
 from capsnet_jax.interchange.weights import weight_table
 from capsnet_jax.runs.folder import Run
 
-# All weights that a dense architecture can have: several convolutions, normalisation, routing weights, hidden layers.
+# All weights that a dense architecture can have: several convolutions, normalization, routing weights, hidden layers.
 MANY = ModelConfig(
     image_shape=(19, 22, 2),
     num_classes=5,

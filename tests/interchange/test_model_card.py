@@ -94,9 +94,9 @@ def test_sizes_options_and_metrics_of_the_run():
     assert "Images of 40 x 41 pixels and 3 channels to 3 classes: o, ki, su. 123,456 weights with running" in text
     assert "Routing: `em,min_variance=0.1`, 4 iterations.\n" in text
     assert text.count("| convolution ") == 2
-    assert "7 channels, kernel 5 x 5, stride 1, ReLU, batch normalisation" in text
+    assert "7 channels, kernel 5 x 5, stride 1, ReLU, batch normalization" in text
     told = rows(text)
-    assert told["convolution"] == "6 channels, kernel 3 x 3, stride 2, ReLU, batch normalisation"
+    assert told["convolution"] == "6 channels, kernel 3 x 3, stride 2, ReLU, batch normalization"
     assert told["primary capsules"] == (
         "4 groups of pose size 2, kernel 9 x 9, stride 1, scale 0.5, depthwise, squash 'squash', activation 'norm'"
     )
@@ -112,7 +112,7 @@ def test_sizes_options_and_metrics_of_the_run():
     assert told["peak memory, MB"] == "5"
     assert "[b 40 41 3]" in text
     assert "poses [b 3 23], activations [b 3]" in text
-    assert "The model standardises each image." in text
+    assert "The model standardizes each image." in text
 
 
 def test_the_preset_is_named():

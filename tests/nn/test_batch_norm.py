@@ -1,4 +1,4 @@
-"""Batch normalisation uses the batch in training mode, and running averages in evaluation mode."""
+"""Batch normalization uses the batch in training mode, and running averages in evaluation mode."""
 
 import jax.numpy as jnp
 import numpy as np

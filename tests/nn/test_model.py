@@ -1,4 +1,4 @@
-"""Layers and model: inferred sizes, stacking, rematerialisation and errors."""
+"""Layers and model: inferred sizes, stacking, rematerialization and errors."""
 
 import dataclasses
 from functools import partial

@@ -103,7 +103,7 @@ def test_losses_and_gradients_are_close_to_float32(name):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_only_weights_of_products_are_cast_in_every_preset(preset):
-    """In PyTorch these are called weight and have several axes; the weight of a batch normalisation has one."""
+    """In PyTorch these are called weight and have several axes; the weight of a batch normalization has one."""
     shape = (8, 8, 1) if preset == "digits" else (28, 28, 1)
     model = nnx.eval_shape(lambda: CapsNet.from_preset(preset, image_shape=shape, num_classes=10, rngs=nnx.Rngs(0)))
     params = nnx.state(model, nnx.Param)
