@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Settings that all tests share: faster compilation, and a cache of compiled programs."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-# Machine code that is not optimized compiles in half the time; the program it is made of is the same.
+# Compilation without optimization of the machine code takes half the time. The HLO program is the same.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
@@ -15,8 +15,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 def _compilation_cache(pytestconfig: pytest.Config) -> Iterator[None]:
     """Keep compiled programs for all test processes, and for the next run; `pytest --cache-clear` deletes them.
 
-    Most of the time of the tests is compilation, of the same small programs over and over. JAX finds a program by its
-    code, its options and the version of the compiler, so a change of any of them compiles it again.
+    The tests spend most of their time compiling the same small programs. JAX identifies a program by its code, its
+    options and the version of the compiler, so a change of any of these compiles it again.
     """
     folder = pytestconfig.rootpath / ".pytest_cache" / "d" / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))

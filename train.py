@@ -1,4 +1,4 @@
-"""`python train.py ...` is `capsnet train ...`, for people working in the repository."""
+"""Run `capsnet train` from a checkout of the repository: `python train.py ...`."""
 
 import sys
 

@@ -1,6 +1,6 @@
 """Capsule networks with routing, in JAX and Flax (NNX).
 
-A capsule is a vector. Its direction is the pose of an object or part, and its length tells how likely that is present.
+A capsule is a vector. Its direction is the pose of an object or part; its length says how likely the object is present.
 Each capsule of a layer votes for the pose of every capsule of the next layer, and a routing algorithm weighs the votes.
 `CapsNet` is such a network; its defaults are the model of 8.2 million weights for MNIST.
 
@@ -12,7 +12,7 @@ Each capsule of a layer votes for the pose of every capsule of the next layer, a
 >>> poses, activations, reconstructions = model(images)
 >>> poses.shape, activations.shape, reconstructions.shape
 ((4, 10, 16), (4, 10), (4, 28, 28, 1))
->>> model.route(images)[-1].couplings.shape  # what each of 1152 primary capsules sends to each class
+>>> model.route(images)[-1].couplings.shape  # share of each of 1152 primary capsules for each class
 (4, 1152, 10)
 
 Build a model:
@@ -20,7 +20,7 @@ Build a model:
 - `CapsNet`: the network, a Flax module; its keywords are the fields of `ModelConfig`.
 - `PRESETS`: published networks by name, each with the options that it is trained with.
 - `Stem`, `PrimaryCapsules`, `CapsuleLayer`, `ConvCapsules`, `Decoder`: the layers, for models of your own.
-- `ROUTINGS`: the routing algorithms by name. A function of your own is as good.
+- `ROUTINGS`: the routing algorithms by name. Wherever a name is expected, you can pass a function of your own.
 - `Capsules`, `Routed`, `Output`: what layers, routings and models return.
 
 >>> sorted(capsnet_jax.PRESETS)
@@ -35,7 +35,7 @@ Train and use it:
 - `load_dataset`, `fit` with a `TrainingConfig`, and `evaluate`; `load` reads a trained model from its folder.
 - `margin_loss`, `spread_loss`, `reconstruction_loss`: for a training loop of your own.
 - `from_torch`, `to_torch`: weights from and to the PyTorch model.
-- `UsageError`: the one exception for what a user can get wrong; its message tells what was expected.
+- `UsageError`: the exception for wrong arguments, files and data; its message says what is expected.
 
 The command `capsnet` trains, evaluates, compares and verifies from a shell.
 """

@@ -1,4 +1,4 @@
-"""The first hour: `capsnet train --run-dir runs/digits`, then `python docs/first_hour.py runs/digits`."""
+"""The first hour: run `capsnet train --run-dir runs/digits`, then `python docs/first_hour.py runs/digits`."""
 
 import sys
 
