@@ -71,7 +71,7 @@ class ModelConfig:
     num_iterations: int = 3
     """Number of routing iterations."""
     stem_below: tuple[tuple[int, int], ...] = ()
-    """Channels and kernel size of each convolution before the last one of the stem; stride 1."""
+    """Channels and kernel size of each stem convolution before the last one; their stride is 1."""
     stem_channels: int = 256
     """Channels of the last convolution of the stem."""
     stem_kernel: int = 9
@@ -101,7 +101,7 @@ class ModelConfig:
     hidden_capsules: tuple[tuple[int, int], ...] = ()
     """Capsule layers below the class capsules: number of capsules and pose size of each."""
     matrix_poses: bool = False
-    """Poses above the primary capsules are square matrices, for example 4 x 4 for pose size 16."""
+    """Use square matrices as poses above the primary capsules, for example 4 x 4 for pose size 16."""
     class_dim: int = 16
     """Pose size of the class capsules."""
     shared_class_transform: bool = False
@@ -111,7 +111,7 @@ class ModelConfig:
     decoder_bias: bool = False
     """Add a bias to the first and the last layer of the decoder."""
     initial_weights: Literal["torch", "official"] = "torch"
-    """Initialization: that of PyTorch, or that of the authors of dynamic routing."""
+    """Distributions of the initial weights: PyTorch's, or those of the authors of dynamic routing."""
     standardize_images: bool = False
     """Normalize each image to mean 0 and standard deviation 1. Reconstructions stay in [0, 1]."""
     routing_implementation: Literal["auto", "votes", "fused"] = "auto"
@@ -198,17 +198,17 @@ class DataConfig:
     a folder with one folder of images for each class;
     an .npz file with x_train, y_train, x_test, y_test."""
     data_dir: Path | None = None
-    """Folder with the four idx files of mnist and its kind, or with tensorflow-datasets."""
+    """Folder with the four idx files of mnist, fashion_mnist or kmnist, or with tensorflow-datasets."""
     augment: tuple[str, ...] = ("shift=0.1",)
-    """Random changes of the training images (see the table below); no value for none."""
+    """Augmentations of the training images (see the table below); without a value, none."""
     validation: float = 0.0
-    """Fraction of the training images held out for validation. The best weights on them are saved."""
+    """Fraction of the training images held out for validation. The weights that are best on them are saved."""
     image_size: tuple[int, int] | None = None
     """Resize the images of a folder to this height and width."""
     train_limit: int | None = None
     """Use only this many training images, from the start of the set."""
-    stream: Annotated[bool | None, arg(help_behavior_hint="(default: if the set fills half of its memory)")] = None
-    """Send batches to the device one by one, and not the whole set at once."""
+    stream: Annotated[bool | None, arg(help_behavior_hint="(default: if they need half of its memory)")] = None
+    """Send training images to the device chunk by chunk instead of all at once."""
 
     def __post_init__(self) -> None:
         _check(self, 0 <= self.validation < 1, "validation", "at least 0 and less than 1")
@@ -237,7 +237,7 @@ class TrainingConfig:
     epochs: int = 10
     """Number of passes over the training images."""
     batch_size: int = 64
-    """Images per training step. Images that do not fill the last batch of an epoch are skipped."""
+    """Images per training step. The incomplete last batch of an epoch is skipped."""
     learning_rate: float = 1e-3
     """Learning rate of Adam."""
     seed: int = 0
@@ -267,11 +267,11 @@ class TrainingConfig:
     accumulate: int = 1
     """Number of micro-batches per step; their gradients are averaged. Saves memory."""
     steps_per_chunk: int = 0
-    """Steps compiled into one program; 0 for 1 on CPU, and up to an epoch or 1,000 elsewhere."""
+    """Training steps per compiled program; 0 chooses 1 on CPU, and up to an epoch or 1,000 elsewhere."""
     save_minutes: float = 1.0
     """Minutes between checkpoints; 0 for one after every chunk of steps."""
     keep_checkpoints: int = 2
-    """Number of latest checkpoints to keep, in addition to the best on validation."""
+    """Number of latest checkpoints to keep, in addition to the one that is best on validation images."""
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "epochs", "batch_size", "accumulate", "learning_rate_decay_steps", "keep_checkpoints")

@@ -20,7 +20,7 @@ class UsageError(ValueError):
 
 
 class NonFiniteLossError(ArithmeticError):
-    """Error for a loss or a gradient that is infinite or not a number.
+    """Error for a loss or gradient that is infinite or NaN.
 
     Args:
         what: "loss" or "gradient".
@@ -48,6 +48,6 @@ class StoppedBySignalError(Exception):
 
 
 def in_words(error: BaseException) -> str:
-    """Format an exception of other code on one line, without a final period. Messages of JAX can be pages long."""
+    """Format an exception of any kind on one line, without a final period. Messages of JAX can be pages long."""
     lines = str(error).strip().splitlines() or ["(no message)"]
     return f"{type(error).__name__}: {lines[0].rstrip('.')}"

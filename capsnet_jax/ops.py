@@ -36,7 +36,7 @@ def capsule_norm(poses: Float[Array, "*capsules h"]) -> Float[Array, "*capsules"
 
 @capsule_norm.defjvp
 def _capsule_norm_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    # The derived rule would multiply by the scale before it divides by it, and underflow.
+    # The derivative that JAX derives would multiply by the scale before it divides by it, and underflow.
     (poses,), (tangent,) = primals, tangents
     norm = capsule_norm(poses)
     direction = poses / rearrange(jnp.where(norm > 0, norm, 1), "... -> ... 1")
@@ -189,7 +189,7 @@ def answers_right(activations: Float[Array, "b o"], labels: Labels) -> Bool[Arra
         labels: class indices in [0, o), one or several per example.
 
     Returns:
-        True for each example whose labels were all predicted.
+        True for each example whose labels are all predicted.
 
     References:
         Sabour, Frosst, Hinton (2017), section 6.2, for two overlapping digits.
@@ -213,7 +213,7 @@ def convolution(
         stride: step of the kernel in pixels, along both axes.
 
     Returns:
-        The features; `positions_after` tells their height and width.
+        The features; `positions_after` computes their height and width.
     """
     return jax.lax.conv_general_dilated(
         images, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")

@@ -60,8 +60,8 @@ PRESETS: dict[str, Config] = {
     "paper": dataclasses.replace(
         _OFFICIAL, training=dataclasses.replace(_OFFICIAL.training, reconstruction_weight=0.0005)
     ),
-    # Mazzia, Salvetti, Chiaberge (2021), https://github.com/EscVM/Efficient-CapsNet: 0.26 % error on MNIST, by their
-    # augmentation, of which squeezing and erasing are not implemented here; 161,824 weights without the decoder.
+    # Mazzia, Salvetti, Chiaberge (2021), https://github.com/EscVM/Efficient-CapsNet: 0.26 % error on MNIST, with their
+    # augmentation, whose squeezing and erasing are not implemented here; 161,824 weights without the decoder.
     "efficient": Config(
         model=ModelConfig(
             stem_below=((32, 5), (64, 3), (64, 3)),
@@ -124,7 +124,7 @@ PRESETS: dict[str, Config] = {
 
 
 def get_preset(name: str) -> Config:
-    """Return the config of a name in `PRESETS`.
+    """Look up a config by its name in `PRESETS`.
 
     Raises:
         UsageError: there is no such preset.

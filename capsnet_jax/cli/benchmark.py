@@ -29,12 +29,12 @@ WORK = {
 class Benchmark:
     """Measure time and memory of the model beside the PyTorch model, in processes that take turns.
 
-    Images and labels are random. A sample is taken after warming up, and ends when the result is there. On CPU the
-    epoch is extrapolated from single steps and batches. The GPU is used if there is one. Run nothing else on the
-    machine meanwhile, as times and ratios would mean little."""
+    Images and labels are random. Calls are timed after a warm-up, until the result is available. On CPU the epoch is
+    extrapolated from single steps and batches. The GPU is used if there is one. Run nothing else on the machine
+    meanwhile: it would distort times and ratios."""
 
     preset: str = "readable"
-    """Model and losses; a preset of `capsnet train`."""
+    """Preset whose model and losses are measured."""
     image_shape: tuple[int, int, int] = (28, 28, 1)
     """Height, width and number of channels of the images."""
     num_classes: int = 10
@@ -42,17 +42,17 @@ class Benchmark:
     batch_size: int = 64
     """Number of images in a step."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the operands of products, in PyTorch by autocast. On a GPU, float32 means TF32 in both frameworks."""
+    """Dtype of the operands of matrix products (PyTorch: autocast). On a GPU, float32 means TF32 in both frameworks."""
     routing_implementation: Literal["auto", "votes", "fused"] = "auto"
-    """How JAX computes dynamic routing; an option of `capsnet train`."""
+    """How JAX computes dynamic routing; see `capsnet train --help`."""
     rounds: int = 15
     """Number of samples of each measurement and row."""
     rows: tuple[str, ...] = tuple(WORK)
     """Rows of the table: jax, torch-eager, torch-compile."""
     measure: tuple[str, ...] = tuple(MEASUREMENTS)
-    """Only these measurements."""
+    """Measurements to make."""
     compile_mode: Literal["best", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "best"
-    """Mode of torch.compile; best is the mode that was fastest on such a device."""
+    """Mode of torch.compile; best is the mode that was fastest on this kind of device."""
     json: Path | None = None
     """File for all samples, medians, ratios, versions and the machine, rewritten after each measurement."""
 

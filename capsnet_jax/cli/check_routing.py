@@ -20,7 +20,7 @@ class CheckRouting:
     routing: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ROUTING")]
     """Your own routing, as package.module:function, or a built-in one; options after commas."""
     torch: str | None = None
-    """The same routing in PyTorch, package.module:function of votes [b i o h], to compare with in float64."""
+    """The same routing in PyTorch, as package.module:function, for votes [b i o h]; compared in float64."""
     num_iterations: int = 3
     """Number of routing iterations."""
 

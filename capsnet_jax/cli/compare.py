@@ -35,10 +35,10 @@ COUPLED_IMAGES = 1000  # test images for the mean coupling entropy
 
 @dataclass(frozen=True)
 class ComparisonOptions:
-    """What is compared, and where the results are saved."""
+    """Routings and seeds to compare, and where the results are saved."""
 
     routings: tuple[str, ...] = ("all",)
-    """Routings to compare, with options as for --routing, which they replace; all for every built-in one."""
+    """Routings to compare, with options after commas; all stands for every built-in one."""
     seeds: int = 3
     """Number of seeds per routing: --seed, --seed + 1 ..."""
     output: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: runs/compare-DATASET-DATE-TIME)")] = None
@@ -51,9 +51,9 @@ class ComparisonOptions:
 class Compare(TrainingOptions):
     """Train the same model with every routing algorithm, and compare the results.
 
-    All see the same images in the same order, and start from the same weights.
+    All models see the same images in the same order, and start from the same weights.
     The same command with the same --output continues where it stopped.
-    More about everything here: docs/training.md."""
+    Details: docs/training.md."""
 
     comparison: ComparisonOptions = field(default_factory=ComparisonOptions)
 

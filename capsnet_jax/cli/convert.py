@@ -1,4 +1,4 @@
-"""The command `capsnet convert`: convert files of weights, without changing a bit of a weight."""
+"""The command `capsnet convert`: convert files of weights, bit by bit."""
 
 import sys
 from collections.abc import Iterator
@@ -27,8 +27,8 @@ CARD = "README.md"
 class Convert:
     """Convert weights between PyTorch and JAX: a run, safetensors, or a state_dict.
 
-    No bit of a weight changes, and names are those of the PyTorch model. Weights are
-    checked against the model before anything is written. More in docs/interchange.md."""
+    Weights keep every bit, and have the names of the PyTorch model. They are checked
+    against the model before anything is written. Details: docs/interchange.md."""
 
     source: tyro.conf.Positional[tuple[Path, ...]]
     """Folder of a run; one file, .safetensors or .pt with a state_dict; or two files:
@@ -57,7 +57,7 @@ class Convert:
             config = run.config.model
             print(
                 f"Scale {config.primary_scale:g}, {config.primary_squash!r} as squash and routing {config.routing} are "
-                f"taken from preset {preset}, as weights do not tell them.",
+                f"taken from preset {preset}, as the weights do not determine them.",
                 file=sys.stderr,
             )
         state = {row.name: state[row.name] for row in weight_table(model)}

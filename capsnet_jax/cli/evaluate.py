@@ -31,9 +31,9 @@ class Evaluate:
     run_dir: tyro.conf.Positional[Path]
     """Folder of the run."""
     dataset: str | None = None
-    """Another data set than that of the run, with the same classes in the same order."""
+    """Another data set than the one of the run, with the same classes in the same order."""
     data_dir: Path | None = None
-    """Folder of the data set, if not that of the run."""
+    """Folder of the data set, if not the one of the run."""
     best: bool = False
     """Evaluate the weights that were best on validation images instead of the last ones."""
     confusion: Path | None = None

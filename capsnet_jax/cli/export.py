@@ -24,14 +24,14 @@ from capsnet_jax.runs.folder import Run, load_run
 Outputs = Mapping[str, Float[np.ndarray, "..."]]
 
 TOLERANCE = 1e-5  # of the largest value; the largest error measured is 2e-6
-NUM_IMAGES = 17  # enough for fused routing and spectral convolution in the model that the file is compared with
+NUM_IMAGES = 17  # enough that the model, with which the file is compared, uses fused routing and Fourier transforms
 
 
 @dataclass(frozen=True)
 class Export:
     """Save a trained model as one file that runs without this package.
 
-    Input: images [b height width channels], float32 in [0, 1], any number of them.
+    Input: images [b height width channels], float32 in [0, 1], for any batch size b.
     Output: poses [b classes dim] and activations [b classes] of the class capsules and,
     with a decoder, reconstructions [b height width channels] from the most active capsule.
     The file is run once on random images, and kept only if it agrees with the model."""
@@ -41,7 +41,7 @@ class Export:
     format: Literal["stablehlo", "onnx"] = "stablehlo"
     """stablehlo for jax.export.deserialize; onnx for onnxruntime (pip install 'capsnet-jax[onnx]')."""
     output: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: model.FORMAT in the run folder)")] = None
-    """The file; its name ends in .stablehlo or .onnx."""
+    """File to write; its name ends in .stablehlo or .onnx."""
     best: bool = False
     """Export the weights that were best on validation images instead of the last ones."""
 

@@ -1,4 +1,4 @@
-"""The console command `capsnet`: finds the command, parses its options, runs it and reports errors."""
+"""The console script `capsnet`: find the command, parse its options, run it and report errors."""
 
 import contextlib
 import difflib
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
             raise
         advice = "A smaller --batch-size needs less, and so do --accumulate, --recompute-routing and --stream True."
-        return _fail(1, f"The device has not enough memory: {str(error).splitlines()[0]}", advice)
+        return _fail(1, f"The device does not have enough memory: {str(error).splitlines()[0]}", advice)
 
 
 def parse(argv: Sequence[str]) -> Any | None:

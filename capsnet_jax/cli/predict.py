@@ -21,8 +21,8 @@ class Predict:
     """Classify image files: print the class, the activation of its capsule, and the runner-up.
 
     A line looks like `digit.png: 7 (0.97; next 9 at 0.21)`. The number is the activation
-    of the class capsule, from 0 to 1: usually the length of its pose. Each class has its own,
-    and it is not a calibrated probability.
+    of the class capsule, from 0 to 1: usually the length of its pose. Activations of the
+    classes are independent of each other, and are not calibrated probabilities.
 
     Images must look like those of the data set: a model of light digits on black does not
     recognize dark digits on white."""

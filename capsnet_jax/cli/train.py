@@ -66,7 +66,7 @@ class Train(TrainingOptions):
     """Train a capsule network. The last line printed is its test accuracy.
 
     Ctrl-C and SIGTERM save a checkpoint, from which --resume continues.
-    More about everything here: docs/training.md."""
+    Details: docs/training.md."""
 
     folder: Annotated[RunOptions, tyro.conf.arg(name="run")] = field(default_factory=RunOptions)
     devices: Annotated[DeviceOptions, tyro.conf.arg(name="device")] = field(default_factory=DeviceOptions)

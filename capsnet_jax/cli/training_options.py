@@ -25,7 +25,7 @@ class TrainingOptions:
         str | None,
         tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: digits for that data set, else readable)"),
     ] = None
-    """Values that all other options start from:
+    """Preset that the defaults of all other options come from:
     readable (the reference model), digits (small and quick), official, paper, efficient, em."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -50,11 +50,11 @@ class TrainingOptions:
 
 
 def read_defaults(argv: Sequence[str]) -> tuple[Config, Path | None]:
-    """Read from the options what the defaults of all others are.
+    """Find the defaults of all options from --preset, --dataset, --run-dir and --resume.
 
     Returns:
         The config of the preset, by default of the one that suits the data set; and the folder of the run to resume,
-        whose options take its place, or None.
+        whose options replace it, or None.
 
     Raises:
         UsageError: there is no such preset.

@@ -26,27 +26,27 @@ class Verify:
 
     Prints a row for each intermediate value in forward order, the losses, the gradient of each weight and each training
     step. Errors are fractions of the largest value. Layers whose capsules are so short that routing has no effect are
-    first scaled on both sides. Every implementation that may be chosen for a layer is compared, each at a batch size at
-    which it is chosen. Exit status: 0 if everything agrees, 1 if something differs, 2 if not everything could be
+    first scaled in both models. Every implementation that may be chosen for a layer is compared, each at a batch size
+    at which it is chosen. Exit status: 0 if everything agrees, 1 if something differs, 2 if not everything could be
     compared. By default, a small model is verified whose sizes all differ."""
 
     model: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Folder of a run; a file of weights, .safetensors or .pt; or the two files of the reference model."""
     preset: str | None = None
-    """Model of a preset at full size; for a file of weights without a config.json, the preset that it belongs to."""
+    """Preset to verify at full size; for a file of weights without a config.json, the preset of its model."""
     image_shape: tuple[int, int, int] | None = None
     """Height, width and number of channels, for weights without a decoder and without a config.json."""
     all_presets: bool = False
     """Verify every preset."""
     routing: Annotated[str | None, tyro.conf.arg(aliases=["--jax-routing"])] = None
-    """Routing of the model: a registered name with options after commas, or yours as package.module:function."""
+    """Routing of the model: a registered name with options after commas, or your own as package.module:function."""
     torch_routing: str | None = None
     """Routing of the PyTorch side, if it is not registered under the same name: a function of a batch of votes
     [b i o h], as package.module:function, or a registered name."""
     all_routings: bool = False
     """Verify the small model with every registered routing."""
     random_model: int | None = None
-    """Verify the random architecture of this number."""
+    """Verify a random architecture, drawn from this seed."""
     torch_weights: tuple[Path, ...] = ()
     """Weights of the PyTorch side, if they are in another file; they are first compared one by one."""
     torch_model: str | None = None
@@ -58,20 +58,20 @@ class Verify:
     dtype: tuple[Literal["float64", "float32", "bfloat16"], ...] = ("float64",)
     """Precisions. With bfloat16, matrix products in JAX are bfloat16, and PyTorch computes in float32."""
     device: Literal["cpu", "gpu"] = "cpu"
-    """Device of both sides."""
+    """Device of both frameworks."""
     steps: int = 20
-    """Number of training steps; at most 5 are compared in float32, as rounding errors grow."""
+    """Number of training steps; in float32 at most 5 are compared, because rounding errors grow."""
     learning_rate: float = 1e-4
     """Learning rate of Adam in the training steps; a large one amplifies rounding errors."""
     batch_size: int | None = None
-    """Number of images. By default, batches of 3 and of each size that the implementations of the layers need are
-    compared; training steps use the batch with the most fast implementations."""
+    """Number of images. By default, batches of several sizes are compared, so that every implementation is used;
+    training steps use the batch with the most fast implementations."""
     seed: int = 0
     """Seed of weights and images."""
     json: Path | None = None
     """File to write all checks to."""
     self_test: bool = False
-    """Test the checks themselves: plant each of some hundred mistakes, which the right check must catch."""
+    """Test the checks themselves: plant about a hundred mistakes, one at a time, which the right check must catch."""
 
     def run(self) -> int:
         """Print the tables and a sentence; returns the exit status.
@@ -83,7 +83,7 @@ class Verify:
             return self._run()
         except (UsageError, OSError):
             raise
-        except Exception:  # Python would exit with status 1, which is a verdict
+        except Exception:  # Python would exit with status 1, which means that something differs
             traceback.print_exc()
             return 2
 
@@ -174,7 +174,7 @@ class Verify:
             raise UsageError('capsnet verify needs PyTorch, which is not installed: pip install ".[torch]".')
 
     def _subjects(self) -> list["capsnet_verify.subjects.Subject"]:
-        """The models to verify."""
+        """Return the models to verify."""
         from capsnet_jax.presets import PRESETS
         from capsnet_jax.runs.folder import read_run
         from capsnet_verify import subjects

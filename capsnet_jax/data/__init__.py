@@ -18,7 +18,7 @@ BUILT_IN_DATASETS = ("digits", *IDX_DATASETS, *SYNTHETIC_DATASETS)
 
 
 def configured_dataset(data: DataConfig) -> Dataset:
-    """Load the data set of a configuration, with its limit and its validation split, but not cropped.
+    """Load the data set of a config, apply its limit and validation split, but do not crop it.
 
     Raises:
         UsageError: the data set cannot be read, or is too small for limit or validation split.
@@ -66,7 +66,7 @@ def load_dataset(name: str, data_dir: Path | None = None, *, image_size: tuple[i
 
         return load_image_folder(path, image_size)
     if image_size is not None:
-        raise UsageError(f"image_size is {image_size}, but only folders of images are resized; {name} is none.")
+        raise UsageError(f"image_size is {image_size}, but only folders of images are resized; {name} is not one.")
     if path is not None:
         from capsnet_jax.data.npz import load_npz
 

@@ -14,7 +14,7 @@ SPLIT_ARRAYS = ("training images", "training labels", "test images", "test label
 
 
 class Dataset(NamedTuple):
-    """Labelled images for training, test and, optionally, validation; `make_dataset` makes one of your own arrays.
+    """Labelled images for training, test and, optionally, validation; `make_dataset` makes one from your own arrays.
 
     Images are uint8, or float32 in [0, 1]. Labels are class indices: one for each image, or k different ones. All
     images have the same shape, except that training images may be larger if crops are drawn from them.
@@ -137,7 +137,7 @@ def make_dataset(
     class_names: Sequence[str] | None = None,
     described: Sequence[str] = SPLIT_ARRAYS,
 ) -> Dataset:
-    """Make a data set of your own arrays, and check them.
+    """Make a data set from your own arrays, and check them.
 
     Args:
         train_images: images `[images height width channels]`, in uint8 or as floats in [0, 1].
@@ -161,14 +161,17 @@ def make_dataset(
     for (images_name, labels_name), images, labels in splits:
         if images.ndim != 4 or images.shape[1:] != train_images.shape[1:] or 0 in images.shape[1:]:
             raise UsageError(
-                f"The {images_name} are {images.shape}; expected [images height width channels], all alike."
+                f"The {images_name} are {images.shape}; expected [images height width channels], of one size in "
+                "both splits."
             )
         _check_labels(labels, labels_name, num_images=len(images), class_names=class_names)
         if labels.shape[1:] != train_labels.shape[1:]:
             raise UsageError(f"The {labels_name} are {labels.shape}; expected as many for each image in both splits.")
         is_float = np.issubdtype(images.dtype, np.floating)
         if images.dtype != train_images.dtype or not (is_float or images.dtype == np.uint8):
-            raise UsageError(f"The {images_name} are {images.dtype}; expected uint8, or floats in [0, 1], all alike.")
+            raise UsageError(
+                f"The {images_name} are {images.dtype}; expected uint8, or floats in [0, 1], the same in both splits."
+            )
         if is_float and not (images.min() >= 0 and images.max() <= 1):  # also refuses NaN
             raise UsageError(f"The {images_name} are from {images.min()} to {images.max()}; expected floats in [0, 1].")
     if train_images.dtype != np.uint8:

@@ -30,7 +30,7 @@ def load_npz(path: Path) -> Dataset:
     for name, labels in (("y_train", y_train), ("y_test", y_test)):
         if labels.dtype.kind not in "iuU" or (labels.dtype.kind == "U") != (y_train.dtype.kind == "U"):
             raise UsageError(
-                f"The labels {name} in {path} are {labels.dtype}; expected integers or strings, all alike."
+                f"The labels {name} in {path} are {labels.dtype}; expected integers or strings, the same in both."
             )
     if y_train.dtype.kind != "U":
         y_train, y_test = y_train.astype(np.int64), y_test.astype(np.int64)

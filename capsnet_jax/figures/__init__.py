@@ -22,7 +22,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Save a figure in the format of the file name, such as .png, .pdf or .svg.
 
     Raises:
-        UsageError: the file cannot be written, or its ending is not that of a picture.
+        UsageError: the file cannot be written, or its suffix is not an image format.
     """
     try:
         figure.savefig(path)

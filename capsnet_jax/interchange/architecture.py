@@ -26,13 +26,13 @@ def infer_architecture(
 ) -> ModelConfig:
     """Infer the config of a model with dense capsule layers from the shapes of its weights.
 
-    Shapes tell the sizes of all layers, the number of classes and, by the decoder, the shape of the images. The number
-    of primary capsules then tells their stride, and whether they have a channel for the activation. Everything else is
-    taken from the given config: strides of the stem, scale, squash and routing.
+    Shapes determine the sizes of all layers, the number of classes and, with a decoder, the shape of the images. The
+    number of primary capsules then determines their stride, and whether they have a channel for the activation. Strides
+    of the stem, scale, squash and routing are taken from the given config.
 
     Args:
         state: an array for each name of the PyTorch model's state_dict.
-        config: source of what shapes do not tell, such as the config of a preset.
+        config: source of what shapes do not determine, such as the config of a preset.
         image_shape: height, width and number of channels of the images, for weights without a decoder.
 
     Raises:
@@ -92,7 +92,7 @@ def _capsule_layers(shapes: Shapes) -> list[tuple[int, ...]]:
     for name in names:
         if f"{name}.weight" in shapes:
             raise UsageError(
-                f"The weight {name}.weight is of convolutional capsules, of which weights do not tell enough; expected "
+                f"The weight {name}.weight is of convolutional capsules, whose sizes it does not determine; expected "
                 f"a {CONFIG} beside them."
             )
     return [_shape(shapes, f"{name}.input_caps2U.weight", 4) for name in names]
@@ -105,8 +105,8 @@ def _image_shape(shapes: Shapes, has_decoder: bool, given: tuple[int, int, int] 
         found = (height, width, channels)
     if found is None:
         raise UsageError(
-            "The weights have no decoder, and do not tell the shape of the images; expected --image-shape HEIGHT WIDTH "
-            f"CHANNELS, or a {CONFIG} beside them."
+            "The weights have no decoder, which would determine the shape of the images; expected --image-shape HEIGHT "
+            f"WIDTH CHANNELS, or a {CONFIG} beside them."
         )
     if given not in (None, found):
         raise UsageError(f"The weight {TO_PIXELS} is of images of shape {found}; --image-shape is {given}.")
@@ -117,7 +117,7 @@ def _image_shape(shapes: Shapes, has_decoder: bool, given: tuple[int, int, int] 
 
 
 def _with_primary_capsules(model: ModelConfig, channels: int, capsules: int) -> ModelConfig:
-    """Find groups, activation and stride of the primary capsules from their number and that of their channels.
+    """Find groups, activation and stride of the primary capsules from the numbers of capsules and of channels.
 
     Activation and stride of the given config are preferred.
     """
@@ -132,7 +132,7 @@ def _with_primary_capsules(model: ModelConfig, channels: int, capsules: int) -> 
             strides = [model.primary_stride]
         if len(strides) > 1 and capsules > groups:  # at a single position, any stride is the same
             raise UsageError(
-                f"The weights do not tell the stride of the primary capsules: {', '.join(map(str, strides))} make "
+                f"The weights do not determine the stride of the primary capsules: {', '.join(map(str, strides))} make "
                 f"{capsules} of images of shape {model.image_shape}; expected a {CONFIG} beside them."
             )
         if strides:

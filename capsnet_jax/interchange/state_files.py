@@ -1,4 +1,4 @@
-"""Files of weights: safetensors, PyTorch state_dicts, the pair of the reference model, and run folders."""
+"""Files of weights: safetensors, PyTorch state_dicts, the two files of the reference model, and run folders."""
 
 import importlib
 from collections import Counter
@@ -16,7 +16,7 @@ from capsnet_jax.interchange.weights import UNUSED, StateDict, check_values, rea
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # in the folder of a run
 SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth")
-PAIR = ("encoder.", "decoder.")  # prefixes in the whole state_dict of the entries of the reference model's two files
+PAIR = ("encoder.", "decoder.")  # prefixes that the entries of the reference model's two files get
 
 
 def read_state(paths: Sequence[Path]) -> StateDict:
@@ -112,7 +112,7 @@ def named(paths: Sequence[Path]) -> str:
 
 
 def is_folder(path: Path) -> bool:
-    """Tell whether a path is a folder: it exists as one, or does not end like a file of weights."""
+    """Return whether a path is a folder: it exists as one, or does not end like a file of weights."""
     return path.is_dir() or path.suffix not in SAFETENSORS + TORCH
 
 

@@ -21,7 +21,7 @@ StateDict = dict[str, Shaped[np.ndarray, "..."]]
 
 
 class Row(NamedTuple):
-    """One weight: its name in the state_dict, its path in the JAX model, and the order of its axes in either."""
+    """One weight: its name in the state_dict, its path in the JAX model, and the order of its axes in both."""
 
     name: str
     path: tuple[str | int, ...]

@@ -37,12 +37,12 @@ class ConvCapsules(nnx.Module):
         out_dim: pose size of the output capsules.
         kernel_size: height and width of the kernel, in positions. A kernel as large as the grid makes a dense layer.
         stride: stride of the kernel, in positions.
-        matrix_poses: poses are square matrices, stored row by row, which the weight matrices multiply from the right;
-            otherwise they are vectors.
-        shared_transform: all taps of the kernel share one weight matrix per pair of groups.
-        coordinate_addition: add the relative position of the input capsule under the kernel, in [0, 1] down and across,
-            to the first two components of its votes (for matrices: to the last column of the first two rows). Votes
-            of a shared transformation then still depend on the position.
+        matrix_poses: whether poses are square matrices, stored row by row and multiplied by weight matrices from the
+            right. Otherwise they are vectors.
+        shared_transform: whether all taps of the kernel share one weight matrix per pair of groups.
+        coordinate_addition: whether to add the relative position of the input capsule under the kernel, in [0, 1] down
+            and across, to the first two components of its votes (for matrices: to the last column of the first two
+            rows). Votes of a shared transformation then still depend on the position.
         routing: as in `CapsuleLayer`.
         num_iterations: number of routing iterations, for routings that iterate.
         recompute: as in `CapsuleLayer`.
@@ -88,13 +88,13 @@ class ConvCapsules(nnx.Module):
     ):
         self.kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         if self.kernel_size[0] > grid[0] or self.kernel_size[1] > grid[1]:
-            raise UsageError(f"A kernel of {self.kernel_size} capsules is larger than their grid of {grid}.")
+            raise UsageError(f"A kernel of {self.kernel_size} positions is larger than the grid of {grid}.")
         self.rows = 1
         if matrix_poses:
             self.rows = math.isqrt(in_dim)
             if in_dim != out_dim or in_dim != self.rows**2:
                 raise UsageError(
-                    f"Poses of {in_dim} and {out_dim} are no square matrices of one size; expected 16 and 16, say."
+                    f"Poses of {in_dim} and {out_dim} are not square matrices of one size; expected, say, 16 and 16."
                 )
         if coordinate_addition and out_dim < 2:
             raise UsageError(f"Coordinates are added to two components of a pose, and out_dim is {out_dim}.")
@@ -135,7 +135,7 @@ class ConvCapsules(nnx.Module):
         return routed
 
     def choice(self, num_examples: int) -> Choice:
-        """Tell the implementation for batches of this size."""
+        """Return the implementation for batches of this size."""
         return Choice("votes", "convolutional capsules have no other implementation")
 
     def _route(self, capsules: Capsules) -> Routed:

@@ -54,7 +54,7 @@ def _uniform(bound: float) -> Initializer:
 
 
 def _truncated_normal(deviation: float) -> Initializer:
-    """Normal with this standard deviation before it is cut at two of them, like TensorFlow's `truncated_normal`."""
+    """Normal of this standard deviation, then truncated at two deviations, like TensorFlow's `truncated_normal`."""
     return lambda key, shape, dtype: deviation * jax.random.truncated_normal(key, -2, 2, shape, dtype)
 
 

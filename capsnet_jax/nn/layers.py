@@ -67,7 +67,8 @@ class Convolution(nnx.Module):
     ):
         if depthwise and in_channels != out_channels:
             raise UsageError(
-                f"A depthwise convolution has {in_channels} input and {out_channels} output channels; expected as many."
+                f"A depthwise convolution has {in_channels} input and {out_channels} output channels; expected the "
+                "same number."
             )
         self.stride = stride
         self.depthwise = depthwise
@@ -87,7 +88,7 @@ class Convolution(nnx.Module):
         return (depthwise if self.depthwise else convolve)(images.astype(kernel.dtype), kernel, self.stride)
 
     def choice(self, shape: Sequence[int]) -> Choice:
-        """Tell the implementation for images of this shape, `[b height width channels]`."""
+        """Return the implementation for images of this shape, `[b height width channels]`."""
         if self.depthwise:
             return Choice("taps", "a depthwise convolution has no other implementation")
         return choose_convolution(shape, self.kernel.shape, self.stride, self.kernel.dtype)
@@ -320,7 +321,7 @@ class CapsuleLayer(nnx.Module):
         return routed
 
     def choice(self, num_examples: Size) -> Choice:
-        """Tell the implementation for batches of this size."""
+        """Return the implementation for batches of this size."""
         return choose_routing(self.routing, self.implementation, num_examples)
 
     def votes(self, poses: Float[Array, "b i d"]) -> Float[Array, "b i o h"]:
@@ -405,7 +406,7 @@ class Decoder(nnx.Module):
 
 
 def is_captured(module: nnx.Module) -> bool:
-    """Tell whether `nnx.capture` is active. Outside it, `sow` would keep the arrays in the module."""
+    """Return whether `nnx.capture` is active. Outside it, `sow` would keep the arrays in the module."""
     return hasattr(module, "__captures__")
 
 

@@ -79,7 +79,8 @@ def spread_loss(
     """
     if labels.ndim > 1:
         raise UsageError(
-            f"The spread loss got {labels.shape[1]} labels for each image, and is defined for one; expected margin."
+            f"The spread loss got {labels.shape[1]} labels for each image, and is defined for one; expected "
+            "the margin loss."
         )
     is_label = jax.nn.one_hot(labels, activations.shape[1], dtype=activations.dtype)
     of_label = reduce(is_label * activations, "b o -> b 1", "sum")

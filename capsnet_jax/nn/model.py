@@ -124,7 +124,7 @@ class CapsNet(nnx.Module):
             options: `rngs`, `param_dtype`, and fields of `ModelConfig` that replace values of the preset.
 
         Raises:
-            UsageError: there is no such preset, or as for the constructor.
+            UsageError: there is no such preset, or the constructor raises it.
         """
         return cls(**vars(get_preset(name).model) | options)
 
@@ -132,7 +132,7 @@ class CapsNet(nnx.Module):
         """Classify and reconstruct images.
 
         Args:
-            images: pixels in [0, 1], of the shape that the model was made for.
+            images: pixels in [0, 1]; height, width and channels as in `config.image_shape`.
             labels: classes to reconstruct each image from, one or several per image; by default the predicted class.
 
         Raises:
@@ -179,7 +179,7 @@ class CapsNet(nnx.Module):
         return self.decoder(mask_by_label(poses, jnp.asarray(labels)))
 
     def implementations(self, batch_size: int) -> dict[str, Choice]:
-        """Tell how each layer is computed for this batch size on this machine, and why; see `nn/fast/choice.py`."""
+        """Return how each layer is computed for this batch size on this machine, and why; see `nn/fast/choice.py`."""
         choices, shape = {}, (batch_size, *self.config.image_shape)
         convolutions = {f"stem {number}": each for number, each in enumerate(self.stem.convolutions)}
         for name, convolution in (convolutions | {"primary capsules": self.primary_capsules.convolution}).items():

@@ -57,7 +57,7 @@ def dynamic(
     logits = jnp.zeros_like(votes[..., 0])
     if prior_logits is None:
         couplings = jnp.full_like(logits, 1 / (num_outputs + leaky))
-        # A sum, because XLA spends long on folding constants in an einsum with constant couplings.
+        # A plain sum: with constant couplings, XLA would take long to fold constants in the einsum.
         poses = squash(reduce(votes, "i o h -> o h", "sum") / (num_outputs + leaky) + bias)
     else:
         logits += prior_logits

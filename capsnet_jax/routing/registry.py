@@ -126,7 +126,7 @@ class Routing:
         return routed
 
     def takes(self, argument: str) -> bool:
-        """Tell whether the function has an argument of this name."""
+        """Return whether the function has an argument of this name."""
         return argument in _parameters(self.function)
 
     @property
@@ -157,7 +157,7 @@ def get_routing(routing: str | Callable[..., Routed] | Routing, *, num_iteration
     if not callable(found):
         kind = type(found).__name__
         raise UsageError(f"Routing {name!r} is of type {kind}; expected a function of votes and activations.")
-    bound = functools.partial(found)  # of a partial, it has the same function and keywords
+    bound = functools.partial(found)  # a partial of a partial has the function and keywords of the inner one
     function, options = bound.func, bound.keywords
     if not isinstance(routing, str):
         name = getattr(function, "__name__", name)
@@ -241,7 +241,7 @@ def _parameters(function: Callable[..., Routed]) -> dict[str, inspect.Parameter]
         _, _, *others = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as error:  # too few arguments, or a function in C
         raise UsageError(
-            f"Routing {getattr(function, '__name__', function)}: its arguments cannot be told ({error}); expected "
+            f"Routing {getattr(function, '__name__', function)}: its arguments cannot be read ({error}); expected "
             "votes, activations and keyword arguments."
         ) from error
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -249,7 +249,7 @@ def _parameters(function: Callable[..., Routed]) -> dict[str, inspect.Parameter]
 
 
 def _place(function: Callable[..., Routed], error: Exception) -> str:
-    """Tell the last line of the function's file that an error passed through, as " (file, line n)"; empty if none."""
+    """Find the last line of the function's file in the traceback of an error, as " (file, line n)"; empty if none."""
     function = inspect.unwrap(function)
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
     file = code.co_filename if code else ""

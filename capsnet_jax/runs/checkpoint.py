@@ -28,13 +28,13 @@ class Checkpoints:
     Args:
         folder: folder of the checkpoints, which is created if needed.
         keep: number of latest checkpoints to keep.
-        depends_on: what must not change on resume, as types that JSON has.
+        depends_on: values that must not change on resume, of JSON types.
         warn: called with a sentence about each checkpoint that cannot be used.
     """
 
     def __init__(self, folder: Path, *, keep: int, depends_on: Mapping[str, Any], warn: Callable[[str], None] = print):
         self.folder, self._depends_on, self._warn = folder.absolute(), dict(depends_on), warn
-        self._saved: int | None = None  # step of the last complete checkpoint, and of the one that is being written
+        self._saved: int | None = None  # step of the last complete checkpoint; `_saving`: of the one being written
         self._saving: int | None = None
         # LatestN and BestN combined, because max_to_keep with best_fn would delete the latest in favour of the best.
         policy = AnyPreservationPolicy(
@@ -119,7 +119,7 @@ class Checkpoints:
         if self._unusable:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in self._unusable.items())
             raise UsageError(
-                f"None of the checkpoints in {self.folder} can be used; mend the folder, or move it away: {reasons}."
+                f"None of the checkpoints in {self.folder} can be used; repair the folder, or move it away: {reasons}."
             )
         return None
 
@@ -169,14 +169,14 @@ class Checkpoints:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn any error while writing into a sentence."""
+        """Turn any error while writing into a `UsageError` of one sentence."""
         try:
             yield
         except Exception as error:  # Orbax raises many kinds
-            saved = "there is none before it" if self._saved is None else f"that of step {self._saved} is whole"
+            saved = "there is none before it" if self._saved is None else f"the one of step {self._saved} is complete"
             raise UsageError(
                 f"The checkpoint {self.folder / str(self._saving)} cannot be written, and {saved}; "
-                f"--resume when that is mended: {_first_line(error)}"
+                f"fix this, then --resume: {_first_line(error)}"
             ) from error
 
 

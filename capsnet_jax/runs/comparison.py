@@ -115,7 +115,7 @@ def open_folder(folder: Path, depends_on: Mapping[str, Any]) -> dict[str, Result
 
     Args:
         folder: the output folder.
-        depends_on: what results depend on, as types that JSON has; saved, and compared on the next call.
+        depends_on: what results depend on, of JSON types; saved, and compared on the next call.
 
     Raises:
         UsageError: the folder holds a comparison of another config or something else, or cannot be read or written.

@@ -94,7 +94,7 @@ class Run(NamedTuple):
             raise UsageError(f"The run folder {self.folder} is a file; give another name.")
         if (self.folder / CONFIG).exists():
             if not resume:
-                raise UsageError(f"The run folder {self.folder} holds a run already; give a new one, or --resume, too.")
+                raise UsageError(f"The run folder {self.folder} already holds a run; give a new one, or --resume.")
             changes = differences(read_run(self.folder).depends_on(), self.depends_on())
             if changes:
                 raise UsageError(
@@ -122,7 +122,7 @@ class Run(NamedTuple):
             partial.replace(self.folder / name)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
-            raise UsageError(f"{partial} cannot be written; --resume when that is mended: {error}.") from error
+            raise UsageError(f"{partial} cannot be written; fix this, then --resume: {error}.") from error
 
     def save_picture(self, figure: Any) -> None:  # a matplotlib Figure, without importing matplotlib, which is slow
         """Save the picture of reconstructions."""
@@ -130,10 +130,10 @@ class Run(NamedTuple):
 
 
 class SeedFolders:
-    """Folders of runs from several seeds: `seed-0`, `seed-1` ... in one folder. A single seed has that for itself.
+    """Folders of runs from several seeds: `seed-0`, `seed-1` ... in one folder. A single seed uses that folder itself.
 
     Args:
-        run: a run in the folder of all.
+        run: a run from any of the seeds; its folder contains the folders of all seeds.
         seeds: seeds of the runs.
 
     Attributes:
@@ -177,7 +177,7 @@ class SeedFolders:
             if len(self.seeds) > 1 and (folder / CONFIG).exists():
                 raise UsageError(f"The run folder {folder} holds a run from one seed; give a new one.")
         elif not resume:
-            raise UsageError(f"The run folder {folder} holds runs already; give a new one, or --resume, too.")
+            raise UsageError(f"The run folder {folder} already holds runs; give a new one, or --resume.")
         else:
             seeds, self.at_once = before
             if seeds != self.seeds:

@@ -30,7 +30,7 @@ class MetricsLog:
         best: best accuracy on validation images so far, or None.
 
     Raises:
-        UsageError: TensorBoard's writer is not installed, or the lines of before cannot be read.
+        UsageError: TensorBoard's writer is not installed, or existing lines cannot be read.
     """
 
     def __init__(self, folder: Path, *, step: int = 0, tensorboard: bool = False):
@@ -49,7 +49,7 @@ class MetricsLog:
         """Write a line for a chunk and, at the end of an epoch, one for the epoch.
 
         Returns:
-            Whether the weights are the best on validation images so far. Of equally good ones the last are the best.
+            Whether the weights are the best on validation images so far. Of equal accuracies, the last is the best.
         """
         self._add("chunk", progress, progress.images_per_second, seed.chunk, {})
         steps, self._step = progress.step - self._step, progress.step
@@ -121,7 +121,7 @@ def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def event_writer_class() -> Any:
-    """Import the class of TensorBoard's writers.
+    """Import the class that writes TensorBoard events.
 
     Raises:
         UsageError: it is not installed.

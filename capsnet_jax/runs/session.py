@@ -34,7 +34,7 @@ def train_runs(
     """Train a run from each seed, in groups side by side, starting from the checkpoints in their folders.
 
     Args:
-        trainer: a trainer of any seeds.
+        trainer: a trainer for any of the seeds.
         folders: folders of the runs, which exist.
         at_once: number of seeds in a group; 0 for as many as fit in memory. Runs that have started keep their groups.
         resume: whether to print that there is no checkpoint.
@@ -64,7 +64,7 @@ def train_runs(
         if len(group.seeds) < len(folders.seeds):
             console.print(f"seeds {group.seeds[0]} to {group.seeds[-1]}")
         if session.start:
-            console.print(f"Going on after step {session.start} of {group.last_step}")
+            console.print(f"Resuming after step {session.start} of {group.last_step}")
         elif resume:
             console.print("There is no checkpoint to resume from; training starts from the beginning.")
         tests: list[Evaluation] = []
@@ -79,7 +79,7 @@ def groups_of_seeds(trainer: Trainer, seeds: Sequence[int], *, at_once: int = 0)
     """Yield trainers for groups of seeds that train side by side. They share one compiled program.
 
     Args:
-        trainer: a trainer of any seeds.
+        trainer: a trainer for any of the seeds.
         seeds: all seeds.
         at_once: number of seeds in a group; 0 for as many as fit in memory.
     """
@@ -172,9 +172,7 @@ class Session:
                 self._save_weights()  # a crash may have come between the last checkpoint and the weights
         except OSError as error:
             folder = self.runs[0].folder
-            raise UsageError(
-                f"The metrics in {folder} cannot be written; --resume when that is mended: {error}."
-            ) from error
+            raise UsageError(f"The metrics in {folder} cannot be written; fix this, then --resume: {error}.") from error
         finally:
             for log in self._logs:
                 log.close()

@@ -33,7 +33,7 @@ from capsnet_jax.train.progress import Progress, SeedProgress
 from capsnet_jax.train.sharding import along, data_mesh, on_all, place_tree
 from capsnet_jax.train.step import StepMetrics, TrainState, create_state, make_train_step
 
-MOST_STEPS = 1000  # in one program, which cannot be stopped or watched; a second or two for the full-size model
+MOST_STEPS = 1000  # per program, which cannot be interrupted; a second or two on a GPU for the full-size model
 
 
 def fit(
@@ -49,7 +49,7 @@ def fit(
     Training advances only while the iterator is consumed. The model is updated after every epoch.
 
     Args:
-        model: the model; its weights are where training starts.
+        model: the model, with the initial weights.
         dataset: training, test and, optionally, validation images.
         config: epochs, batch size, learning rate and so on.
         augment: augmentations of the training images, such as `("shift=0.1", "flip")`; see `Augmentation`.
@@ -60,7 +60,7 @@ def fit(
         An iterator over the progress: step, speed, losses and, after the last chunk of an epoch, accuracies.
 
     Raises:
-        UsageError: at once, if model, data set, config and augmentations do not fit together.
+        UsageError: immediately, if model, data set, config and augmentations do not fit together.
         NonFiniteLossError: while iterating, if a loss or gradient is not finite.
 
     Examples:
@@ -204,7 +204,7 @@ class Trainer:
         """Train from the snapshot to the last epoch, and yield the progress after every chunk of steps.
 
         Raises:
-            NonFiniteLossError: a loss or gradient is not finite; the error has the step.
+            NonFiniteLossError: a loss or gradient is not finite; the message names the step.
         """
         order_keys, step_keys = self._keys
         while self.step < self.last_step:
@@ -376,7 +376,7 @@ def check_finite(metrics: Float[np.ndarray, "metrics seeds steps"], seeds: Seque
         first_step: number of the first of these steps, from 1.
 
     Raises:
-        NonFiniteLossError: has seed and number of the first step that is not finite.
+        NonFiniteLossError: a value is not finite; the message names the seed and the first such step.
     """
     for name, what in (("total", "loss"), ("gradient_norm", "gradient")):
         numbers = metrics[StepMetrics._fields.index(name)]

@@ -27,6 +27,6 @@ def learning_rate(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedul
         after = optax.exponential_decay(peak, steps, factor, end_value=floor)
     else:
         after = optax.constant_schedule(peak)
-    # The warm-up starts at one part of the peak, not at 0, so that the first step is not wasted.
+    # The warm-up starts at peak / (warmup + 1), not at 0, so that the first step is not wasted.
     rising = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([rising, after], [warmup]) if warmup else after

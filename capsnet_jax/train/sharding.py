@@ -1,4 +1,4 @@
-"""Data parallelism: each device holds all weights and its share of every batch; processes are joined by JAX."""
+"""Data parallelism: each device holds all weights and its share of every batch; JAX connects the processes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -46,8 +46,8 @@ class StepMetrics(NamedTuple):
 
     Attributes:
         total: the loss that is minimized.
-        margin: its margin or spread loss.
-        reconstruction: its reconstruction loss, without its weight.
+        margin: the margin or spread loss in it.
+        reconstruction: the reconstruction loss in it, before it is weighted.
         accuracy: fraction of images that are classified correctly.
         gradient_norm: global norm of the gradient before clipping; None if only losses are computed.
     """
@@ -72,7 +72,7 @@ def compute_losses(
     """Compute the losses and the accuracy of a batch.
 
     Args:
-        model: the model, in training mode if batch normalization shall use this batch.
+        model: the model, in training mode if batch normalization should use this batch.
         images: pixels in [0, 1].
         labels: class indices, one or several for each image.
         reconstruction_weight: weight of the reconstruction loss; 0 skips the decoder.

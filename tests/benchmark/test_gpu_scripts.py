@@ -97,7 +97,7 @@ def test_a_stopped_run_resumes_to_the_last_epoch(tmp_path):
         result = run("official.sh", tmp_path / "run", *options, LIMIT=30, **variables)
     assert result.returncode == 0, result.stderr
     assert stopped > 0
-    assert "Going on after step" in result.stdout
+    assert "Resuming after step" in result.stdout
     assert "from 2 seeds on 355 images" in result.stdout
     for seed in (0, 1):
         lines = (tmp_path / "run" / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()

@@ -90,7 +90,7 @@ def test_the_run_folder_holds_config_metrics_weights_and_picture(tiny_run):
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(tiny_run, capsys):
     before = contents(tiny_run.folder)
     assert train(tiny_run.data_dir, tiny_run.folder) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already holds a run" in capsys.readouterr().err
     assert contents(tiny_run.folder) == before
 
 
@@ -107,7 +107,9 @@ def test_exhausted_memory_is_a_sentence_that_says_what_needs_less(idx_folder, tm
     monkeypatch.setattr(Trainer, "run", exhausted)
     assert train(idx_folder, tmp_path / "run") == 1
     error = capsys.readouterr().err
-    assert "not enough memory: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes. A smaller" in error
+    assert (
+        "not have enough memory: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes. A smaller" in error
+    )
     assert error.count("\n") == 1
 
 

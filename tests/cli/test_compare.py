@@ -240,7 +240,7 @@ def test_a_comparison_that_was_stopped_is_resumed(number, whole, data_dir, tmp_p
     assert run(data_dir, output, "--save-minutes", "0") == 0
     assert trained == [HARD, ALSO_UNIFORM]
     done = 7 if number is None else 8
-    assert f"Going on after step {done} of 18" in capsys.readouterr().out
+    assert f"Resuming after step {done} of 18" in capsys.readouterr().out
     assert steps[::3] == [*range(done + 1, 19), *range(1, 19)]
     without = [without_speed(folder) for folder in (output, whole)]
     for fields in without:

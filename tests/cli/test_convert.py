@@ -98,7 +98,7 @@ def test_without_a_config_sizes_are_those_of_the_weights_and_the_rest_is_a_prese
     assert convert(tmp_path / "a.safetensors", "--to", tmp_path / "default") == 0
     assert capsys.readouterr().err == (
         "Scale 0.01, 'none' as squash and routing dynamic are taken from preset readable, "
-        "as weights do not tell them.\n"
+        "as the weights do not determine them.\n"
     )
     assert (tmp_path / "default" / "config.json").read_text() == (tmp_path / "readable" / "config.json").read_text()
 

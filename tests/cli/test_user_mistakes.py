@@ -61,7 +61,7 @@ MISTAKES = [
     ("train --image-size 0 3", "image_size is (0, 3)", "at least 1"),
     ("train --image-size 9 9", "image_size is (9, 9)", "only folders of images are resized"),
     ("train --augment crop=9", "The crop is 9 x 9", "expected 1 to 8"),
-    ("train --matrix-poses --class-dim 5", "5", "no square matrices"),
+    ("train --matrix-poses --class-dim 5", "5", "not square matrices"),
     ("train --shared-class-transform --class-dim 1", "out_dim is 1", "two components of a pose"),
     ("train --decoder-hidden None", "reconstruction_weight is 10.0", "must be 0 for a model without a decoder"),
     # Data sets.
@@ -95,7 +95,7 @@ MISTAKES = [
     # Run folders.
     ("train --resume", "--resume needs the folder of the run", "expected --run-dir, too"),
     ("train --process-id 1", "Got --process-id", "expected --distributed, too"),
-    (f"train --run-dir run {OPTIONS}", "The run folder run holds a run already", "--resume"),
+    (f"train --run-dir run {OPTIONS}", "The run folder run already holds a run", "--resume"),
     (f"train --run-dir text.npz {OPTIONS}", "The run folder text.npz is a file", "give another name"),
     (f"train --run-dir text.npz/run {OPTIONS}", "text.npz/run", "cannot be written: Not a directory"),
     (

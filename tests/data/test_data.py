@@ -154,7 +154,7 @@ def test_a_path_that_does_not_exist_raises(name, tmp_path, monkeypatch):
 def test_image_size_for_anything_but_a_folder_raises(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "set.npz").touch()
-    with pytest.raises(UsageError, match=rf"image_size is \(8, 9\), but only folders of images.*{name} is none"):
+    with pytest.raises(UsageError, match=rf"image_size is \(8, 9\), but only folders of images.*{name} is not one"):
         load_dataset(name, image_size=(8, 9))
 
 

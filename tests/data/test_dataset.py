@@ -20,7 +20,7 @@ WRONG = {
     "shape": ({"test_images": IMAGES[:, :4]}, r"test images are \(4, 4, 6, 1\)"),
     "no channels": ({"train_images": IMAGES[..., 0]}, r"training images are \(4, 5, 6\)"),
     "dtype": ({"test_images": IMAGES.astype(np.int64)}, "test images are int64"),
-    "dtypes": ({"test_images": IMAGES.astype(np.uint8)}, "test images are uint8; .* all alike"),
+    "dtypes": ({"test_images": IMAGES.astype(np.uint8)}, "test images are uint8; .* the same in both splits"),
     "no pixels": ({"train_images": IMAGES[:, :0]}, r"training images are \(4, 0, 6, 1\)"),
     "three axes": ({"train_labels": PAIRS[..., None]}, r"training labels are \(4, 2, 1\) for 4 images"),
     "lists of one": ({"train_labels": PAIRS[:, :1]}, r"training labels are \(4, 1\) for 4 images"),

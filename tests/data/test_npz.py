@@ -71,14 +71,20 @@ WRONG = {
     "another size": ({"x_test": ARRAYS["x_test"][:, 1:]}, r"images x_test in FILE are \(3, 4, 7, 1\)"),
     "no images": ({"x_test": ARRAYS["x_test"][:0]}, r"labels y_test in FILE are \(3,\) for 0 images"),
     "dtype": ({"x_train": ARRAYS["x_train"].astype(np.int32)}, "images x_train in FILE are int32; expected uint8"),
-    "dtypes": (FLOATS | {"x_test": ARRAYS["x_test"]}, "images x_test in FILE are uint8; expected .* all alike"),
+    "dtypes": (
+        FLOATS | {"x_test": ARRAYS["x_test"]},
+        "images x_test in FILE are uint8; expected .* the same in both splits",
+    ),
     "range": (FLOATS | {"x_test": FLOATS["x_test"] * 4}, "images x_test in FILE are from 2.0 to 2.0; expected floats"),
     "nan": (FLOATS | {"x_train": FLOATS["x_train"] * np.nan}, "images x_train in FILE are from nan to nan"),
     "length": ({"y_train": ARRAYS["y_train"][:5]}, r"labels y_train in FILE are \(5,\) for 6 images"),
     "scalar": ({"y_test": np.array(3)}, r"labels y_test in FILE are \(\) for 3 images"),
     "float labels": ({"y_test": np.array([1.0, 2, 3])}, "labels y_test in FILE are float64; expected integers or str"),
     "bytes": ({"y_train": np.array([b"a"] * 6)}, r"labels y_train in FILE are \|S1; expected integers or strings"),
-    "mixed labels": ({"y_test": np.array(["9", "4", "4"])}, "labels y_test in FILE are <U1; expected .* all alike"),
+    "mixed labels": (
+        {"y_test": np.array(["9", "4", "4"])},
+        "labels y_test in FILE are <U1; expected .* the same in both",
+    ),
     "one class": ({"y_train": np.full(6, 4), "y_test": np.full(3, 4)}, r"y_train and y_test in FILE are all \[4\]"),
     "a class twice": (
         {"y_train": np.array([[8, 3]] * 6), "y_test": np.array([[3, 8], [3, 3], [8, 3]])},

@@ -58,7 +58,9 @@ def test_an_ambiguous_stride_is_refused():
     run = new_run(dataclasses.replace(PLAIN, primary_kernel=9, primary_stride=6))
     state = random_state(run)
     assert infer_architecture(state, run.config.model) == run.config.model
-    with pytest.raises(UsageError, match="do not tell the stride of the primary capsules: 6, 7, 8 make 12 of images"):
+    with pytest.raises(
+        UsageError, match="do not determine the stride of the primary capsules: 6, 7, 8 make 12 of images"
+    ):
         infer_architecture(state, ModelConfig())
 
 

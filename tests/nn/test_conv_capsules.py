@@ -149,9 +149,9 @@ def test_any_routing_stacks_on_any_other():
 
 
 def test_wrong_sizes_are_errors():
-    with pytest.raises(UsageError, match=r"kernel of \(6, 2\) capsules is larger than their grid of \(5, 6\)"):
+    with pytest.raises(UsageError, match=r"kernel of \(6, 2\) positions is larger than the grid of \(5, 6\)"):
         new_layer(kernel_size=(6, 2))
-    with pytest.raises(UsageError, match=r"Poses of 4 and 7 are no square matrices of one size"):
+    with pytest.raises(UsageError, match=r"Poses of 4 and 7 are not square matrices of one size"):
         new_layer(matrix_poses=True)
 
 

@@ -231,7 +231,9 @@ def test_a_full_disk_is_one_sentence_and_earlier_checkpoints_stay(saved, folder)
             store.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert f"{folder / '3'} cannot be written, and that of step 2 is whole; --resume when" in str(error.value)
+    assert f"{folder / '3'} cannot be written, and the one of step 2 is complete; fix this, then --resume" in str(
+        error.value
+    )
     assert str(error.value).count("\n") == 0
     assert_same(checkpoints(folder).restore(trainer.snapshot), saved[2][1])
 
@@ -248,9 +250,9 @@ def test_a_run_is_resumed_with_its_own_options_only(tiny_run, tmp_path, capsys):
     assert message in capsys.readouterr().err
     moved = shutil.copytree(tiny_run.data_dir, tmp_path / "moved")
     assert resume(run, "--epochs", "3", "--data-dir", str(moved)) == 0
-    assert "Going on after step 12 of 18" in capsys.readouterr().out
+    assert "Resuming after step 12 of 18" in capsys.readouterr().out
     assert resume(run) == 0
-    assert "Going on after step 18 of 18" in capsys.readouterr().out
+    assert "Resuming after step 18 of 18" in capsys.readouterr().out
     assert train(moved, run, "--resume") == 2
     assert "epochs is 2, 12 steps, with 18 steps done; expected more epochs." in capsys.readouterr().err
     assert read_run(run).config.training.epochs == 3

@@ -79,7 +79,7 @@ def test_killed_and_resumed_is_the_same_to_the_last_bit(kills, epochs, idx_folde
         assert process.returncode == -signal.SIGKILL, f"it finished before kill {kill}: {output}"
         inside_saves += being_saved(killed)
         # Nothing is lost but what came after the last complete checkpoint.
-        started = re.search(r"Going on after step (\d+)", output)
+        started = re.search(r"Resuming after step (\d+)", output)
         assert (int(started[1]) if started else 0) == max(before, default=0)
         assert max(whole_checkpoints(killed)) > max(before, default=0)
     assert inside_saves >= kills // 4
@@ -87,7 +87,7 @@ def test_killed_and_resumed_is_the_same_to_the_last_bit(kills, epochs, idx_folde
     capsys.readouterr()
     last = max(whole_checkpoints(killed))
     assert main([*arguments(data, killed), "--epochs", str(epochs)]) == 0
-    assert f"Going on after step {last} of {5 * epochs}" in capsys.readouterr().out
+    assert f"Resuming after step {last} of {5 * epochs}" in capsys.readouterr().out
     assert (killed / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
     assert (killed / "best.safetensors").read_bytes() == (alone / "best.safetensors").read_bytes()
     assert metrics(killed) == metrics(alone)
@@ -127,7 +127,7 @@ def test_a_signal_to_stop_saves_and_prints_how_to_resume(number, status, alone, 
     assert expected in capsys.readouterr().err
     assert whole_checkpoints(tmp_path / "stopped")[-1] == 7
     assert main(["train", "--resume", "--run-dir", str(tmp_path / "stopped")]) == 0
-    assert "Going on after step 7 of 10" in capsys.readouterr().out
+    assert "Resuming after step 7 of 10" in capsys.readouterr().out
     assert metrics(tmp_path / "stopped") == metrics(uninterrupted)
     weights = [(folder / "model.safetensors").read_bytes() for folder in (uninterrupted, tmp_path / "stopped")]
     assert weights[0] == weights[1]

@@ -121,10 +121,10 @@ def test_stopped_and_resumed_they_end_as_if_uninterrupted(trained, data, tmp_pat
     assert f"after step 7. To continue: capsnet train --resume --run-dir {folder}" in capsys.readouterr().err
     monkeypatch.setattr(session, "available_memory", lambda: 0 if trained.at_once == 3 else math.inf)
     lines = printed("train", "--resume", "--run-dir", str(folder))
-    assert [line for line in lines if line.startswith("Going on")] == (
-        ["Going on after step 7 of 10"]
+    assert [line for line in lines if line.startswith("Resuming")] == (
+        ["Resuming after step 7 of 10"]
         if trained.at_once == 3
-        else ["Going on after step 10 of 10", "Going on after step 7 of 10"]
+        else ["Resuming after step 10 of 10", "Resuming after step 7 of 10"]
     )
     assert lines[-4:] == trained.lines[-4:]
     for seed in SEEDS:
@@ -135,7 +135,7 @@ def test_stopped_and_resumed_they_end_as_if_uninterrupted(trained, data, tmp_pat
     assert (folder / "seeds.json").read_text() == (trained.folder / "seeds.json").read_text()
 
 
-ALREADY = "holds runs already; give a new one, or --resume, too."
+ALREADY = "already holds runs; give a new one, or --resume."
 
 
 @pytest.mark.parametrize("trained", [3], indirect=True)

@@ -113,10 +113,10 @@ def test_a_distributed_run_writes_one_run_folder(idx_folder, tmp_path):
     assert "epoch 1/1  step 6 " in primary
     assert "epoch" not in other
     primary, other = run(2, "--resume")
-    assert "Going on after step 6 of 12" in primary
+    assert "Resuming after step 6 of 12" in primary
     assert "epoch" not in other
     for output in run(3, status=2):  # none of them waits for another
-        assert "holds a run already; give a new one, or --resume, too" in output
+        assert "already holds a run; give a new one, or --resume" in output
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 14
     assert main(["evaluate", str(tmp_path / "run")]) == 0

@@ -68,7 +68,7 @@ def fourier(images: Images, kernel: Kernel, stride: int, tilings: tuple[Tiling, 
         stride: stride of the kernel, in pixels, along both axes.
         tilings: how height and width are divided into tiles; see `possible_tilings`.
     """
-    # The derived backward pass would store all spectra, and transpose every term of its sums.
+    # The backward pass that JAX derives would store all spectra, and transpose every term of its sums.
     forward = with_backward(partial(_backward, stride, tilings))(partial(_forward, stride, tilings))
     return forward(images, kernel)
 
@@ -143,7 +143,7 @@ def multiplications(
 
 @cache
 def make_transforms(rows: Tiling, columns: Tiling) -> Transforms:
-    """Write the discrete Fourier transforms of real images and kernels, and the inverse, as real matrices."""
+    """Compute the real matrices of the discrete Fourier transforms of real images and kernels, and of the inverse."""
     size = (rows.pixels, columns.pixels)
     triples = []
     for frequency in np.ndindex(*size):
