@@ -1,4 +1,5 @@
-"""Whether a capsule network in JAX and one in PyTorch are the same function: the command `capsnet verify`.
+"""Compare a capsule network in JAX with one in PyTorch, value by value: the package behind `capsnet verify`.
 
-The only package that imports both frameworks; `command` alone does without PyTorch until it runs.
+Unlike `capsnet_jax` and `capsnet_torch`, this package imports both frameworks. The "JAX side" of a comparison is a
+model of `capsnet_jax`; the "PyTorch side" is its twin, the same model in `capsnet_torch`, or any other module.
 """

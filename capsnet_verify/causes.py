@@ -1,4 +1,4 @@
-"""The most likely cause of a difference: from the numbers if they show one, or else from where it comes first."""
+"""Name the most likely cause of a difference: shown by the numbers, or usual for the first check that differs."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ Array = Shaped[np.ndarray, "..."]
 CLOSE = 1e-5  # of the largest value; rounding errors of float32 are smaller
 VISIBLE = 1e-3  # mistakes other than a lack of precision are larger
 
-# By the first words of the first check that differs; everything before it agrees.
+# By the first words of the name of the first check that differs; all checks before it agree.
 PLACES = {
     "weight": "weights of another training step or precision, or an entry that was changed",
     "poses with running means": "the running means of batch normalization, or a layer that stays in training mode",
@@ -19,7 +19,7 @@ PLACES = {
     "primary poses": "the order in which channels become capsules (height, width, groups), their scale or their squash",
     "primary activations": "the axis of the norm, or which channel the activation is",
     "votes": "the axes of the transformation (input capsule, input pose, output capsule, output pose)",
-    "couplings": "softmax axis, number of iterations, logits that are not those of this example, or a bias or prior",
+    "couplings": "softmax axis, number of iterations, logits of other examples, or a bias or prior",
     "poses": "the squash or its axis, or a bias before or after it",
     "activations": "the axis of the norm, or an activation that is not the norm",
     "encoded": "a layer that the model does not call, or calls in another order or mode",
@@ -34,15 +34,15 @@ PLACES = {
 
 
 def usual_cause(name: str) -> str:
-    """The usual cause if this check is the first that differs."""
+    """Return the usual cause if this check is the first that differs."""
     return next(words for place, words in PLACES.items() if name.startswith(place))
 
 
 def cause(name: str, actual: Array, expected: Array) -> str:
-    """The cause that the numbers show, or else the usual one.
+    """Return the cause that the numbers show, or else the usual one.
 
     Args:
-        name: of the check.
+        name: name of the check.
         actual: computed by JAX.
         expected: computed by PyTorch.
     """
@@ -58,7 +58,7 @@ def cause(name: str, actual: Array, expected: Array) -> str:
 
 
 def mixed_up(name: str, expected: Array, weights: Mapping[str, Array]) -> str | None:
-    """The cause of a difference in a weight that equals another weight of the JAX side, if it does."""
+    """Return the cause if a weight of PyTorch equals another weight of JAX, or None."""
     own = name.removeprefix("weight ")
     for other, array in weights.items():
         if other != own and name != own and np.array_equal(array, expected):
@@ -71,7 +71,7 @@ def _off_by(actual: Array, expected: Array) -> float:
 
 
 def _shown(name: str, actual: Array, expected: Array) -> Iterator[str]:
-    """The causes that the numbers show, the surest first."""
+    """Yield the causes that the numbers show, the most certain first."""
     sides = {"JAX": actual, "PyTorch": expected}
     if name.startswith("couplings"):
         for side, couplings in sides.items():

@@ -1,4 +1,4 @@
-"""Compare two arrays: relative to the largest value, without an absolute term, and never passing on nothing."""
+"""Compare two arrays, relative to the largest value. Arrays that are too small to prove anything do not pass."""
 
 import math
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 VALUES = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 5e-2}
 """Tolerances of values and gradients, as fractions of the largest expected value."""
-ON_GPU = {"float32": 1e-4}  # with TF32 off on both sides
+ON_GPU = {"float32": 1e-4}  # with TF32 off in both frameworks
 GRADIENTS = {"bfloat16": 0.3}  # up to 0.21 where batch normalization is over three images
 STEPS = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
 """Tolerances of the losses of training steps and, in float64, of the weights after them."""
@@ -39,7 +39,7 @@ class Check(NamedTuple):
 
 
 def tolerance_of(name: str, dtype: str, device: str = "cpu") -> float:
-    """The tolerance of a value or gradient of this name."""
+    """Return the tolerance of a value or gradient of this name."""
     if name.startswith("gradient") and dtype in GRADIENTS:
         return GRADIENTS[dtype]
     return ON_GPU.get(dtype, VALUES[dtype]) if device == "gpu" else VALUES[dtype]
@@ -60,8 +60,8 @@ def compare(
         name: what is compared.
         actual: computed by JAX.
         expected: computed by PyTorch or another implementation.
-        tolerance: as a fraction of the largest value; there is no absolute term.
-        floor: the largest value of either must be above it, as arrays of zeros would always agree.
+        tolerance: largest error, as a fraction of the largest value; there is no absolute term.
+        floor: if no value of either array is larger, the check has no power, as arrays of zeros would always agree.
         euclidean: take the Euclidean norm of both sides of the inequality in place of the maximum.
     """
     actual, expected = np.asarray(actual), np.asarray(expected)
@@ -81,7 +81,7 @@ def compare(
     difference, whole = float(size(np.abs(actual - expected))), float(size(np.abs(expected)))
     error = difference / whole if whole > 0 else math.inf if difference > 0 else 0.0
     if max(scale, float(np.abs(actual).max())) <= floor:
-        reason = f"cold, the largest value is {scale:.1e}; a check of it has no power"
+        reason = f"too small, the largest value is {scale:.1e}; a check of it has no power"
         return Check(name, scale, error, tolerance, NO_POWER, reason)
     if error > tolerance:
         reason = f"scale-relative error {error:.1e}, tolerated {tolerance:.0e}"

@@ -1,4 +1,4 @@
-"""Compare any PyTorch module with our model on the module's weights."""
+"""Compare any PyTorch module with a JAX model that has the module's weights."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,31 +30,31 @@ from capsnet_verify.weight_map import OUTPUTS, Part, Shape, WeightMap, patterns,
 
 NAMES = {"encoded poses": "poses", "encoded activations": "activations"}  # in a map
 CHANNELS_FIRST = ("stem", "reconstructions")
-ALMOST = 1e-4  # of an error remains where a mistake in the map was nearly all of it
+ALMOST = 1e-4  # fraction of an error that may remain after a mistake in the map is corrected
 Array = Shaped[np.ndarray, "..."]
 DERIVED = ("gradient", "margin loss", "reconstruction loss", "total loss")  # from the outputs, not returned by a module
 
 
 def verify_module(module: nn.Module, weight_map: WeightMap, subject: Subject, settings: Settings) -> Verification:
-    """Compare a module with our model of these sizes, which is given the module's weights.
+    """Compare a module with a JAX model that gets the module's weights.
 
-    Compared are, in forward order, the values and outputs in the map; then the loss and the gradient of each weight.
-    Weights that are constant get noise, and those of capsule layers are scaled by a power of two; see `heat`. Without
-    reconstructions in the map, our model has no decoder. With them, but without labels, `forward` must mask by its own
+    Values and outputs in the map are compared in forward order, then the loss and the gradient of each weight. Constant
+    weights get noise, and weights of capsule layers are scaled by a power of two; see `heat`. Without reconstructions
+    in the map, the JAX model has no decoder. With reconstructions but without labels, `forward` must mask by its own
     largest activation, and those classes are the labels.
 
     Args:
         module: its dtype, device and mode are changed.
-        weight_map: from the module to our model.
-        subject: our model; its weights are not used.
-        settings: there are no training steps.
+        weight_map: map from the weights and outputs of the module to those of the JAX model.
+        subject: sizes and losses of the JAX model; its weights are not used.
+        settings: how to compare; there are no training steps.
 
     Raises:
-        UsageError: the map does not fit the module or our model, or the module raises.
+        UsageError: the map does not fit the module or the JAX model, or the module raises.
     """
     outputs = {part.name for part in weight_map.outputs}
     if "reconstructions" in outputs and subject.run.config.model.decoder_hidden is None:
-        raise UsageError(f"{weight_map.path}: [outputs] has reconstructions, and our model has no decoder.")
+        raise UsageError(f"{weight_map.path}: [outputs] has reconstructions, and the JAX model has no decoder.")
     verification = Verification(subject, settings)
     with both_on(settings.device, settings.dtype):
         pair, shapes = _new_pair(subject, settings, decoder="reconstructions" in outputs)
@@ -94,7 +94,7 @@ def propose(module: nn.Module, subject: Subject, settings: Settings) -> str:
 
     Args:
         module: its dtype, device and mode are changed.
-        subject: our model.
+        subject: sizes of the JAX model.
         settings: how the module will be verified.
     """
     with both_on(settings.device, settings.dtype):
@@ -111,7 +111,7 @@ def propose(module: nn.Module, subject: Subject, settings: Settings) -> str:
 
 
 def _new_pair(subject: Subject, settings: Settings, *, decoder: bool) -> tuple[Pair, dict[str, Shape]]:
-    """Our model, in training mode, and a batch; and the shapes of all its values, in the order of the forward pass."""
+    """Create the JAX model in training mode and a batch, and find the shapes of all its values, in forward order."""
     model, training = subject.run.config.model, subject.run.config.training
     if decoder:  # the loss must not leave it out
         training = replace(training, reconstruction_weight=training.reconstruction_weight or 1.0)
@@ -137,7 +137,7 @@ def _loss(
     foreign: ForeignModule,
     options: Mapping[str, Any],
 ) -> Float[Tensor, ""]:
-    """The loss of our model, computed from the outputs of the module."""
+    """Compute the loss of the JAX model from the outputs of the module."""
     if options["loss"] == "spread":
         total = spread_loss(activations, foreign.labels, margin=spread_margin(0)).mean()
     else:
@@ -149,7 +149,7 @@ def _loss(
 
 
 def _gradients(total: Float[Tensor, ""], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of the loss, under the names of checks; zero where none flows.
+    """Compute the gradients of the loss, under the names of checks; zero for weights that the loss does not depend on.
 
     Raises:
         UsageError: the module cannot be differentiated.
@@ -170,7 +170,7 @@ def _compare(
 ) -> None:
     """Add a check for each value that the module returned, and the likely cause of the first that differs."""
     settings = verification.settings
-    unseen: list[str] = []  # since the last check that agrees
+    unseen: list[str] = []  # checks that are not in the map, since the last one that agrees
     for name, actual, found in values:
         if found is None:
             unseen.append(name)
@@ -207,7 +207,7 @@ def _mistake_in_map(
 
 
 def _other_lines(foreign: ForeignModule) -> Iterator[list[Part]]:
-    """Lines of the map that fit the shapes as well: two weights swapped, or a weight with another order of axes."""
+    """Yield other lines of the map that fit the shapes: two weights swapped, or a weight with another order of axes."""
     parts, config = foreign.map.weights, foreign.config
     shapes = {part.name: (foreign.weights[part.name], tuple(foreign.entries[part.source].shape)) for part in parts}
     for one, other in itertools.combinations(parts, 2):
@@ -226,7 +226,7 @@ def _other_lines(foreign: ForeignModule) -> Iterator[list[Part]]:
 
 
 def _cause(name: str, actual: Array, expected: Array, unseen: Sequence[str]) -> str:
-    """The cause that the numbers show, or usual causes in the steps since the last check that agrees."""
+    """Return the cause that the numbers show, or usual causes of the values since the last check that agrees."""
     if actual.dtype != expected.dtype:
         return f"a cast to {expected.dtype} in PyTorch"
     words = cause(name, actual, expected)

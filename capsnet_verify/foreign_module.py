@@ -1,4 +1,4 @@
-"""Run any PyTorch module on the weights of our model, and return its values under our names and with our axes."""
+"""Run any PyTorch module on the weights of a JAX model, and return its values under the names of `capsnet_torch`."""
 
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,14 +20,14 @@ from capsnet_verify.proposal import tensors_in
 from capsnet_verify.weight_map import OUTPUTS, Part, Shape, WeightMap, to_toml
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-LISTED = 8  # names in a message, of those that may be as many as a model has
+LISTED = 8  # largest number of names in a message
 
 
 def load_module(spec: str) -> nn.Module:
     """Build the module that `package.module:build` names; random weights are the same in every call.
 
     Args:
-        spec: names a function without arguments, a class, or a module itself.
+        spec: name of a function without arguments, of a class, or of a module itself.
 
     Raises:
         UsageError: it cannot be imported, raises, or is not a module.
@@ -66,7 +66,7 @@ def import_by_name(kind: str, spec: str) -> Any:
 
 
 def run(module: nn.Module, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]) -> Any:
-    """Call a module with other weights; tensors that `forward` creates have the dtype of the images by default."""
+    """Call a module with other weights; tensors that `forward` creates get the dtype of the images by default."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(inputs[0].dtype)
     try:
@@ -76,16 +76,16 @@ def run(module: nn.Module, inputs: Sequence[Tensor], weights: Mapping[str, Tenso
 
 
 class ForeignModule:
-    """A PyTorch module that is run by a map, on one batch.
+    """A PyTorch module on one batch, with a map from its weights and outputs to those of a JAX model.
 
     Args:
         module: its dtype, device and mode are changed.
-        weight_map: of the module.
-        pair: our model and the batch.
-        values: shapes of the outputs and intermediate values of our model, channels first.
+        weight_map: map of its weights and outputs.
+        pair: the JAX model and the batch.
+        values: shapes of the outputs and intermediate values of the JAX model, channels first.
 
     Raises:
-        UsageError: the map does not fit the module or our model.
+        UsageError: the map does not fit the module or the JAX model.
 
     Attributes:
         labels: class indices.
@@ -110,24 +110,26 @@ class ForeignModule:
                 if part.source not in entries:
                     raise UsageError(f"{part.where} is not in the torch model; it has {listed(entries)}.")
                 if part.name not in names:
-                    has = f"our model{without} has {listed(names)}"
+                    has = f"the JAX model{without} has {listed(names)}"
                     raise UsageError(f"{part.where} is {part.name!r}; {has}.")
         mapped, used = ({getattr(part, side) for part in weight_map.weights} for side in ("name", "source"))
         missing = [name for name in weights if name not in mapped]
         if missing:
-            raise UsageError(f"{weight_map.path}: [weights] lacks {listed(missing)} of our model; expected all of it.")
+            raise UsageError(
+                f"{weight_map.path}: [weights] lacks {listed(missing)} of the JAX model; expected all of its weights."
+            )
         unused = [name for name in self.entries if name not in used]
         self.notes = [f"Not in the map, and so not compared by themselves: {', '.join(unused)}."] if unused else []
 
     def state(self) -> StateDict:
-        """Copy the weights of the module, under our names and with our axes."""
+        """Copy the weights of the module, under the names and with the axes of `capsnet_torch`."""
         return {
             part.name: np.array(part.to_twin(self.entries[part.source].numpy(force=True), self.weights[part.name]))
             for part in self.map.weights
         }
 
     def settle(self, weights: Mapping[str, Tensor]) -> None:
-        """Set training mode without dropout; or evaluation mode, if outputs are random even so.
+        """Set training mode without dropout; or evaluation mode, if outputs are still random.
 
         Raises:
             UsageError: they are random in evaluation mode, too.
@@ -149,11 +151,11 @@ class ForeignModule:
         return not all(torch.allclose(first[name], second[name], equal_nan=True) for name in first)
 
     def call(self, weights: Mapping[str, Tensor], parts: Sequence[Part] | None = None) -> dict[str, Tensor]:
-        """Call the module with our weights; return the outputs and intermediate values in the map, as in our model.
+        """Call the module with weights of the JAX model, and return the outputs and intermediate values in the map.
 
         Args:
-            weights: of our model.
-            parts: weights of the map, if others are to be tried.
+            weights: weights under the names of `capsnet_torch`.
+            parts: entries for weights to use instead of those in the map.
 
         Raises:
             UsageError: the module raises, or does not return or call what is in the map.
@@ -209,7 +211,7 @@ def pick(part: Part, returned: Any) -> Tensor:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first of these names."""
+    """Join the first of these names."""
     names = list(names)
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more

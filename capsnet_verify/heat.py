@@ -1,7 +1,7 @@
-"""Scale capsules so long that routing matters, or else no check could see it.
+"""Scale the weights of capsule layers until routing matters, because otherwise no check could detect mistakes in it.
 
-With its initial weights, the reference model has class capsules of length 4e-4. Couplings differ from even ones by less
-than any tolerance, and a model without any routing would agree.
+With its initial weights, the reference model has class capsules of length 4e-4. Its couplings differ from even ones by
+less than any tolerance, so a model without any routing would agree. A layer in which routing matters is called hot.
 """
 
 from typing import NamedTuple
@@ -28,9 +28,9 @@ class Heat(NamedTuple):
     """How a capsule layer was scaled.
 
     Attributes:
-        factor: of its weight; a power of two, which leaves every mantissa as it is.
+        factor: factor of its weight; a power of two, which leaves every mantissa unchanged.
         activation: mean activation of its capsules.
-        unevenness: the largest |c / mean - 1| of a coupling c, with the mean over outputs for its input capsule.
+        unevenness: largest |c / mean - 1| of a coupling c, with the mean of the couplings of its input capsule.
     """
 
     factor: float
@@ -39,20 +39,20 @@ class Heat(NamedTuple):
 
     @property
     def moderate(self) -> bool:
-        """Whether capsules are neither all off nor all on."""
+        """Whether the mean activation is neither close to 0 nor to 1."""
         return ACTIVE[0] <= self.activation <= ACTIVE[1]
 
     @property
     def hot(self) -> bool:
-        """Whether routing matters, too."""
+        """Whether routing matters: activations are moderate, and couplings uneven."""
         return self.moderate and self.unevenness >= UNEVEN
 
 
 def heat(pair: Pair) -> list[Heat]:
-    """Scale the weight of each capsule layer, on both sides, by the power of two next to 1 that makes the layer hot.
+    """Scale the weight of each capsule layer, in both models, by the power of two closest to 1 that makes it hot.
 
     Returns:
-        The scaling of each layer. A layer that no factor makes hot gets the one with the most uneven couplings.
+        The scaling of each layer. If no factor makes a layer hot, the one with the most uneven couplings is used.
     """
     model, encoder = pair.jax_model, pair.torch_model.encoder
     graphdef, state = nnx.split(model)
@@ -75,7 +75,7 @@ def heat(pair: Pair) -> list[Heat]:
 
 
 def _hottest(layer: CapsuleLayer | ConvCapsules, capsules: Capsules) -> tuple[Heat, Capsules]:
-    """The best scaling of a layer, and its capsules then."""
+    """Find the best scaling of a layer, and the capsules that it then computes."""
     graphdef, state = nnx.split(layer)
 
     def measure(state: nnx.State, capsules: Capsules, factor: jax.Array) -> tuple[jax.Array, jax.Array, Capsules]:

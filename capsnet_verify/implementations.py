@@ -1,4 +1,4 @@
-"""The implementations that `auto` may choose for a model, and batches at which each of them is chosen."""
+"""Find the implementations that `auto` may choose for a model, and batch sizes at which each of them is chosen."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ SIZES = (*range(FEWEST_IMAGES, 65), 128, 256, 1, 2)
 """Batch sizes at which an implementation may first be chosen, the preferred ones first."""
 FAST = ("fourier", "fused")
 PLATFORMS = ("cpu", "gpu")
-MOST_PRODUCTS = 2e8  # in XLA's own convolutions; a CPU takes 15 seconds for as many, gradients included
+MOST_PRODUCTS = 2e8  # in XLA's convolutions; a CPU takes 15 seconds for this many, gradients included
 
 Layer = tuple[str, str]
 """Name of a layer and of its implementation."""
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     Attributes:
         size: number of images.
         implementations: name of the implementation of each layer.
-        platform: the platform that would choose these implementations, if another than the one that computes.
+        platform: platform that would choose these implementations, if not the one that computes.
     """
 
     size: int
@@ -42,8 +42,8 @@ class Plan(NamedTuple):
     """The batches to compare.
 
     Attributes:
-        batches: those whose values and gradients are compared.
-        unproved: layers and implementations that `auto` may choose, and that no batch has.
+        batches: batches whose values and gradients are compared.
+        unproved: layers and implementations that `auto` may choose, but that no batch uses.
     """
 
     batches: Sequence[Batch]
@@ -51,12 +51,12 @@ class Plan(NamedTuple):
 
     @property
     def for_training(self) -> Batch:
-        """The batch with the most fast implementations, among those of this platform."""
+        """The batch with the most fast implementations, among the batches for this platform."""
         here = [batch for batch in self.batches if batch.platform is None]
         return max(here, key=lambda batch: sum(name in FAST for name in batch.implementations.values()))
 
     def new(self, batch: Batch) -> list[Layer]:
-        """The layers and implementations that no earlier batch has."""
+        """Return the layers and implementations that no earlier batch uses."""
         earlier = self.batches[: self.batches.index(batch)]
         seen = {layer for other in earlier for layer in other.implementations.items()}
         return [layer for layer in batch.implementations.items() if layer not in seen]
@@ -67,7 +67,7 @@ def plan(model: CapsNet, platform: str, *, only: int | None = None, training_siz
 
     Args:
         model: its weights may be abstract.
-        platform: where both sides compute, "cpu" or "gpu".
+        platform: platform of both frameworks, "cpu" or "gpu".
         only: size of the one batch to compare.
         training_size: batch size with which the model is trained.
     """
@@ -95,19 +95,19 @@ def plan(model: CapsNet, platform: str, *, only: int | None = None, training_siz
 
 
 def in_words(layers: Iterable[Layer]) -> str:
-    """Layers and their implementations, such as "primary capsules by fourier, routing 0 by fused"."""
+    """Format layers and their implementations, as in "primary capsules by fourier, routing 0 by fused"."""
     return ", ".join(f"{layer} by {name}" for layer, name in layers)
 
 
 def implementations(model: CapsNet, batch_size: int, platform: str) -> dict[str, str]:
-    """The name of the implementation of each layer, for batches of this size on this platform."""
+    """Return the name of the implementation of each layer, for batches of this size on this platform."""
     with mock.patch.object(jax, "default_backend", return_value=platform):
         return {layer: choice.name for layer, choice in model.implementations(batch_size).items()}
 
 
 @contextmanager
 def as_on(platform: str | None) -> Iterator[None]:
-    """Trace functions with the implementations of a platform, wherever they run; None changes nothing."""
+    """Trace functions with the implementations of another platform than the one they run on; None changes nothing."""
     if platform is None:
         yield
         return
@@ -120,7 +120,7 @@ def as_on(platform: str | None) -> Iterator[None]:
 
 
 def _is_affordable(model: CapsNet, batch: Batch) -> bool:
-    """Whether a CPU computes XLA's own convolutions, if the batch needs them, in seconds and not in minutes."""
+    """Return whether a CPU computes the XLA convolutions of a batch, if any, in seconds rather than minutes."""
     if batch.platform in (None, "cpu"):
         return True
     shape, products = (batch.size, *model.config.image_shape), 0

@@ -1,7 +1,7 @@
-"""Mistakes planted in the JAX side, and for each the check that must be the first to catch it.
+"""Mistakes that are planted in the JAX side, and for each the check that must be the first to catch it.
 
-A mutant is a row of a table: the model or routing it is planted in, the mistake, the check that catches it, and a
-function with what replaces it while JAX computes.
+A mutant is a row of a table: the model or routing in which it is planted, the mistake, the check that must catch it,
+the function that is replaced, and its replacement.
 """
 
 import functools
@@ -31,7 +31,7 @@ from capsnet_verify.subjects import EVERY_TERM, SMALL, Subject, of_model, of_pre
 PLAIN = of_model("small", SMALL)
 TWO_LABELS = of_model("standardized images of two classes", replace(SMALL, standardize_images=True), labels_per_image=2)
 NORMALIZED = of_model("batch normalization", replace(SMALL, batch_norm=True))
-SPECTRAL = of_preset("digits")  # small, and from 26 images on one of its convolutions multiplies spectra
+SPECTRAL = of_preset("digits")  # a small model; from 26 images on, one convolution is by Fourier transforms
 
 Function = Callable[..., Any]
 Table = dict[str, list[tuple[str, str, str, Any]]]
@@ -41,7 +41,7 @@ class Mutant(NamedTuple):
     """A mistake in the JAX side.
 
     Attributes:
-        subject: a model or routing in which it shows.
+        subject: a model or routing in which the mistake has an effect.
         mistake: what is wrong, in words.
         caught_by: name of the check that must be the first to differ; None if nothing is wrong.
         place: dotted name of the function that is replaced.
@@ -58,7 +58,7 @@ class Mutant(NamedTuple):
         return self.mistake.replace(" ", "_")
 
     def planted(self) -> AbstractContextManager[Any]:
-        """A context in which the mistake is in force."""
+        """Return a context in which the function is replaced."""
         if not self.place:
             return nullcontext()
         if isinstance(self.wrong, _MadeOf):
@@ -67,28 +67,28 @@ class Mutant(NamedTuple):
 
 
 class _MadeOf(NamedTuple):
-    """A replacement that is made of the right function, anew for every run."""
+    """A replacement that is made from the right function, anew for every run."""
 
     make: Callable[[Function], Function]
 
 
 def _by(change: Function) -> _MadeOf:
-    """A replacement that passes the right function and its own arguments to another one."""
+    """Make a replacement that passes the right function and its arguments to another function."""
     return _MadeOf(lambda right: functools.wraps(right)(lambda *args, **options: change(right, *args, **options)))
 
 
 def _given(**arguments: Any) -> _MadeOf:
-    """The right function, always called with these arguments."""
+    """Make a replacement that always passes these arguments to the right function."""
     return _by(lambda right, *args, **options: right(*args, **options | arguments))
 
 
 def _times(factor: float) -> _MadeOf:
-    """The right function, with its result multiplied."""
+    """Make a replacement that multiplies the result of the right function."""
     return _by(lambda right, *args: factor * right(*args))
 
 
 def _knowing(argument: str, place: str, wrong_for: Callable[[Any], Function]) -> _MadeOf:
-    """The right function, in which the one at a place is replaced by what is made for the value of an argument."""
+    """Make a replacement that calls the right function while another one is replaced, depending on an argument."""
 
     def change(right: Function, *args: Any, **options: Any) -> Any:
         with mock.patch(place, wrong_for(options[argument])):
@@ -98,7 +98,7 @@ def _knowing(argument: str, place: str, wrong_for: Callable[[Any], Function]) ->
 
 
 def _changed(pattern: str, change: Callable[[list[Any]], Any]) -> _MadeOf:
-    """A function of einops whose calls with this pattern return what `change` makes of their results so far."""
+    """Make a replacement of an einops function that changes the results of calls with this pattern."""
 
     def make(right: Function) -> Function:
         results: list[Any] = []
@@ -116,11 +116,11 @@ def _changed(pattern: str, change: Callable[[list[Any]], Any]) -> _MadeOf:
 
 
 def _like(module: ModuleType, **others: Any) -> SimpleNamespace:
-    """A module with other functions of these names, for one of the modules that use it."""
+    """Copy a module with some functions replaced, for one of the modules that use it."""
     return SimpleNamespace(**vars(module) | others)
 
 
-softmax, constant = jax.nn.softmax, jax.lax.stop_gradient  # as they are, for what replaces them
+softmax, constant = jax.nn.softmax, jax.lax.stop_gradient  # the right functions, for use in replacements
 
 
 def _over_inputs(logits: jax.Array, axis: int) -> jax.Array:
@@ -190,7 +190,7 @@ def _no_gradient_of_images(backward: Function, *arguments: Any) -> Any:
     return jnp.zeros_like(of_images), of_kernel
 
 
-# Routings by themselves.
+# Routings alone.
 
 
 def _accumulated(softmax: Function) -> Function:
@@ -278,7 +278,7 @@ def _exponential(seed: int) -> SimpleNamespace:
     return SimpleNamespace(dirichlet=lambda ones, number: rng.exponential(size=(number, len(ones))))
 
 
-# Dynamic routing without votes, by the functions of its module.
+# Dynamic routing without votes; the replaced functions are in its module.
 
 # Results of calls with these patterns are added to earlier ones, and subtracted for the gradient of a softmax.
 _last_alone = _changed("b o h -> o h b", lambda results: results[-1] - sum(results[-2:-1]))
@@ -295,7 +295,7 @@ def _fused_over_inputs(logits: jax.Array, axis: int) -> jax.Array:
 
 
 def _leak_first(logits: jax.Array, axis: int) -> jax.Array:
-    """Couplings in another order, of which the first, taken for the leak, is the last output's."""
+    """Compute couplings in another order: the first, taken for the leak, belongs to the last output."""
     return jnp.roll(softmax(logits, axis=axis), 1, axis=axis)
 
 
@@ -309,7 +309,7 @@ def _uniform_at_first(sum_over_inputs: Function) -> Function:
 
 
 def _no_last_chunk(over_chunks: Function, step: Any, initial: Any, operands: Any) -> Any:
-    """Leaves out 3 of the 11 input capsules: the last chunk, as chunks are of 4."""
+    """Leave out the last 3 of the 11 input capsules, a chunk of its own as chunks have 4."""
     return over_chunks(step, initial, jax.tree.map(lambda array: array[:-3], operands))
 
 
@@ -321,7 +321,7 @@ def _agreed_of_last_chunk(over_chunks: Function, step: Any, initial: Any, operan
 
 
 def _constant_for(name: str) -> _MadeOf:
-    """The backward pass of a sum of votes, in which couplings count as constants for one of the gradients."""
+    """Make a backward pass of a sum of votes in which couplings are constants for one of the gradients."""
 
     def change(backward: Function, leaky: bool, detach: bool, *arguments: Any) -> Any:
         gradients, of_agreed = backward(leaky, detach, *arguments)
@@ -373,7 +373,7 @@ MODELS = [
     (PLAIN, "Adam with decayed weights", "step 1", "optax.adam", partial(optax.adamw, weight_decay=1e-2)),
 ]
 OF_BIAS = "gradient encoder.image2primary_capsules.0.bias, batch of 26"
-# What a batch of 3 on a CPU does not show, as it is computed from votes and patches.
+# Mistakes in implementations that a batch of 3 on a CPU does not use.
 IN_ONE_IMPLEMENTATION = [
     (PLAIN, "fused softmax over inputs", "couplings 0, batch of 16", "jax.nn.softmax", _fused_over_inputs),
     (
@@ -400,7 +400,7 @@ IN_ONE_IMPLEMENTATION = [
     ),
 ]
 
-# By routing: the mistake, the check, the place in the module of the routing or in JAX, and what is there.
+# For each routing: the mistake, the check, the function in the module of the routing or in JAX, and its replacement.
 LEARNED = "dynamic,prior_logits=0,capsule_bias=0.1"
 ROUTINGS: Table = {
     "dynamic": [

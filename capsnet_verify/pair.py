@@ -1,4 +1,4 @@
-"""A JAX model and its twin on shared weights and a shared batch."""
+"""A JAX model and the same model in PyTorch, with the same weights and the same batch."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,19 +21,19 @@ from capsnet_jax.routing import get_routing
 from capsnet_torch.routing import ROUTINGS
 from capsnet_verify.subjects import Settings, Subject
 
-FEWEST_IMAGES = 3  # with fewer, an example cannot be told from another and from the mean of both
+FEWEST_IMAGES = 3  # with fewer, mixing up two examples is hard to distinguish from averaging them
 
 
 class Pair(NamedTuple):
     """Two models with the same weights, a batch, and the loss that they minimize.
 
     Attributes:
-        jax_model: of `dtype`; in bfloat16 its weights are float32, and the operands of its products bfloat16.
-        torch_model: the twin; in float32 if `dtype` is bfloat16.
-        images: in [0, 1].
+        jax_model: the JAX model, of `dtype`; for bfloat16 its weights are float32, and operands of products bfloat16.
+        torch_model: the model of `capsnet_torch`; in float32 if `dtype` is bfloat16.
+        images: images with pixels in [0, 1].
         labels: class indices, one or several for each image.
         dtype: float64, float32 or bfloat16.
-        loss: options of `compute_losses` on both sides.
+        loss: options of `compute_losses` in both packages.
     """
 
     jax_model: capsnet_jax.CapsNet
@@ -69,14 +69,14 @@ def both_on(device: str, dtype: str) -> Iterator[None]:
 
 
 def new_pair(subject: Subject, settings: Settings) -> Pair:
-    """Create both sides of a model, in training mode, and a batch of random images and labels.
+    """Create a model in JAX and in PyTorch, in training mode, and a batch of random images and labels.
 
     Args:
-        subject: without weights, they are drawn as PyTorch does.
-        settings: a dtype of float64 needs `jax.enable_x64`.
+        subject: the model; if it has no weights, random ones are drawn from PyTorch's distributions.
+        settings: how to compare; a dtype of float64 needs `jax.enable_x64`.
 
     Raises:
-        UsageError: sizes do not fit, weights are not the model's, or the two sides have different weights.
+        UsageError: sizes do not fit, weights belong to another model, or the two models have different weights.
     """
     config, training = subject.run.config.model, subject.run.config.training
     dtype = "float64" if settings.dtype == "float64" else "float32"
@@ -84,7 +84,7 @@ def new_pair(subject: Subject, settings: Settings) -> Pair:
     torch_model = _new_twin(subject, settings, dtype, rng)
     # Abstract, as JAX would compile a program for each shape of the weights that it draws.
     jax_model = nnx.eval_shape(lambda: capsnet_jax.CapsNet.from_config(config, param_dtype=dtype, rngs=nnx.Rngs(0)))
-    # Copies, as JAX may read an array of NumPy late. Nothing reads counts of batches.
+    # Copies, because JAX may read a NumPy array later. Counts of batches are not used.
     drawn = {
         name: np.array(tensor.numpy(force=True))
         for name, tensor in torch_model.state_dict().items()
@@ -113,7 +113,7 @@ def new_pair(subject: Subject, settings: Settings) -> Pair:
 
 
 def with_batch(pair: Pair, size: int, *, seed: int) -> Pair:
-    """The same models with a batch of random images and labels; with their own, if it has that size."""
+    """Return the models with a random batch of this size, or with their own batch if it has this size."""
     if size == len(pair.images):
         return pair
     rng, labels_per_image = np.random.default_rng((seed, size)), pair.labels[0].size
@@ -122,7 +122,7 @@ def with_batch(pair: Pair, size: int, *, seed: int) -> Pair:
 
 
 def to_channels_first(images: Any) -> torch.Tensor:
-    """Images of JAX as the twin takes them."""
+    """Convert images of JAX to a tensor with channels first."""
     return torch.tensor(rearrange(np.asarray(images), "b h w c -> b c h w").copy())
 
 
@@ -144,7 +144,7 @@ def _new_twin(subject: Subject, settings: Settings, dtype: str, rng: np.random.G
         torch.manual_seed(settings.seed)
         model = capsnet_torch.CapsNet.from_config(options)
     model = model.to(getattr(torch, dtype))
-    if settings.torch_routing is not None:  # perhaps the user's own, which may raise anything, forward or backward
+    if settings.torch_routing is not None:  # a function of the user may raise anything, forward or backward
         images = rng.random((2, *config.image_shape)).astype(dtype)
         try:
             capsules = model.encode(to_channels_first(images))
@@ -168,6 +168,6 @@ def _check_same_names(in_jax: Collection[str], in_torch: Collection[str]) -> Non
     missing, unknown = sorted(set(in_torch) - set(in_jax)), sorted(set(in_jax) - set(in_torch))
     if missing or unknown:
         raise UsageError(
-            f"The sides have not the same weights: PyTorch has {', '.join(missing) or 'none'} beyond those of JAX, "
+            f"The two models have different weights: PyTorch has {', '.join(missing) or 'none'} beyond those of JAX, "
             f"JAX {', '.join(unknown) or 'none'} beyond those of PyTorch."
         )

@@ -19,7 +19,7 @@ HEAD = """\
 
 
 class Array(NamedTuple):
-    """A weight or an output: its name and shape, and whether its axes are in the standard order of PyTorch's layers."""
+    """A weight or output: its name, its shape, and whether its axes are in the order of PyTorch's own layers."""
 
     name: str
     shape: Shape
@@ -34,7 +34,7 @@ class Array(NamedTuple):
         return self.name.rpartition(".")[2]
 
     def axes_to(self, target: "Array") -> list[str]:
-        """The patterns that rearrange it to the axes of the target; "" if they are the same."""
+        """List the patterns that rearrange it to the axes of the target; "" if they are the same."""
         same = self.standard and self.shape == target.shape
         return [""] if same else patterns(self.shape, target.name, target.shape)
 
@@ -42,12 +42,12 @@ class Array(NamedTuple):
 def propose_map(module: nn.Module, shapes: Mapping[str, Shape]) -> str:
     """Propose the table [weights] of a map.
 
-    A line is certain if the two weights fit each other alone, with one order of axes. Weights of PyTorch's own layers
-    only fit weights of the same kind, such as a bias, and those of one layer go to one layer.
+    A line is certain if the two weights fit only each other, with one order of axes. Weights of PyTorch's own layers
+    only fit weights of the same kind, such as biases, and all weights of a layer belong to the same layer.
 
     Args:
-        module: the user's.
-        shapes: of the weights in the state_dict of `capsnet_torch`.
+        module: module of the user.
+        shapes: shapes of the weights in the state_dict of `capsnet_torch`.
     """
     targets = [Array(*item) for item in shapes.items()]
     sources = [
@@ -55,7 +55,7 @@ def propose_map(module: nn.Module, shapes: Mapping[str, Shape]) -> str:
         for name, tensor in module.state_dict().items()
         if tensor.is_floating_point()
     ]
-    layers: list[tuple[str, str]] = []  # of capsnet_torch, of the module
+    layers: list[tuple[str, str]] = []  # pairs: layer of capsnet_torch, layer of the module
     lines: dict[str, str] = {}
 
     def axes(source: Array, target: Array) -> list[str]:
@@ -91,8 +91,8 @@ def propose_outputs(returned: Any, shapes: Mapping[str, Shape]) -> str:
     """Propose the table [outputs] of a map.
 
     Args:
-        returned: by `forward` for a batch of images, or the exception that it raised.
-        shapes: of the outputs of `capsnet_torch` for this batch.
+        returned: what `forward` returned for a batch of images, or the exception that it raised.
+        shapes: shapes of the outputs of `capsnet_torch` for this batch.
     """
     lines = ["[outputs]  # output = index of a tuple, key of a dict or attribute; {} for a single tensor"]
     if isinstance(returned, Exception):
@@ -112,7 +112,7 @@ def propose_outputs(returned: Any, shapes: Mapping[str, Shape]) -> str:
 
 
 def tensors_in(returned: Any) -> dict[Any, Tensor]:
-    """The tensors that `forward` returned, by index, key or attribute; by None if it returned one tensor."""
+    """Collect the tensors that `forward` returned, by index, key or attribute; by None for a single tensor."""
     if isinstance(returned, Tensor):
         found: Mapping[Any, Any] = {None: returned}
     elif isinstance(returned, Mapping):
@@ -130,7 +130,7 @@ def _is_standard(module: nn.Module, name: str) -> bool:
 
 
 def _line(key: str, fields: Mapping[str, Any], orders: int, others: list[Any], *, guessing: bool = False) -> str:
-    """A line of the map; as a comment with the reason, if other names or orders of axes fit, or an earlier guess."""
+    """Write a line of the map. If other names or orders of axes fit, too, it is a comment with the reason."""
     doubts = [f"{', '.join(map(json.dumps, others))} {'fits' if len(others) == 1 else 'fit'} as well"] if others else []
     doubts += [f"{orders} orders of axes fit"] if orders > 1 else []
     line = toml_line(key, **fields)

@@ -12,7 +12,7 @@ from capsnet_verify.subjects import EVERY_TERM, Subject, of_model
 
 
 def random_subject(seed: int) -> Subject:
-    """The architecture of a seed: images, stem, layers of capsules of every kind, routing, decoder and losses."""
+    """Draw an architecture from a seed: images, stem, capsule layers of every kind, routing, decoder and losses."""
     rng = np.random.default_rng(seed)
     while True:
         image_shape = (*_integers(rng, (9, 21), (9, 21)), int(rng.integers(1, 4)))
@@ -41,8 +41,8 @@ def _random_model(rng: np.random.Generator) -> ModelConfig:
     routing = _choice(rng, *ROUTINGS)
     if _chance(rng, 0.5):
         routing = EVERY_TERM.get(routing, routing)
-    # In the first iteration of variational routing all outputs are active alike, but for rounding errors, by which it
-    # then divides.
+    # In the first iteration of variational routing, activations of all outputs differ only by rounding errors, by which
+    # it then divides.
     fewest_iterations = 2 if routing.startswith("variational") else 1
     stem_channels, stem_kernel, stem_stride = _integers(rng, (3, 12), (1, 5), (1, 3))
     primary_kernel, primary_stride = _integers(rng, (1, 5), (1, 3))
@@ -86,7 +86,7 @@ def _fits(model: ModelConfig) -> bool:
 
 
 def _gradients_pass(model: ModelConfig) -> bool:
-    """Whether every layer normalization is over more than two values: of two it keeps the signs alone, no gradient."""
+    """Return whether every layer norm is over more than two values; of two, only the signs remain, without gradient."""
     layers = [*((types, dim) for types, dim, *_ in model.conv_capsules), *model.hidden_capsules]
     layers.append((model.num_classes, model.class_dim))
     if str(model.routing).startswith("inverted_attention"):  # over each pose
@@ -97,7 +97,7 @@ def _gradients_pass(model: ModelConfig) -> bool:
 
 
 def _integers(rng: np.random.Generator, *ranges: tuple[int, int]) -> Any:
-    """An integer of each range, whose end is excluded."""
+    """Draw an integer from each range, whose end is excluded."""
     return tuple(int(rng.integers(*ends)) for ends in ranges)
 
 

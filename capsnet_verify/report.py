@@ -1,4 +1,4 @@
-"""Verifications as tables with a sentence, and as JSON."""
+"""Format verifications as tables, sentences and JSON."""
 
 import math
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ GROUPS = ("values", "gradients", "steps")
 
 
 def describe(verification: Verification) -> str:
-    """A table of all checks, how layers were scaled, which implementations were compared, and a sentence."""
+    """Format a table of all checks, how layers were scaled, which implementations were compared, and a verdict."""
     rows = [("check", "scale", "error", "tolerance", "verdict")]
     rows += [
         (check.name, _number(check.scale), _number(check.error), f"{check.tolerance:.0e}", check.verdict)
         for check in verification.checks
     ]
     scaled = [
-        f"The weight of capsule layer {number} was multiplied by {found.factor:g} on both sides, so that routing "
+        f"The weight of capsule layer {number} was multiplied by {found.factor:g} in both models, so that routing "
         f"matters: mean activation {found.activation:.2f}, couplings up to {100 * found.unevenness:.0f} % from even."
         for number, found in enumerate(verification.heats)
         if found.factor != 1
@@ -32,7 +32,7 @@ def describe(verification: Verification) -> str:
 
 
 def summarize(verifications: Sequence[Verification]) -> str:
-    """A row for each verification with its largest errors, and a sentence for each that does not agree."""
+    """Format a row for each verification with its largest errors, and a sentence for each that does not agree."""
     rows: list[Sequence[str]] = [("model", "dtype", *GROUPS, "factors", "verdict"), *map(row, verifications)]
     others = [
         f"{verification.subject.title}, {verification.settings.dtype}: {sentence(verification)}"
@@ -44,7 +44,7 @@ def summarize(verifications: Sequence[Verification]) -> str:
 
 
 def row(verification: Verification) -> tuple[str, ...]:
-    """The cells of one verification in a summary."""
+    """Return the cells of one verification in a summary."""
     worst = [_number(error) for error in largest_errors(verification).values()]
     factors = " ".join(f"{found.factor:g}" for found in verification.heats)
     verdict = ("agrees", "DIFFERS", "not seen")[verification.status]
@@ -52,7 +52,7 @@ def row(verification: Verification) -> tuple[str, ...]:
 
 
 def sentence(verification: Verification) -> str:
-    """Agreement, or the first divergence and its likely cause, or the checks that proved nothing."""
+    """State agreement, or the first divergence and its likely cause, or the checks that proved nothing."""
     title, number = verification.subject.title, len(verification.checks)
     first = verification.first_divergence
     if first is not None:
@@ -67,7 +67,7 @@ def sentence(verification: Verification) -> str:
 
 
 def largest_errors(verification: Verification) -> dict[str, float]:
-    """The largest scale-relative error of each group of checks; NaN for an empty group."""
+    """Return the largest scale-relative error of each group of checks; NaN for an empty group."""
     errors: dict[str, list[float]] = {name: [] for name in GROUPS}
     for check in verification.checks:
         errors[next((name for name in GROUPS if check.name.startswith(name[:-1])), GROUPS[0])].append(check.error)
@@ -75,7 +75,7 @@ def largest_errors(verification: Verification) -> dict[str, float]:
 
 
 def to_json(verification: Verification) -> dict[str, Any]:
-    """The whole verification in types that JSON has; numbers that are not finite are None."""
+    """Convert a verification to JSON types; numbers that are not finite become None."""
     settings, plan, first = verification.settings, verification.plan, verification.first_divergence
     options = ("dtype", "device", "steps", "learning_rate", "batch_size", "seed")
     batches = [] if plan is None else plan.batches
@@ -96,7 +96,7 @@ def to_json(verification: Verification) -> dict[str, Any]:
 
 
 def _compared(verification: Verification) -> list[str]:
-    """The implementations that were compared, each with the batch that is the first to have it, and all others."""
+    """List the implementations that were compared, each with the first batch that uses it, and those that were not."""
     if verification.plan is None:
         return []
     verb = "compared" if verification.status else "proved"

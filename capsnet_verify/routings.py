@@ -1,4 +1,4 @@
-"""A routing algorithm by itself on both sides: its results and their gradients, for the same inputs."""
+"""Compare a routing algorithm alone in JAX and PyTorch: results and gradients for the same inputs."""
 
 import functools
 import sys
@@ -35,11 +35,11 @@ IGNORE_ACTIVATIONS = {"dynamic", "self_attention", "inverted_attention", "kmeans
 
 
 class Case(NamedTuple):
-    """A routing with its options, and how it is called.
+    """A routing with its options, and the way it is called.
 
     Attributes:
         spec: name and options, as for `get_routing`.
-        num_iterations: for routings that iterate.
+        num_iterations: number of iterations, for routings that iterate.
         kind: "votes"; "positions", if an input capsule has parents at several positions; or "fused", for dynamic
             routing computed from poses and weight without votes.
     """
@@ -63,7 +63,7 @@ class Case(NamedTuple):
 
 
 def every_case() -> list[Case]:
-    """Every routing with all of its terms, at several numbers of iterations, and other choices of options."""
+    """List cases of every routing: with all of its terms, several numbers of iterations, and other options."""
 
     def cases(spec: str, iterations: list[int], kind: str = "votes") -> list[Case]:
         iterative = get_routing(spec).takes("num_iterations")
@@ -78,7 +78,7 @@ def every_case() -> list[Case]:
 
 
 def make_inputs(case: Case, dtype: str) -> dict[str, np.ndarray]:
-    """Seeded arrays for every argument that has a gradient; learned weights get noise, as zeros would hide mistakes."""
+    """Draw seeded arrays for every differentiable argument; learned weights get noise, as zeros would hide mistakes."""
     rng = np.random.default_rng(5)
     capsules = (BATCH, POSITIONS, INPUTS) if case.kind == "positions" else (BATCH, INPUTS)
     if case.kind == "fused":
@@ -100,10 +100,10 @@ def make_inputs(case: Case, dtype: str) -> dict[str, np.ndarray]:
 
 
 def in_jax(case: Case, dtype: str) -> dict[str, np.ndarray]:
-    """Couplings, poses, activations, and gradients of a weighted sum of them, by the routing in JAX."""
+    """Compute couplings, poses, activations, and the gradients of a weighted sum of them, in JAX."""
     inputs, coefficients = make_inputs(case, dtype), _coefficients(case, dtype)
     right = case.routing.function
-    # Looked up in its module again, where a mutant may have replaced it.
+    # Looked up again, because a mutant may have replaced it in its module.
     routing = replace(case.routing, function=getattr(sys.modules[right.__module__], right.__name__))
 
     def route(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -128,7 +128,7 @@ def in_jax(case: Case, dtype: str) -> dict[str, np.ndarray]:
 
 @functools.cache
 def in_torch(case: Case, dtype: str) -> dict[str, np.ndarray]:
-    """The same arrays by the twin, which always computes votes."""
+    """Compute the same arrays in PyTorch, always from votes."""
     inputs = {name: torch.tensor(value, requires_grad=True) for name, value in make_inputs(case, dtype).items()}
     arguments = dict(case.routing.options) | inputs
     if case.kind == "fused":
@@ -144,21 +144,21 @@ def in_torch(case: Case, dtype: str) -> dict[str, np.ndarray]:
 
 
 def check(case: Case, name: str, actual: np.ndarray, expected: np.ndarray) -> Check:
-    """Compare an array of both sides; gradients of activations that a routing ignores must be exactly zero."""
+    """Compare an array of JAX and PyTorch; gradients of activations that a routing ignores must be exactly zero."""
     if name == "gradient of activations" and case.name in IGNORE_ACTIVATIONS:
         return compare(name, actual, expected, tolerance=0.0, floor=-1.0)
     return compare(name, actual, expected, tolerance=VALUES[str(expected.dtype)], floor=1e-4)
 
 
 def first_divergence(case: Case, dtype: str) -> str | None:
-    """The name of the first array in which the two sides differ, in the order in which they depend on each other."""
+    """Return the name of the first array that differs between JAX and PyTorch, in the order of the computation."""
     actual, expected = in_jax(case, dtype), in_torch(case, dtype)
     checks = (check(case, name, actual[name], expected[name]) for name in expected)
     return next((found.name for found in checks if found.verdict == DIFFERS), None)
 
 
 def _coefficients(case: Case, dtype: str) -> dict[str, np.ndarray]:
-    """Factors of the sum over all results whose gradients are compared."""
+    """Draw the weights of the sum over all results whose gradients are compared."""
     rng = np.random.default_rng(6)
     capsules = (BATCH, POSITIONS) if case.kind == "positions" else (BATCH,)
     shapes = {"couplings": (INPUTS, OUTPUTS), "poses": (OUTPUTS, SIZE), "activations": (OUTPUTS,)}

@@ -1,4 +1,4 @@
-"""A test of the checks themselves: every mutant must be caught by the check that should, and right models by none."""
+"""Test the checks: the right check must catch every mutant, and no check may fail for right models."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ CONTROLS = [Mutant(subject, f"no mistake, {subject.title}") for subject in (PLAI
 
 
 def caught(mutant: Mutant) -> str | None:
-    """The name of the first check that a mutant fails, or None."""
+    """Return the name of the first check that a mutant fails, or None."""
     if isinstance(mutant.subject, Case):
         with mutant.planted():
             return first_divergence(mutant.subject, DTYPE)
@@ -24,7 +24,7 @@ def caught(mutant: Mutant) -> str | None:
 
 
 def self_test(tell: Callable[[str], None] = print) -> int:
-    """Run every mutant and report each in a line; returns 1 if one was not caught by the check that should, else 0."""
+    """Run every mutant and report each in a line; return 1 if one was not caught by the right check, else 0."""
     failed = num_caught = 0
     for mutant in [*CONTROLS, *MUTANTS]:
         found = caught(mutant)

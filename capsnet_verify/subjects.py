@@ -1,4 +1,4 @@
-"""What can be verified, and how: a preset, a run, a file of weights, or a small model whose sizes all differ."""
+"""Models that can be verified, and settings: a preset, a run, a file of weights, or a small model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,7 +46,7 @@ class Subject(NamedTuple):
     Attributes:
         title: name of the model in tables.
         run: its sizes and losses.
-        state: its weights, under the twin's names; None for random ones.
+        state: its weights, under the names of `capsnet_torch`; None for random ones.
     """
 
     title: str
@@ -62,12 +62,12 @@ class Settings:
         dtype: float64, float32 or bfloat16.
         device: cpu or gpu.
         steps: number of training steps.
-        learning_rate: of Adam. A large one amplifies rounding errors: gradients of the reference model are as small as
-            Adam's epsilon, so that 1e-3 moves its weights apart by 1e-9 in the first step.
+        learning_rate: step size of Adam. A large one amplifies rounding errors: gradients of the reference model
+            are as small as Adam's epsilon, so with 1e-3 its weights differ by 1e-9 after the first step.
         batch_size: number of images; by default several batches are compared, one for each implementation of a layer.
-        seed: of weights and batches.
-        torch_routing: routing of the twin, if it is not the model's.
-        torch_state: weights of the twin, if they are not the model's.
+        seed: seed of weights and batches.
+        torch_routing: routing of the PyTorch model, if another than the JAX model's.
+        torch_state: weights of the PyTorch model, if others than the JAX model's.
     """
 
     dtype: str = "float64"
@@ -81,12 +81,12 @@ class Settings:
 
 
 def of_model(title: str, model: ModelConfig, *, labels_per_image: int = 1) -> Subject:
-    """A model of these sizes, trained with the default losses."""
+    """Make a subject of a model config, with the default losses."""
     return Subject(title, Run(Path(), Config(model=model), _classes(model.num_classes), labels_per_image))
 
 
 def of_preset(name: str) -> Subject:
-    """A preset at full size.
+    """Make a subject of a preset, at full size.
 
     Raises:
         UsageError: there is no such preset.
@@ -96,19 +96,19 @@ def of_preset(name: str) -> Subject:
 
 
 def of_routing(routing: str) -> Subject:
-    """The small model with a routing."""
-    # Activations of variational routing are differences of entropies, all but equal if no output wins.
+    """Make a subject of the small model with a routing."""
+    # Activations of variational routing are differences of entropies, almost equal if no output dominates.
     scale = 4.0 if routing.startswith("variational") else SMALL.primary_scale
     return of_model(f"routing {routing}", replace(SMALL, routing=routing, primary_scale=scale))
 
 
 def of_every_routing() -> list[Subject]:
-    """The small model with each registered routing, and options with which every term of it matters."""
+    """Make a subject for each registered routing: the small model, with options with which every term matters."""
     return [of_routing("dynamic"), *(of_routing(EVERY_TERM.get(name, name)) for name in ROUTINGS)]
 
 
 def with_routing(subject: Subject, routing: str) -> Subject:
-    """The same model, and the same weights if it has any, with another routing."""
+    """Replace the routing of a subject; its weights, if any, stay."""
     config = subject.run.config
     config = replace(config, model=replace(config.model, routing=routing))
     return subject._replace(title=f"{subject.title} with {routing}", run=subject.run._replace(config=config))
@@ -117,11 +117,11 @@ def with_routing(subject: Subject, routing: str) -> Subject:
 def of_files(
     paths: Sequence[Path], preset: str | None = None, image_shape: tuple[int, int, int] | None = None
 ) -> Subject:
-    """A run, or weights in files that `read_state` reads.
+    """Make a subject of a run, or of weights in files that `read_state` reads.
 
     Args:
         paths: the folder of a run, a file of weights, or the two files of encoder and decoder.
-        preset: what the weights do not tell without a config.json beside them; by default the reference model.
+        preset: source of what weights without a config.json do not determine; by default the reference model.
         image_shape: height, width and number of channels, for weights without a decoder and without a config.json.
 
     Raises:
@@ -132,7 +132,7 @@ def of_files(
     title = " and ".join(map(str, paths))
     if (folder / CONFIG).exists():
         if preset is not None or image_shape is not None:
-            raise UsageError(f"{folder / CONFIG} tells what model it is; expected neither --preset nor --image-shape.")
+            raise UsageError(f"{folder / CONFIG} describes the model; expected neither --preset nor --image-shape.")
         return Subject(title, read_run(folder), state)
     preset = preset or "readable"
     config = get_preset(preset)

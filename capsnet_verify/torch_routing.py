@@ -1,4 +1,4 @@
-"""The user's own routing in PyTorch: found by name, and compared with a routing in JAX."""
+"""Import a routing of the user in PyTorch by name, and compare it with a routing in JAX."""
 
 import functools
 import inspect
@@ -64,8 +64,8 @@ def torch_check(function: Callable[..., Any]) -> Check:
     """Make the check of a routing against a torch function.
 
     Args:
-        function: `(votes [b i o h], activations [b i]) -> (poses [b o h], activations [b o], couplings [b i o])`. It is
-            passed poses, options, and weights, which all examples share, by name.
+        function: `(votes [b i o h], activations [b i]) -> (poses [b o h], activations [b o], couplings [b i o])`. It
+            gets poses, options and weights, which all examples share, by name.
     """
 
     def agrees_with_torch(subject: Subject, case: Case) -> None:

@@ -1,4 +1,4 @@
-"""Everything that both sides compute, from the image to the gradients, each after what it depends on."""
+"""Compute all values to compare, from the images to the gradients, in the order in which they depend on each other."""
 
 import copy
 from collections.abc import Iterable
@@ -21,13 +21,13 @@ from capsnet_torch.ops import mask_by_label as torch_mask_by_label
 from capsnet_verify.pair import Pair
 
 QUICKLY_COMPILED = {"xla_backend_optimization_level": 0}
-"""Half the time to compile; the program before code generation is the same."""
-AT_REST = "poses with running means"  # of evaluation mode
+"""Compiler options that halve the time to compile; the program before code generation is the same."""
+AT_REST = "poses with running means"  # in evaluation mode
 CHANNELS_LAST = "b channels height width -> b height width channels"
 
 
 def in_jax(pair: Pair) -> dict[str, np.ndarray]:
-    """Every intermediate, loss and gradient of the JAX side; in float32 where it computes in bfloat16."""
+    """Compute every intermediate, loss and gradient in JAX; float32 in place of bfloat16."""
     graphdef = nnx.graphdef(pair.jax_model)
     params, batch_stats = (nnx.state(pair.jax_model, kind) for kind in (nnx.Param, nnx.BatchStat))
 
@@ -40,7 +40,7 @@ def in_jax(pair: Pair) -> dict[str, np.ndarray]:
         features = model.stem.features(images)
         values = {f"stem {number}": array for number, array in enumerate(features)}
         values |= _of_capsules(model.primary_capsules(features[-1]), model.capsule_layers)
-        # The model's own composition, in case the one above is another.
+        # By the model's own method, in case it composes the layers differently from the code above.
         capsules = model.encode(images)
         values |= {"encoded poses": capsules.poses, "encoded activations": capsules.activations}
         if model.stem.norms:
@@ -69,7 +69,7 @@ def in_jax(pair: Pair) -> dict[str, np.ndarray]:
 
 
 def in_torch(pair: Pair) -> dict[str, np.ndarray]:
-    """The same arrays of the PyTorch side, which is left as it is, running means included."""
+    """Compute the same arrays in PyTorch; the model is not changed, nor are its running means."""
     model, (images, labels) = copy.deepcopy(pair.torch_model), pair.torch_batch
     at_rest = model.eval().encode(images)  # before training mode changes the running means
     model.train()
@@ -98,7 +98,7 @@ def in_torch(pair: Pair) -> dict[str, np.ndarray]:
 
 
 def jittered(pair: Pair, seed: int) -> Pair:
-    """The JAX side with weights and images off by a rounding error each."""
+    """Change weights and images of the JAX side by a random rounding error each."""
     rng = np.random.default_rng(seed)
 
     def jitter(array: jax.Array) -> jax.Array:
@@ -110,7 +110,7 @@ def jittered(pair: Pair, seed: int) -> Pair:
 
 
 def _of_capsules(capsules: Any, layers: Iterable[Any]) -> dict[str, Any]:
-    """Votes, couplings and capsules of every layer, of either side, from the primary capsules on."""
+    """Compute votes, couplings and capsules of every layer from the primary capsules on, in JAX or PyTorch."""
     values = {"primary poses": capsules.poses, "primary activations": capsules.activations}
     for number, layer in enumerate(layers):
         convolutional = hasattr(layer, "under_kernel")

@@ -1,4 +1,4 @@
-"""Compare every value and gradient of both sides of a model, in every implementation, and then training."""
+"""Compare every value and gradient of a model in JAX and PyTorch, in every implementation, and then training."""
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -26,11 +26,11 @@ from capsnet_verify.pair import Pair, both_on, new_pair, to_channels_first, with
 from capsnet_verify.subjects import Settings, Subject
 from capsnet_verify.values import QUICKLY_COMPILED, in_jax, in_torch, jittered
 
-JITTERS = 3  # random roundings that are tried; a single one may happen to change nothing
+JITTERS = 3  # number of random rounding errors that are tried; a single one may change nothing by chance
 ADDED_UP = 30  # rounding errors of a sum of a thousand numbers, relative to one of them
-EVEN = 1e-6  # couplings this close to even, however long poses are, are those of no routing at all
+EVEN = 1e-6  # if couplings are this close to even however long poses are, the algorithm does not route
 NOT_COMPARED = ("running_var", "num_batches_tracked")  # PyTorch multiplies the variance by n / (n - 1), Flax does not
-STEPS_IN_FLOAT32 = 5  # after which rounding errors have grown too large
+STEPS_IN_FLOAT32 = 5  # later, rounding errors have grown too large
 
 Result = tuple[Check, str]
 """A check and, if it differs, the most likely cause."""
@@ -43,7 +43,7 @@ class Verification:
     Attributes:
         subject: the model.
         settings: how it was verified.
-        plan: the batches that were compared, and the implementations proved by them; None if there is no choice.
+        plan: batches that were compared, and the implementations that they prove; None if there is no choice.
         heats: scaling of each capsule layer.
         checks: in the order in which values depend on each other.
         cause: most likely cause of the first divergence; None if there is none.
@@ -77,7 +77,7 @@ class Verification:
 
     @property
     def status(self) -> int:
-        """0 if both sides agree, 1 if they differ, 2 if not everything could be compared."""
+        """Exit status: 0 if both models agree, 1 if they differ, 2 if not everything could be compared."""
         return 1 if self.first_divergence else 2 if self.without_power or not self.checks else 0
 
 
@@ -88,16 +88,16 @@ def verify(
     mistake: AbstractContextManager[Any] | None = None,
     only_first: bool = False,
 ) -> Verification:
-    """Compare every value and gradient of both sides, in every implementation, and then training.
+    """Compare every value and gradient in JAX and PyTorch, in every implementation, and then training.
 
     Args:
         subject: the model.
         settings: how it is verified.
-        mistake: a context in which the JAX side is wrong; weights are made and scaled outside it.
+        mistake: a context in which the JAX side has a planted mistake; weights are created and scaled outside it.
         only_first: stop at the first check that differs.
 
     Raises:
-        UsageError: a side cannot be created, or the two have different weights.
+        UsageError: a model cannot be created, or the two have different weights.
     """
     verification = Verification(subject, settings)
     results = closing(_results(verification, mistake or nullcontext()))
@@ -112,7 +112,7 @@ def verify(
 
 
 def plan_of(subject: Subject, settings: Settings) -> Plan:
-    """The batches at which a model is compared."""
+    """Find the batches at which a model is compared."""
     config = subject.run.config
     # The dtype decides how a convolution is computed.
     model = nnx.eval_shape(lambda: CapsNet.from_config(config.model, param_dtype=settings.dtype, rngs=nnx.Rngs(0)))
@@ -120,10 +120,10 @@ def plan_of(subject: Subject, settings: Settings) -> Plan:
 
 
 def trajectory(pair: Pair, settings: Settings) -> Iterator[Result]:
-    """Train both sides by Adam on the same batches; check the loss of each step and, in float64, all weights after it.
+    """Train both models by Adam on the same batches; check the loss of each step and, in float64, all weights after it.
 
     In float32 and bfloat16 neither weights nor later steps are compared: Adam divides rounding errors by small
-    gradients, so that weights part by a whole step while losses agree.
+    gradients, so weights differ by a whole step while losses agree.
     """
     optimizer = optax.adam(settings.learning_rate)
     graphdef, state = create_state(pair.jax_model, optimizer)
@@ -150,7 +150,7 @@ def trajectory(pair: Pair, settings: Settings) -> Iterator[Result]:
 
 
 def worst(name: str, sides: dict[str, tuple[Any, np.ndarray]], tolerance: float) -> Check:
-    """The worst check of several pairs of arrays, under one name."""
+    """Return the worst check of several pairs of arrays, under one name."""
     checks = [compare(each, *pair, tolerance=tolerance) for each, pair in sides.items()]
     found = max(checks, key=lambda check: (check.verdict == DIFFERS, check.verdict == NO_POWER, check.error))
     return found._replace(name=name, reason=f"{found.name}: {found.reason}" if found.reason else "")
@@ -168,7 +168,7 @@ def _results(verification: Verification, mistake: AbstractContextManager[Any]) -
 
 
 def _weights(subject: Subject, settings: Settings) -> Iterator[Result]:
-    """Weights that the two sides have from different files, which must be equal to the last bit."""
+    """Compare weights that the two models have from different files; they must be equal to the last bit."""
     if subject.state is None or settings.torch_state is None:
         return
     for name, expected in settings.torch_state.items():
@@ -186,7 +186,7 @@ def _values(pair: Pair, plan: Plan, settings: Settings) -> Iterator[Result]:
         for check, why in _on_batch(on_batch, batch.platform, expected[batch.size], settings):
             if number == 0:
                 yield check, why
-            else:  # the mistake is in what this batch is the first to use, if all agrees elsewhere
+            else:  # if all earlier batches agree, the mistake is in an implementation that only this batch uses
                 new = plan.new(batch)
                 why = f"in {in_words(new)}: {why}" if new else why
                 yield check._replace(name=f"{check.name}, {batch}"), why
@@ -200,7 +200,7 @@ def _on_batch(
     moved: list[dict[str, np.ndarray]] = []
     for name in expected:
         tolerance = tolerance_of(name, settings.dtype, settings.device)
-        # In bfloat16 some ReLU change sides, which single gradients show in full.
+        # In bfloat16 some ReLU units switch on or off, which changes single gradients completely.
         measure = partial(compare, name, tolerance=tolerance, euclidean=settings.dtype == "bfloat16")
         check = measure(actual[name], expected[name])
         if check.verdict == DIFFERS and check.error < VISIBLE:
@@ -211,8 +211,8 @@ def _on_batch(
 
 
 def _unless_rounding(check: Check, jitters: Sequence[float]) -> Check:
-    """The check, without power if rounding errors of weights and images alone move the values as far."""
+    """Return the check, without power if rounding errors of weights and images alone change the values as much."""
     if check.error > ADDED_UP * max(jitters):
         return check
-    reason = f"moved as far by rounding errors alone, by {max(jitters):.1e}"
+    reason = f"changed as much by rounding errors alone, by {max(jitters):.1e}"
     return check._replace(verdict=NO_POWER, reason=reason)

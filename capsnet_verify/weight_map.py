@@ -20,7 +20,7 @@ TABLES = {
     "outputs": ("from", "axes", "sizes"),
     "values": ("name", "axes", "sizes", "relu"),
 }
-"""The tables of a map, and the keys of an entry; the first one may stand alone, without the braces of a table."""
+"""The tables of a map, and the keys of an entry; a value alone, without braces, is that of the first key."""
 OUTPUTS = ("poses", "activations", "reconstructions")
 LABELS = ("indices", "one-hot")
 
@@ -30,9 +30,9 @@ class Part:
     """A weight, output or intermediate value of a PyTorch module, and its name in `capsnet_torch`.
 
     Attributes:
-        source: in the module: name of a weight in its state_dict, or of a submodule; of an output, the index, key or
-            attribute in what `forward` returns, or None if it returns that one tensor.
-        name: in `capsnet_torch`.
+        source: name of a weight in the module's state_dict, or of a submodule; for an output, its index, key or
+            attribute in what `forward` returns, or None if that is a single tensor.
+        name: name in `capsnet_torch`.
         axes: einops pattern, "axes of the module -> axes of capsnet_torch"; empty if they are the same.
         sizes: sizes of axes in the pattern that cannot be inferred from the shapes.
         relu: apply ReLU to the value before it is compared.
@@ -55,7 +55,7 @@ class Part:
         return self._rearrange(array, self.axes, shape)
 
     def to_source(self, array: Any, shape: Shape) -> Any:
-        """Invert `to_twin`; `shape` is that of the weight in the module."""
+        """Invert `to_twin`; `shape` is the shape of the weight in the module."""
         return self._rearrange(array, " -> ".join(reversed(self.axes.split("->"))) if self.axes else "", shape)
 
     def _rearrange(self, array: Any, pattern: str, shape: Shape) -> Any:
@@ -83,7 +83,7 @@ class WeightMap:
 
     Attributes:
         path: file of the map.
-        weights: every weight of `capsnet_torch`.
+        weights: an entry for every weight of `capsnet_torch`.
         outputs: poses [b o h], activations [b o] and reconstructions [b channels height width], as far as the module
             returns them.
         values: outputs of submodules, under the names that `capsnet verify` prints.
@@ -132,10 +132,10 @@ def patterns(shape: Shape, name: str, target: Shape, *, groups: int = 0) -> list
     Axes may be in any order and flattened in any way. The order of the target comes first, as "" if nothing changes.
 
     Args:
-        shape: in the module.
-        name: in `capsnet_torch`.
+        shape: shape in the module.
+        name: name in `capsnet_torch`.
         target: shape in `capsnet_torch`.
-        groups: of input capsules, if their axis is to be split as "(p g)", into positions and groups.
+        groups: number of groups of input capsules, if their axis may be split as "(p g)", into positions and groups.
     """
     letters = "idoh" if name.endswith("input_caps2U.weight") else "abcdefgh"
     if groups:
@@ -159,7 +159,7 @@ def patterns(shape: Shape, name: str, target: Shape, *, groups: int = 0) -> list
 
 
 def toml_line(key: str, **fields: Any) -> str:
-    """Write an entry of a map; without axes, the first field stands alone."""
+    """Write an entry of a map; if only the first field is given, without braces."""
     first, *_ = fields
     given = {name: value for name, value in fields.items() if value not in (None, "", {})}
     return f"{json.dumps(key)} = {to_toml(given[first] if given.keys() == {first} else given)}"
@@ -181,7 +181,7 @@ def _part(path: Path, table: str, key: str, value: Any) -> Part:
     kinds = int | str | None if table == "outputs" else str
     if not isinstance(other, kinds) or isinstance(other, bool):
         expected = (
-            "the index, key or attribute in what forward returns" if table == "outputs" else "a name of our model"
+            "the index, key or attribute in what forward returns" if table == "outputs" else "a name in capsnet_torch"
         )
         raise UsageError(f"{where} is {value!r}; expected {expected}, alone or as `{keys[0]}` in a table.")
     if not isinstance(relu, bool):

@@ -59,9 +59,9 @@ def test_mixed_up_entries_are_named():
     [
         ([1.0, 2.0], [1.0, 2.0 + 1e-9], AGREES, ""),
         ([1.0, 2.0], [1.0, 2.0 + 1e-5], DIFFERS, "scale-relative error 5.0e-06, tolerated 1e-06"),
-        ([1e-9, 2e-9], [1e-9, 2e-9], NO_POWER, "cold, the largest value is 2.0e-09"),
+        ([1e-9, 2e-9], [1e-9, 2e-9], NO_POWER, "too small, the largest value is 2.0e-09"),
         ([1e-3, 2e-9], [1e-9, 2e-9], DIFFERS, "scale-relative error"),
-        ([0.0, 0.0], [0.0, 0.0], NO_POWER, "cold"),
+        ([0.0, 0.0], [0.0, 0.0], NO_POWER, "too small"),
         ([1.0, 0.0], [0.0, 0.0], DIFFERS, "scale-relative error inf"),
         ([1.0, np.nan], [1.0, 2.0], DIFFERS, "not finite"),
         ([1.0, np.nan], [1.0, np.nan], DIFFERS, "what is expected is not finite"),

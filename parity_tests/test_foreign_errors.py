@@ -60,12 +60,12 @@ class NoDerivative(Lengths):
     ("build", "old", "new", "message"),
     [
         (Lengths, '"primary.bias" =', '"prim.bias" =', '[weights] "prim.bias" is not in the torch model; it has W, co'),
-        (Lengths, "2.bias", "9.bias", "is 'encoder.image2primary_capsules.9.bias'; our model (without a decoder, as ["),
+        (Lengths, "2.bias", "9.bias", "is 'encoder.image2primary_capsules.9.bias'; the JAX model (without a decoder, as"),
         (Lengths, '"primary.bias" = "encoder.image2primary_capsules.2.bias"', "", "[weights] lacks encoder.image2prim"),
         (Integers, '"primary.bias"', '"count"', '[weights] "count" is not in the torch model; it has W, conv1.weight,'),
         (Lengths, "(p g) d o h", "(p g) o d h", '[weights] "W" is (1, 18, 5, 6, 4) with { axes = "1 (g p) o h d -> (p'),
         (Lengths, "conv1 = {", "conv2 = {", '[values] "conv2" is not in the torch model; it has conv1, primary.'),
-        (Lengths, '"stem 0"', '"stem 1"', "[values] \"conv1\" is 'stem 1'; our model (without a decoder, as [outputs]"),
+        (Lengths, '"stem 0"', '"stem 1"', "[values] \"conv1\" is 'stem 1'; the JAX model (without a decoder, as"),
         (Twice, "", "", '[values] "conv1" ran 2 times in one call; expected a submodule that runs once and returns a'),
         (Lengths, "activations = {}", "activations = 0", "is 0, where forward returns no tensor; expected {}."),
         (Lengths, "activations = {}", "poses = {}", '[outputs] "poses" is (3, 5); expected (3, 5, 6), as poses.'),
@@ -81,7 +81,7 @@ def test_a_misfit_is_refused_in_a_sentence(verify_foreign, build, old, new, mess
 
 
 def test_reconstructions_are_refused_where_our_model_has_no_decoder(verify_foreign):
-    with pytest.raises(UsageError, match=re.escape("[outputs] has reconstructions, and our model has no decoder.")):
+    with pytest.raises(UsageError, match=re.escape("[outputs] has reconstructions, and the JAX model has no decoder.")):
         verify_foreign(LengthsAndImages, LENGTHS_AND_IMAGES, NORMALIZED)
 
 

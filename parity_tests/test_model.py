@@ -134,7 +134,7 @@ def test_the_worst_check_of_a_step_is_one_that_differs():
     found = worst("step 4", {"bias": cold, "loss": off}, 1e-9)
     assert (found.name, found.verdict, found.reason.partition(":")[0]) == ("step 4", "DIFFERS", "loss")
     found = worst("step 4", {"bias": cold, "loss": (off[0], off[0])}, 1e-9)
-    assert (found.verdict, found.reason.partition(",")[0]) == ("no power", "bias: cold")
+    assert (found.verdict, found.reason.partition(",")[0]) == ("no power", "bias: too small")
 
 
 def test_agrees_with_the_oracle(float64):

@@ -99,7 +99,7 @@ def test_every_check_is_a_row_of_the_table_and_of_the_file(tmp_path, verify_comm
     )
     factor = results["capsule_layers"][0]["factor"]
     assert factor != 1
-    assert f"The weight of capsule layer 0 was multiplied by {factor:g} on both sides" in printed
+    assert f"The weight of capsule layer 0 was multiplied by {factor:g} in both models" in printed
     compared = [
         (batch["size"], batch["platform"], [*batch["implementations"].values()]) for batch in results["batches"]
     ]

@@ -135,6 +135,6 @@ def test_values_too_small_to_be_compared_are_no_agreement(run, tmp_path, verify_
     status, printed, _ = verify_command(tmp_path / "cold.pt", *QUICKLY)
     assert status == 2
     last = printed.splitlines()[-1]
-    assert "agree in what could be seen. These checks had no power. cold: decoder 0, " in last
+    assert "agree in what could be seen. These checks had no power. too small: decoder 0, " in last
     assert "gradient decoder.2.weight" in last
     assert "stem" not in last
