@@ -60,7 +60,7 @@ class NoDerivative(Lengths):
     ("build", "old", "new", "message"),
     [
         (Lengths, '"primary.bias" =', '"prim.bias" =', '[weights] "prim.bias" is not in the torch model; it has W, co'),
-        (Lengths, "2.bias", "9.bias", "is 'encoder.image2primary_capsules.9.bias'; the JAX model (without a decoder, as"),
+        (Lengths, "2.bias", "9.bias", "is 'encoder.image2primary_capsules.9.bias'; the JAX model (without a decoder"),
         (Lengths, '"primary.bias" = "encoder.image2primary_capsules.2.bias"', "", "[weights] lacks encoder.image2prim"),
         (Integers, '"primary.bias"', '"count"', '[weights] "count" is not in the torch model; it has W, conv1.weight,'),
         (Lengths, "(p g) d o h", "(p g) o d h", '[weights] "W" is (1, 18, 5, 6, 4) with { axes = "1 (g p) o h d -> (p'),
