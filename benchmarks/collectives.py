@@ -1,4 +1,4 @@
-"""Counts the collectives of a training step, that is, what devices send each other in the program that XLA compiled.
+"""Count the collectives of a training step: the communication between devices in the program that XLA compiled.
 
     python benchmarks/collectives.py --devices 8 --preset readable --batch-size 512
 

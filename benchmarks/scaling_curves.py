@@ -1,4 +1,4 @@
-"""Measures time and memory of a capsule layer by batch size, routing iterations and number of input capsules.
+"""Measure time and memory of a capsule layer by batch size, routing iterations and number of input capsules.
 
     python benchmarks/scaling_curves.py --output benchmarks/results/scaling-cpu --figure docs/scaling-curves.png
 
@@ -53,7 +53,7 @@ SMALL: dict[str, tuple[tuple[int, ...], dict[str, int]]] = {
 
 @dataclass
 class Point:
-    """The measurements of a row at one value of an axis; none of them if `left_out` is the reason for that."""
+    """The measurements of a row at one value of an axis; if there are none, `left_out` is the reason."""
 
     row: str
     axis: str
@@ -72,7 +72,7 @@ class Point:
 
     @property
     def quartiles(self) -> list[float]:
-        """The first, the median and the third."""
+        """First quartile, median and third quartile."""
         return statistics.quantiles(self.seconds, n=4, method="inclusive")
 
 

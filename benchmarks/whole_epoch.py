@@ -1,4 +1,4 @@
-"""Checks that an epoch is one call of one program with the same losses as several calls, and times it.
+"""Check that an epoch is one call of one program with the same losses as several calls, and time it.
 
     python benchmarks/whole_epoch.py --batch-size 256 --precision bfloat16 --json benchmarks/results/epoch-gpu.json
 

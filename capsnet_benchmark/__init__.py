@@ -1,1 +1,1 @@
-"""Time and memory of the model beside its PyTorch twin, each in a process of its own, in turn."""
+"""Measure time and memory of the JAX model and the PyTorch model, in separate processes that take turns."""

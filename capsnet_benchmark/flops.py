@@ -41,7 +41,7 @@ def forward_flops(config: ModelConfig) -> list[int]:
         shape = convolution.out_shape(shape)
         multiplications.append(math.prod(shape[1:3]) * convolution.kernel.size)
     for layer in model.capsule_layers:
-        uses = 1  # of each weight
+        uses = 1  # number of products per weight
         if isinstance(layer, ConvCapsules):
             taps_per_weight = math.prod(layer.kernel_size) // layer.weight.shape[0]
             uses = math.prod(layer.out_grid) * layer.rows * taps_per_weight

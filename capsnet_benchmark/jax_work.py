@@ -1,4 +1,4 @@
-"""What the benchmark times of the JAX model; `capsnet_torch.benchmark` is the same for PyTorch."""
+"""The JAX functions that the benchmark times; `capsnet_torch.benchmark` has those of PyTorch."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -81,7 +81,7 @@ class Work:
         """Do nothing: JAX cannot reset its peak memory, which therefore counts from the start of the process."""
 
     def block(self, result: Any) -> None:
-        """Wait until the result of a call is there."""
+        """Wait until the result of a call is available."""
         jax.block_until_ready(result)
 
     def size(self, result: Any) -> int:
@@ -97,7 +97,7 @@ class Work:
         return (jax.devices()[0].memory_stats() or {})["bytes_in_use"]
 
     def free_memory(self) -> float:
-        """Return the number of bytes that the GPU or the machine has left."""
+        """Return the number of free bytes of the GPU or the machine."""
         return available_memory()
 
     def temp_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""What is measured, and the loop in which the rows take turns."""
+"""The measurements, and the loop in which the rows of the table take turns."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ MEASUREMENTS = {
     "epoch": "training on 60,000 images with random shifts, and evaluation on 10,000",
     "gemm": "a large product of square matrices, whose speed is the limit",
 }
-"""Descriptions by name, in the order of measurement: peak memory is read after the first."""
+"""Descriptions by name, in the order of measurement; peak memory is read after the first."""
 
 SIZES: dict[str, Any] = {
     "shift": 0.1,  # largest shift of training images, as a fraction of their size: as in the reference model
@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {
     "evaluation_batch": EVALUATION_BATCH,
     "gemm_sizes": {"cpu": 2048, "gpu": 8192},  # rows and columns; larger products are no faster
 }
-"""Arguments of both classes `Work`, but for the config."""
+"""Arguments of both classes `Work`, except the config."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ def measure(
     """Take samples of each measurement, interleaved: one sample of each row in every round.
 
     Args:
-        workers: one for each row, in the order in which they take turns.
+        workers: a worker for each row, in the order in which they take turns.
         names: keys of `MEASUREMENTS`.
         rounds: number of samples of each row.
         may_fail: rows that are left out after an error.

@@ -38,7 +38,7 @@ class Worker:
         self._doing = "starting"
         self._errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would block  # noqa: SIM115
         self._caches = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        # Compilation is timed without caches; and JAX must leave room on the GPU for PyTorch.
+        # Compilation is timed without caches, and JAX must leave memory of the GPU for PyTorch.
         settings = {"JAX_ENABLE_COMPILATION_CACHE": "false", "TORCHINDUCTOR_CACHE_DIR": self._caches.name}
         self._process = subprocess.Popen(
             [sys.executable, "-P", worker.__file__],

@@ -1,4 +1,4 @@
-"""From samples to results: medians, ratios and their origin as JSON, and tables of them."""
+"""Summarize samples: medians, ratios, machine and software as JSON, and as tables."""
 
 import os
 import platform

@@ -1,7 +1,7 @@
-"""The process that measures one row of the benchmark: it answers requests in JSON and reads the clock.
+"""The process that measures one row of the benchmark: it answers requests in JSON and times calls.
 
-This file is run by its path and imports neither JAX nor PyTorch, so that the same code times both and neither is loaded
-beside the other. The class `Work` of the module named in the first request provides the functions to time.
+This file is run by its path and imports neither JAX nor PyTorch, so the same code times both, and a process loads only
+one of them. The class `Work` of the module named in the first request provides the functions to time.
 """
 
 import ctypes
@@ -44,14 +44,14 @@ class Timer:
         for call, weight in self._work.prepare(name):
             first += self._seconds(call)
             shortest = min(self._seconds(call) for _ in range(WARM_UP))
-            # Repeated dispatches would fill the queue of the device, and then the host waits, too.
+            # Repeated dispatches would fill the queue of the device, and the host would wait.
             repeats = 1 if self._host_only else math.ceil(SHORTEST / max(shortest, 1e-9))
             self._calls.append((call, weight, max(repeats, 1)))
         self._work.warmed_up()
         return first
 
     def sample(self) -> float:
-        """Measure the seconds of the prepared calls, once each."""
+        """Time the prepared calls, and return the weighted sum of their seconds."""
         return sum(weight * self._seconds(call, repeats) for call, weight, repeats in self._calls)
 
     def peak_memory(self) -> int | None:
@@ -68,7 +68,7 @@ class Timer:
             keep_freed_memory(2**16)  # freed memory that the process keeps would hide what the call allocates
             work.block(call())
             gc.collect()
-            time.sleep(0.1)  # XLA's threads free temporary arrays after the result is there
+            time.sleep(0.1)  # XLA's threads free temporary arrays after the result is available
             LIBC.malloc_trim(0)  # type: ignore[union-attr]
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         work.warmed_up()
@@ -81,7 +81,7 @@ class Timer:
         return max(extra, 0)
 
     def _seconds(self, call: Callable[[], Any], repeats: int = 1) -> float:
-        """Measure the mean seconds of consecutive calls, until the last result is there."""
+        """Measure the mean seconds of consecutive calls, until the last result is available."""
         result = None
         start = time.perf_counter()
         for _ in range(repeats):
@@ -92,7 +92,7 @@ class Timer:
 
 
 def process_memory(name: str) -> int | None:
-    """Return bytes of memory of this process on Linux: "VmRSS" now, "VmHWM" at most so far; None elsewhere."""
+    """Return the memory of this process in bytes: "VmRSS" for now, "VmHWM" for the peak; None except on Linux."""
     status = Path("/proc/self/status")
     found = re.search(rf"{name}:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return 1024 * int(found[1]) if found else None
@@ -103,7 +103,7 @@ def peak_memory_of_process() -> int | None:
 
     Same as `capsnet_jax.train.memory.peak_memory_of_process`, which cannot be imported without JAX.
     """
-    # `getrusage` on Linux counts the parent process as well, so that it comes second.
+    # On Linux, `getrusage` includes the parent process, so it is only a fallback.
     if (peak := process_memory("VmHWM")) is not None or sys.platform == "win32":
         return peak
     import resource  # does not exist on Windows

@@ -1,4 +1,4 @@
-"""The PyTorch twin of `capsnet_jax`: the same functions and names, with the mathematics formulated differently."""
+"""Capsule networks in PyTorch: the same functions and names as `capsnet_jax`, formulated differently to check it."""
 
 from capsnet_torch.capsules import Capsules as Capsules
 from capsnet_torch.capsules import Routed as Routed

@@ -1,4 +1,4 @@
-"""What the benchmark times of the PyTorch model; `capsnet_benchmark.jax_work` is the same for JAX."""
+"""The PyTorch functions that the benchmark times; `capsnet_benchmark.jax_work` has those of JAX."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

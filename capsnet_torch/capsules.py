@@ -1,4 +1,4 @@
-"""The values that flow between capsule layers; see `capsnet_jax.capsules`."""
+"""The named tuples that layers and routing algorithms exchange; see `capsnet_jax.capsules`."""
 
 from typing import NamedTuple
 

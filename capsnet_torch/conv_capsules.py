@@ -16,7 +16,7 @@ from capsnet_torch.routing.registry import Routing
 
 
 class ConvCapsules(nn.Module):
-    """Groups of capsules at each position of a grid, routed to from the input capsules under the kernel."""
+    """A convolutional capsule layer: groups of output capsules at each position, from inputs under the kernel."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class ConvCapsules(nn.Module):
         return Capsules(routed.poses.flatten(1, 2), routed.activations.flatten(1, 2))
 
     def route(self, capsules: Capsules) -> Routed:
-        """Compute the output capsules and the couplings, `[b positions ...]`; inputs are `(taps groups)`."""
+        """Compute output capsules and couplings, `[b positions ...]`; input capsules have the order `(taps groups)`."""
         return checkpoint(self._route, capsules, use_reentrant=False) if self.recompute else self._route(capsules)
 
     def _route(self, capsules: Capsules) -> Routed:
@@ -70,7 +70,7 @@ class ConvCapsules(nn.Module):
             inputs = self.under_kernel(numbers[None, :, None])[0].flatten(1).long()
             softmax = partial(softmax_over_parents, inputs=inputs, num_inputs=len(numbers))
             return self.routing(votes, activations, poses=poses, softmax=softmax, **self.routing_weights)
-        # Positions are examples of their own.
+        # For routing, each position is a separate example.
         routed = self.routing(
             votes.flatten(0, 1), activations.flatten(0, 1), poses=poses.flatten(0, 1), **self.routing_weights
         )
@@ -106,12 +106,12 @@ def softmax_over_parents(
     """Softmax over all output capsules, at all positions, that an input capsule is connected to.
 
     Args:
-        logits: of each input capsule under each kernel.
-        inputs: number of that input capsule.
+        logits: logits of the input capsules under each kernel.
+        inputs: indices of these input capsules.
         num_inputs: number of input capsules.
     """
     batch, positions, _, outputs = logits.shape
-    # A dense table of all inputs and outputs. With -inf, the softmax of an input under no kernel would be NaN.
+    # A dense table of all inputs and outputs. With -inf in it, the softmax of an input under no kernel would be NaN.
     table = logits.new_full((batch, num_inputs, positions, outputs), torch.finfo(logits.dtype).min)
     at_positions = torch.arange(positions)[:, None].expand_as(inputs)
     table = table.index_put((torch.arange(batch)[:, None, None], inputs, at_positions), logits)

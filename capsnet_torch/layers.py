@@ -17,9 +17,9 @@ SQUASHES = {"none": lambda poses: poses, "squash": squash, "exponential": expone
 
 
 class PrimaryCapsules(nn.Module):
-    """The first capsules: the channels of a convolution, in groups.
+    """The first capsules: the output channels of a convolution, split into groups.
 
-    The convolution is an argument, so that its weights keep their names in the reference model.
+    The convolution is an argument of `forward`, so that its weights have the names of the reference model.
     """
 
     def __init__(self, groups: int, *, scale: float, squash: str, activation: str):
@@ -85,7 +85,7 @@ class CapsuleLayer(nn.Module):
 def new_decoder(
     num_classes: int, class_dim: int, hidden: tuple[int, int], image_shape: tuple[int, int, int], *, outer_bias: bool
 ) -> nn.Sequential:
-    """Create the decoder, from class capsules `[b o h]`, zero except those of the labels, to images in (0, 1)."""
+    """Create the decoder, from class capsules `[b o h]`, masked by the labels, to images in (0, 1)."""
     (first, second), (height, width, channels) = hidden, image_shape
     bias, pixel_bias = ("f", "channels height width") if outer_bias else (None, None)
     to_pixels, pixels = "b f -> b channels height width", {"channels": channels, "height": height, "width": width}

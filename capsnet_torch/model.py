@@ -55,13 +55,13 @@ class Encoder(nn.Module):
         return to_capsules(self.stem(images), convolution)
 
 
-ONLY_IN_JAX = ("initial_weights", "routing_implementation")  # options that change nothing here
+ONLY_IN_JAX = ("initial_weights", "routing_implementation")  # options that are ignored here
 
 
 class CapsNet(nn.Module):
     """A capsule network for images `[b channels height width]`, with the arguments of `capsnet_jax.CapsNet`.
 
-    Initial weights are drawn as by PyTorch.
+    Initial weights have PyTorch's default distributions.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class CapsNet(nn.Module):
 
     @classmethod
     def from_config(cls, model: Mapping[str, Any]) -> "CapsNet":
-        """Create the twin of a JAX model from its `ModelConfig` fields, or the section `model` of a `config.json`."""
+        """Create a model from the fields of a `ModelConfig`, such as the section `model` of a `config.json`."""
         return cls(**{name: value for name, value in model.items() if name not in ONLY_IN_JAX})
 
     def encode(self, images: Images) -> Capsules:

@@ -1,4 +1,4 @@
-"""Write a model as an ONNX file, with the outputs of the StableHLO file of the JAX model."""
+"""Export a model to ONNX, with the same inputs and outputs as the StableHLO files of `capsnet_jax`."""
 
 import logging
 import warnings
@@ -39,18 +39,18 @@ def write_onnx(model: CapsNet, image_shape: tuple[int, int, int], path: Path) ->
     The input is `images`; outputs are `poses`, `activations` and, if the model has a decoder, `reconstructions`.
 
     Args:
-        model: of float32 weights.
+        model: a model with float32 weights.
         image_shape: height, width and number of channels of the images.
-        path: of the file.
+        path: file to write.
 
     Raises:
         NotInOnnxError: the model uses an operation that ONNX lacks.
     """
     outputs = ["poses", "activations", "reconstructions"][: 2 if model.decoder is None else 3]
-    logging.disable(logging.WARNING)  # about torchvision, which is not needed
+    logging.disable(logging.WARNING)  # PyTorch warns that torchvision is missing, which is not needed
     try:
         with warnings.catch_warnings():
-            # Raised inside PyTorch, when it copies the exported program.
+            # PyTorch raises this warning itself when it copies the exported program.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             program = torch.onnx.export(
                 ChannelsLast(model).eval(),
@@ -69,6 +69,6 @@ def write_onnx(model: CapsNet, image_shape: tuple[int, int, int], path: Path) ->
     finally:
         logging.disable(logging.NOTSET)
     assert program is not None  # as dynamo=True returns it
-    # Nodes have the path and line of the Python file on this machine as metadata.
+    # Metadata of the nodes would contain paths of Python files on this machine.
     ClearMetadataAndDocStringPass()(program.model)
     program.save(path, external_data=False)

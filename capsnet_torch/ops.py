@@ -46,7 +46,7 @@ def standardize_images(images: Images) -> Images:
 
 
 def is_label(labels: Labels, num_classes: int) -> Bool[Tensor, "b o"]:
-    """Tell which classes are among the labels of each example."""
+    """Return which classes are among the labels of each example."""
     classes = torch.arange(num_classes, device=labels.device)
     return (labels.view(labels.shape[0], -1, 1) == classes).any(dim=1)
 
@@ -57,7 +57,7 @@ def mask_by_label(poses: Float[Tensor, "b o h"], labels: Labels) -> Float[Tensor
 
 
 def answers_right(activations: Float[Tensor, "b o"], labels: Labels) -> Bool[Tensor, " b"]:
-    """Tell whether the most active capsules, as many as there are labels, are exactly those of the labels."""
+    """Return for each example whether its k most active capsules are exactly those of its k labels."""
     labels = labels.view(len(labels), -1)
     ranking = activations.argsort(dim=1, descending=True, stable=True)
     return (ranking[:, : labels.shape[1]].sort(dim=1).values == labels.sort(dim=1).values).all(dim=1)

@@ -21,11 +21,11 @@ def read_state(path: Path) -> State:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles of other programs, which are refused anyway
+            warnings.simplefilter("ignore")  # PyTorch warns about some pickles, which are refused anyway
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError("It is not a file of tensors only, and was not unpickled; expected a state_dict") from error
-    except Exception as error:  # bytes of another format, or a truncated file, raise anything
+    except Exception as error:  # files of another format, or truncated ones, raise many kinds of errors
         reason = (str(error).strip().splitlines() or [""])[0].partition(". ")[0].rstrip(".")
         raise ValueError(f"It cannot be read by torch: {type(error).__name__} {reason}".rstrip()) from error
     if not isinstance(state, Mapping):

@@ -1,4 +1,4 @@
-"""Routing algorithms, each a function of a batch of votes; the mathematics is formulated differently than in JAX."""
+"""Routing algorithms, each a function of a batch of votes, formulated differently from those of `capsnet_jax`."""
 
 from capsnet_torch.routing.arguments import learns as learns
 from capsnet_torch.routing.dynamic import dynamic as dynamic

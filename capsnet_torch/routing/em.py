@@ -32,16 +32,16 @@ def em(
     """Fit Gaussians to the votes, in the order of the paper: M step, E step, M step ...
 
     Args:
-        votes: of a dense layer; or of a convolutional one, with an axis of positions.
-        activations: in [0, 1].
+        votes: votes; in a convolutional layer, with an axis of positions.
+        activations: activations of the input capsules, in [0, 1].
         num_iterations: number of M steps.
         beta_u: cost of describing a vote.
         beta_a: cost saved by an active capsule.
-        inverse_temperature: lambda, approached over the iterations.
-        annealing: how slowly lambda is approached.
+        inverse_temperature: final lambda.
+        annealing: rate at which lambda approaches its final value; the smaller, the faster.
         min_variance: added to the variances.
         epsilon: added to the total share of a Gaussian in denominators.
-        softmax: over all output capsules that an input capsule is connected to.
+        softmax: softmax over all output capsules that an input capsule is connected to.
 
     References:
         Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing" (2018), procedure 1.
@@ -57,7 +57,7 @@ def em(
         means = torch.einsum("...io,...ioh->...oh", shares, votes) / (mass + epsilon)
         deviations = votes - means[..., None, :, :]
         variances = torch.einsum("...io,...ioh->...oh", shares, deviations**2) / (mass + epsilon) + min_variance
-        # Validation reads values, which do not exist while a model is exported.
+        # Validation would read values, which do not exist during export.
         gaussians = Normal(means[..., None, :, :], variances.sqrt()[..., None, :, :], validate_args=False)
         costs = (beta_u[..., None] + variances.sqrt().log()) * mass * num_outputs / num_inputs
         temperature = inverse_temperature * (1 - annealing ** (iteration + 1))

@@ -12,7 +12,7 @@ from capsnet_torch.routing.arguments import check_arguments
 def kmeans(votes: Float[Tensor, "b i o h"], activations: Float[Tensor, "b i"], *, num_iterations: int = 3) -> Routed:
     """Soft spherical k-means: assign votes to centres by a softmax of their cosines, then move the centres.
 
-    Unlike that of `torch.cosine_similarity`, the gradient at a vote of zero is zero.
+    The gradient at a vote of zero is zero, unlike the gradient of `torch.cosine_similarity`.
 
     References:
         https://github.com/leftthomas/CapsuleLayer, k_means_routing with the cosine similarity.

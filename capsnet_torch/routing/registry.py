@@ -25,7 +25,7 @@ ROUTINGS: dict[str, Callable[..., Routed]] = {function.__name__: function for fu
 
 
 class Routing:
-    """A routing as a layer calls it, for a batch; made from "name,option=value" or a function."""
+    """A routing with its options bound, as layers call it for a batch; made from "name,option=value" or a function."""
 
     def __init__(self, routing: str | Callable[..., Routed], *, num_iterations: int):
         settings: list[str] = []
@@ -50,7 +50,7 @@ class Routing:
         return dict(inspect.signature(self.function).parameters)
 
     def new_weights(self, **sizes: int) -> nn.ParameterDict:
-        """Create the learned weights, each filled with the constant that it starts from; sizes are of the axes."""
+        """Create the learned weights, each filled with its initial value; `sizes` are the sizes of the axes."""
         function = self.function.func if isinstance(self.function, partial) else self.function
         weights = nn.ParameterDict()
         for name, axes in getattr(function, "learned_axes", {}).items():

@@ -27,7 +27,7 @@ def variational(
 ) -> Routed:
     """Fit Gaussians with priors to the votes, with the paper's Wishart scale matrices Psi `[b o h h]`.
 
-    Their inverses are diagonal; `capsnet_jax` uses that, this function computes with whole matrices.
+    Their inverses are diagonal. `capsnet_jax` makes use of this; here, the full matrices are computed.
 
     References:
         Ribeiro, Leontidis, Kollias, "Capsule Routing via Variational Bayes" (2020), algorithm 1, with diagonal
