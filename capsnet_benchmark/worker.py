@@ -1,7 +1,7 @@
 """The process that measures one row of the benchmark: it answers requests in JSON and times calls.
 
-This file is run by its path and imports neither JAX nor PyTorch, so the same code times both, and a process loads only
-one of them. The class `Work` of the module named in the first request provides the functions to time.
+This file is run by its path and imports neither JAX nor PyTorch, so the same code times both. A process loads only one
+of them. The class `Work` of the module named in the first request provides the functions to time.
 """
 
 import ctypes

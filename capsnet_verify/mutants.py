@@ -405,7 +405,7 @@ LEARNED = "dynamic,prior_logits=0,capsule_bias=0.1"
 ROUTINGS: Table = {
     "dynamic": [
         ("softmax over inputs", "couplings", "jax.nn.softmax", _over_inputs),
-        ("detaches undemanded", "gradient of votes", "dynamic", _given(detach=True)),
+        ("detaches without the option", "gradient of votes", "dynamic", _given(detach=True)),
     ],
     "dynamic,leaky=true": [
         ("leaks and renormalizes", "couplings", "_softmax", _renormalized),
@@ -484,7 +484,7 @@ FUSED_ROUTINGS: Table = {
         ("agreement with the last poses alone", "couplings", "rearrange", _last_alone),
         ("last chunk left out", "couplings", "_over_chunks", _by(_no_last_chunk)),
         ("first chunk left out", "couplings", "jax.lax.fori_loop", _no_first_chunk),
-        ("detaches undemanded", "gradient of poses", "fused_dynamic", _given(detach=True)),
+        ("detaches without the option", "gradient of poses", "fused_dynamic", _given(detach=True)),
         ("detaches the first iteration", "gradient of poses", "rearrange", _first_constant),
         ("gradient of an exponential for the softmax's", "gradient of poses", "reduce", _of_exponential),
         ("no gradient of poses by couplings", "gradient of poses", "_coupled_sum_backward", _constant_for("poses")),

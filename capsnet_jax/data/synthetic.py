@@ -33,9 +33,9 @@ def multi_mnist(mnist: Dataset) -> Dataset:
     A digit may be in a validation image and, paired differently, in a training image.
 
     References:
-        Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules" (2017), section 6, as in the authors' code,
-        https://github.com/Sarasra/models, research/capsules, which shifts by up to 6 pixels where the paper says 4.
-        They make many pairs for each digit; this makes one.
+        Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules" (2017), section 6.
+        The authors' code, https://github.com/Sarasra/models, research/capsules, shifts by up to 6 pixels; the paper
+        says 4. The authors make many pairs for each digit; this function makes one.
 
     Raises:
         UsageError: the images are not 28 x 28, or a split has only one class.
@@ -80,8 +80,8 @@ def affine_mnist(mnist: Dataset) -> Dataset:
     """Make images of 40 x 40: padded MNIST for training, and MNIST under random affine maps for testing.
 
     Training images are padded by 6 pixels on each side; the papers train on them shifted by up to 6 pixels. Test
-    images are rotated by up to 20 degrees, sheared by up to 0.2, scaled by 0.8 to 1.2 along each axis, all uniformly,
-    and moved by whole pixels to a uniformly random place where the whole digit is inside.
+    images are rotated by up to 20 degrees, sheared by up to 0.2 and scaled by 0.8 to 1.2 along each axis, uniformly.
+    They are then moved by whole pixels to a uniformly random place where the whole digit is inside.
 
     This follows affNIST but is not affNIST: other digits, random numbers and interpolation were used for its files.
     Accuracies are close to those on affNIST, but not comparable in detail.

@@ -1,8 +1,8 @@
 """Mixed precision: matrix products and convolutions in a small dtype such as bfloat16, everything else in float32.
 
-Each layer casts its input to the dtype of its weight, and casts the product back to float32 before anything that sums
-many numbers or has exponents, roots or quotients: norms, squash, softmax, batch normalization, sigmoid. The dtype of
-the weights alone therefore sets the precision. A model of float32 or float64 weights has no casts at all.
+Each layer casts its input to the dtype of its weight, and casts the product back to float32. Everything that sums many
+numbers or has exponents, roots or quotients is in float32: norms, squash, softmax, batch normalization, sigmoid. The
+dtype of the weights alone therefore sets the precision. A model of float32 or float64 weights has no casts at all.
 """
 
 from flax import nnx

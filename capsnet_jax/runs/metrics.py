@@ -16,10 +16,10 @@ METRICS, EVENTS = "metrics.jsonl", "tensorboard"
 class MetricsLog:
     """Writer of the metrics of a run: one line for every chunk of steps, and another for every epoch.
 
-    Each line has "kind" ("chunk" or "epoch"), "epoch", "step", the means "loss", "margin", "reconstruction", "accuracy"
-    and "gradient_norm" over the steps of the chunk or epoch, the "learning_rate" of its last step, "images_per_second"
-    of training since the program started, and "peak_memory_bytes" so far. A line of an epoch also has "test_accuracy"
-    and, with validation images, "validation_accuracy".
+    Each line has "kind" ("chunk" or "epoch"), "epoch" and "step". Means over the steps of the chunk or epoch are
+    "loss", "margin", "reconstruction", "accuracy" and "gradient_norm". "learning_rate" is that of the last step,
+    "images_per_second" the training speed since the program started, and "peak_memory_bytes" the peak so far. A line of
+    an epoch also has "test_accuracy" and, with validation images, "validation_accuracy".
 
     Args:
         folder: folder of the run.

@@ -1,7 +1,7 @@
 """Convolutions, by the fastest implementation on each platform.
 
-XLA's own convolution is best on GPU. On CPU, its gradient with respect to the images is two orders of magnitude slower
-for large strided kernels than the same sums as one matrix product. For many channels and large kernels, Fourier
+XLA's own convolution is best on GPU. On CPU, its gradient with respect to the images is slow for large strided kernels:
+one matrix product computes the same sums two orders of magnitude faster. For many channels and large kernels, Fourier
 transforms are faster still.
 """
 

@@ -1,8 +1,8 @@
 r"""Convolution by Fourier transforms, which needs fewer multiplications than the sums that define it.
 
 A stride of s splits images and kernel into s x s phases; between phases, the convolution has stride 1. The features are
-computed in tiles. Each needs a tile of n x n pixels of each phase, chosen so that the wrap-around of a circular
-convolution of that size does not reach the features. In the Fourier domain, the circular convolution is one matrix
+computed in tiles. A tile of features needs n x n pixels of each phase. The size n is such that the wrap-around of a
+circular convolution does not reach the features. In the Fourier domain, the circular convolution is one matrix
 product of channels by features for each frequency.
 """
 
