@@ -1,4 +1,4 @@
-"""Both sides in the same precision: float64, and float32 with `-m exhaustive`; never TF32."""
+"""Fixtures: both frameworks in the same precision, float64 or (with `-m exhaustive`) float32, never TF32."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,14 +21,14 @@ def _exact_products() -> Iterator[None]:
 
 @pytest.fixture(params=["float64", pytest.param("float32", marks=pytest.mark.exhaustive)])
 def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A precision, in force for JAX; pass it on to PyTorch by name."""
+    """A precision that is set for JAX; pass its name to PyTorch."""
     with jax.enable_x64(request.param == "float64"):
         yield request.param
 
 
 @pytest.fixture
 def float64() -> Iterator[str]:
-    """Double precision, where single precision would prove nothing more."""
+    """Only double precision, for tests to which single precision would add nothing."""
     with jax.enable_x64(True):
         yield "float64"
 
@@ -67,7 +67,7 @@ def verify_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[in
 def verify_foreign(
     tmp_path: Path, jax_values: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
-    """Compare a module that is built without arguments with ours, by the text of a map."""
+    """Return a function that compares a PyTorch module with the JAX model, by the text of a map."""
     from capsnet_verify.foreign import verify_module
     from capsnet_verify.subjects import Settings
     from capsnet_verify.weight_map import read_map

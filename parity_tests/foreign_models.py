@@ -1,4 +1,4 @@
-"""Capsule networks as other people write them: with other names, axes and outputs.
+"""Capsule networks in PyTorch as other people write them, with other names, axes and outputs.
 
 All take images [b 2 9 8] and are the same function as `MODEL`: 18 primary capsules of size 4, 5 classes of size 6.
 """
@@ -64,7 +64,7 @@ class Lengths(nn.Module):
 
 
 class LengthsOverInputs(Lengths):
-    """With a frequent mistake: the softmax is over input capsules."""
+    """The same with a frequent mistake: the softmax is over input capsules."""
 
     softmax_dim = 1
 

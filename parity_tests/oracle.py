@@ -1,4 +1,4 @@
-"""A third opinion: the equations in NumPy float64, one number at a time, with no einsum and no broadcasting."""
+"""A third implementation: the equations in NumPy float64, one number at a time, without einsum or broadcasting."""
 
 import math
 from collections.abc import Collection

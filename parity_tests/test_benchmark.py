@@ -1,4 +1,4 @@
-"""The benchmark with PyTorch: the command in tiny sizes, and that both frameworks measure the same functions."""
+"""The benchmark with PyTorch: the whole command in tiny sizes; both frameworks measure the same functions."""
 
 import json
 

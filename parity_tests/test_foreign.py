@@ -1,4 +1,4 @@
-"""Compare other people's capsule networks with ours, by right and wrong maps, and with mistakes in the networks."""
+"""Other people's PyTorch models agree with the JAX model by a right map; mistakes in map or model are found."""
 
 from dataclasses import replace
 

@@ -8,7 +8,7 @@ from capsnet_jax.cli.main import main
 from parity_tests.foreign_models import LENGTHS, SUBJECT
 
 MODEL = ["verify", "run", "--torch-model", "my_capsnet:Lengths"]
-# The input capsules of this model are in another order than ours.
+# The input capsules of this module are in another order than those of capsnet_torch.
 PROPOSED = """\
 [weights]  # name in your module = name in capsnet_torch
 "conv1.weight" = "encoder.image2primary_capsules.0.weight"
@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_without_a_map_one_is_proposed_which_can_be_read_and_its_mistake_is_found(folder, capsys):
+def test_without_a_map_one_is_proposed_that_can_be_read_and_whose_mistake_is_found(folder, capsys):
     assert main(MODEL) == 2
     said = capsys.readouterr()
     assert PROPOSED in said.out

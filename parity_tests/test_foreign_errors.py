@@ -1,4 +1,4 @@
-"""What is said of modules and maps that do not fit, and of names that are not modules."""
+"""Error messages for modules and maps that do not fit, and for names that are not modules."""
 
 import re
 
@@ -80,7 +80,7 @@ def test_a_misfit_is_refused_in_a_sentence(verify_foreign, build, old, new, mess
         verify_foreign(build, LENGTHS.replace(old, new))
 
 
-def test_reconstructions_are_refused_where_our_model_has_no_decoder(verify_foreign):
+def test_reconstructions_are_refused_if_the_jax_model_has_no_decoder(verify_foreign):
     with pytest.raises(UsageError, match=re.escape("[outputs] has reconstructions, and the JAX model has no decoder.")):
         verify_foreign(LengthsAndImages, LENGTHS_AND_IMAGES, NORMALIZED)
 

@@ -1,4 +1,4 @@
-"""Initial weights of both sides come from the distributions of the reference model."""
+"""Initial weights in JAX and PyTorch have the distributions of the reference model."""
 
 import numpy as np
 import pytest

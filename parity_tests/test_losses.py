@@ -1,4 +1,4 @@
-"""Margin and spread loss and summed reconstruction errors on both sides, values and gradients."""
+"""Margin loss, spread loss and summed reconstruction errors in JAX and PyTorch, values and gradients."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Each planted mistake must be caught, by the first check that can see it. `-m exhaustive` plants all of them."""
+"""The right check must catch each planted mistake. `-m exhaustive` plants all of them."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_planted_mistakes_are_removed_again():
 
 
 @pytest.mark.parametrize(("expected", "status"), [("couplings", 0), ("poses", 1)])
-def test_self_test_fails_unless_the_right_check_catches(expected, status, monkeypatch):
+def test_self_test_fails_unless_the_right_check_catches_the_mutant(expected, status, monkeypatch):
     wrong = next(mutant for mutant in MUTANTS if mutant.mistake == "kmeans: softmax over inputs")
     monkeypatch.setattr(self_test, "CONTROLS", [])
     monkeypatch.setattr(self_test, "MUTANTS", [wrong._replace(caught_by=expected)])

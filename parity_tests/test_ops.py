@@ -1,4 +1,4 @@
-"""Ops against their twins and the oracle, values and gradients."""
+"""Functions of `ops` against those of PyTorch and the oracle, values and gradients."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Random architectures: both sides agree in values and gradients. All but one are exhaustive tests."""
+"""Random architectures agree in JAX and PyTorch, values and gradients. All but one are exhaustive tests."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Every routing against its twin, values and gradients, and dynamic, EM and variational routing against the oracle.
+"""Every routing against PyTorch, values and gradients; dynamic, EM and variational routing against the oracle.
 
 Three iterations in float64 are ordinary tests; other numbers, options and float32 are exhaustive ones.
 """

@@ -104,7 +104,7 @@ def test_axes_are_split_and_reordered_there_and_back():
     np.testing.assert_array_equal(part.to_source(ours, theirs.shape), theirs)
 
 
-def test_sizes_are_inferred_from_our_shape():
+def test_sizes_are_inferred_from_the_shape_in_capsnet_torch():
     part = Part("fc.weight", "decoder.0.weight", "f (o h) -> o h f")
     theirs = torch.randn(7, 30, generator=torch.Generator().manual_seed(0))
     ours = part.to_twin(theirs, (5, 6, 7))

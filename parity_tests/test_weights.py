@@ -1,4 +1,4 @@
-"""Weights are converted between the two sides and back without changing a bit."""
+"""Weights are converted from PyTorch to JAX and back without changing a bit."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Small real things to test with: a model, a data set, and the files it comes in."""
+"""Fixtures: a small model, a small data set, its idx files, and a finished run."""
 
 import gzip
 import struct
@@ -42,7 +42,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 
 
 def make_small_dataset() -> Dataset:
-    """A bright row or column says the class, so that it can be learnt."""
+    """The position of a bright row or column is the class, so a model can learn it."""
     rng = np.random.default_rng(0)
     splits = []
     for count in (50, 23):

@@ -1,4 +1,4 @@
-"""A newcomer's first hour, as docs/first_hour.py has it."""
+"""The script docs/first_hour.py runs on a trained model."""
 
 import re
 import runpy

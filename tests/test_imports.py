@@ -12,7 +12,7 @@ from tests.processes import run_without
 ROOT = Path(__file__).parents[1]
 PRODUCT, PROOF = "capsnet_jax", ("capsnet_verify", "capsnet_benchmark")
 # Folders and files at the top of the product, from the lowest layer to the highest. Each may import lower layers only.
-# `__init__` holds the public names; of the package itself only the command line imports it.
+# `__init__` holds the public names; inside the package, only the command line imports it.
 LAYERS = (
     ("capsules", "errors", "files", "tables"),
     ("ops",),
@@ -31,7 +31,7 @@ LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 # These must not import routing, although they are above it.
 NARROW = {"config": ("capsules", "errors"), "presets": ("config", "errors")}
 OUTSIDE = ("torch", "capsnet_torch", *PROOF)
-# PyTorch files are read by a module of the twin, which is imported when there is such a file.
+# A module of capsnet_torch reads PyTorch files; it is imported only for such a file.
 EXCEPTIONS = {("capsnet_jax/interchange/state_files.py", "capsnet_torch.state_files")}
 MOST_AT_THE_TOP = 10  # files
 
@@ -107,7 +107,7 @@ def upward_imports(root: Path) -> list[str]:
 
 
 def imports_from_outside(root: Path) -> list[str]:
-    """Imports of torch, the twin, proof or measurements in the product, other than in its commands."""
+    """Imports of torch, `capsnet_torch`, `capsnet_verify` or `capsnet_benchmark` in the product outside commands."""
     return [
         f"{one.file}:{one.line}: {one.module} is imported; only files in {PRODUCT}/cli may do so"
         for one in imports_of(root, PRODUCT)

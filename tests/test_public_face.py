@@ -1,4 +1,4 @@
-"""What users import: the public names, the example in the package's docstring, and models from disk."""
+"""The public names, the examples in their docstrings, and loading models that version 0.1.0 saved."""
 
 import doctest
 import inspect
@@ -62,18 +62,18 @@ def images() -> np.ndarray:
 
 
 def expected_activations() -> np.ndarray:
-    """Those that version 0.1.0 computed from the same images."""
+    """Activations that version 0.1.0 computed from the same images."""
     return np.loadtxt(WRITTEN / "activations.txt")
 
 
 @pytest.mark.parametrize("folder", ["run", "exported"])
-def test_what_0_1_0_wrote_is_loaded(folder):
+def test_models_saved_by_0_1_0_are_loaded(folder):
     model = capsnet_jax.load(WRITTEN / folder)
     np.testing.assert_allclose(model(images()).activations, expected_activations(), rtol=1e-5)
     assert model.config.image_shape == (8, 8, 1)
 
 
-def test_weights_and_programs_that_0_1_0_wrote_are_read(tmp_path):
+def test_weights_and_programs_saved_by_0_1_0_are_read(tmp_path):
     target = tmp_path / "converted"
     shutil.copy(WRITTEN / "run" / "config.json", tmp_path)
     shutil.copy(WRITTEN / "weights.safetensors", tmp_path)
@@ -84,7 +84,7 @@ def test_weights_and_programs_that_0_1_0_wrote_are_read(tmp_path):
     np.testing.assert_allclose(program.call(images())["activations"], expected_activations(), rtol=1e-5)
 
 
-def test_load_says_what_it_looked_for(tmp_path):
+def test_errors_of_load_name_what_is_expected(tmp_path):
     with pytest.raises(UsageError, match=r"nowhere does not exist; .* config.json and model.safetensors in it"):
         capsnet_jax.load(tmp_path / "nowhere")
     (tmp_path / "file").touch()

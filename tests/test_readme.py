@@ -1,4 +1,4 @@
-"""The README: its Python runs, its commands parse, its links lead somewhere, and its sentences are short."""
+"""The README: its Python code runs, its commands parse, its links lead to files, and its sentences are short."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""A training run that takes a second, and how to look at what it leaves behind."""
+"""A training run that takes a second, and functions that read its files."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ class TinyRun(NamedTuple):
     """A run of two epochs of six steps on the small data set.
 
     Attributes:
-        folder: the run folder; tests that change it make a copy.
+        folder: the run folder; tests that change it must copy it.
         data_dir: folder of the idx files.
         lines: what `capsnet train` printed.
     """

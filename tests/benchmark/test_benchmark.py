@@ -1,4 +1,4 @@
-"""Counting operations, timing, worker processes and results, all without PyTorch."""
+"""The benchmark without PyTorch: counts of operations, timing, worker processes and results."""
 
 import os
 from dataclasses import replace

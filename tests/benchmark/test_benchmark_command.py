@@ -21,7 +21,7 @@ def fake_rows(monkeypatch):
     """All rows are measured by `fake_work`."""
     monkeypatch.setattr(benchmark, "WORK", dict.fromkeys(benchmark.WORK, "tests.benchmark.fake_work"))
     monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: name)
-    told = iter([origin(["jax"], "cpu")])  # only once: a file in the checkout would make it dirty
+    told = iter([origin(["jax"], "cpu")])  # only once, because the output file would make the checkout dirty
     monkeypatch.setattr(benchmark, "origin", lambda rows, device: next(told))
 
 

@@ -1,4 +1,4 @@
-"""What the benchmark times of the JAX model."""
+"""The JAX functions that the benchmark times."""
 
 from types import SimpleNamespace
 

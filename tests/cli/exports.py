@@ -1,4 +1,4 @@
-"""Small models to export, and what an exported file should return."""
+"""Small models to export, and the outputs that an exported file should return."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ TINY = SMALL | {"stem_kernel": 2, "primary_kernel": 2, "decoder_hidden": None, "
 TINY |= {"primary_activation": "sigmoid"}
 CASES |= {name: TINY | {"routing": name} for name in ROUTINGS}
 CASES["fused"] = TINY | {"routing_implementation": "fused", "recompute_routing": True, "standardize_images": True}
-# With short votes, its activations are differences of nearly equal numbers: the model itself then differs by 3e-5
+# With short votes, its activations are differences of nearly equal numbers. The model itself then differs by 3e-5
 # between batches of 1 and 17.
 CASES["variational"] |= {"primary_scale": 10.0}
 

@@ -43,7 +43,7 @@ def test_the_command_says_what_was_not_run(capsys, monkeypatch, tmp_path):
 
 
 def test_errors_about_arguments_name_the_routing():
-    """In a process of its own, as shapes are not checked there by annotations, which would come first."""
+    """In a separate process without jaxtyping's checks of shapes, which would raise first."""
     program = """
 import jax.numpy as jnp
 from capsnet_jax import UsageError

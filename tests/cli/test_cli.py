@@ -47,7 +47,7 @@ def test_evaluate_prints_the_same_last_line(tiny_run):
 def test_the_implementation_of_each_layer_is_printed_after_the_run_folder(
     accumulate, choice, idx_folder, tmp_path, monkeypatch, capsys
 ):
-    """The one for a micro-batch: dynamic routing has another implementation from 16 examples on."""
+    """For the size of a micro-batch: dynamic routing has another implementation from 16 examples on."""
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -100,7 +100,7 @@ def test_a_loss_that_is_not_finite_keeps_what_was_saved(idx_folder, tmp_path, ca
     assert (tmp_path / "run" / "config.json").exists()
 
 
-def test_exhausted_memory_is_a_sentence_that_says_what_needs_less(idx_folder, tmp_path, monkeypatch, capsys):
+def test_an_out_of_memory_error_names_options_that_need_less(idx_folder, tmp_path, monkeypatch, capsys):
     def exhausted(self):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nDetails")
 
@@ -289,7 +289,7 @@ def test_the_config_survives_json(preset):
 
 
 def test_weights_on_disk_are_those_of_the_last_epoch(tiny_run, tmp_path):
-    """Half the run from the same seed has other weights, so they are not those of the first epoch."""
+    """A run of one epoch from the same seed has other weights, so the saved ones are not those of the first epoch."""
     assert train(tiny_run.data_dir, tmp_path / "one", "--epochs", "1") == 0
     weights = [to_torch(load_run(folder)[1])["decoder.2.weight"] for folder in (tiny_run.folder, tmp_path / "one")]
     assert np.abs(weights[0] - weights[1]).max() > 1e-3

@@ -140,7 +140,7 @@ def test_table_and_csv_hold_the_values_of_the_results(whole):
 
 
 def test_the_error_is_the_one_of_the_last_epoch(whole):
-    """Not of the best epoch, which is another one for at least one of the seeds."""
+    """The best epoch is another one for at least one of the seeds."""
     errors = read_results(whole)["uniform"].test_errors
     assert errors.min(axis=1).mean() < errors[:, -1].mean()
     assert float(rows(whole)[0]["test_error_percent"]) == pytest.approx(errors[:, -1].mean())
@@ -163,7 +163,7 @@ def test_every_routing_sees_the_same_images_in_the_same_order_and_shifts(whole):
 
 def test_seeds_start_from_the_same_weights_whatever_the_routing(small_dataset):
     alone = {seed: CapsNet(IMAGE_SHAPE, 10, **SMALL_MODEL, rngs=nnx.Rngs(seed)) for seed in (0, 1, 2)}
-    for routing in ("dynamic", "em", "self_attention"):  # the latter two have weights of their own
+    for routing in ("dynamic", "em", "self_attention"):  # the last two have learned weights
         config = dataclasses.replace(CONFIG, model=ModelConfig(**SMALL_MODEL, routing=routing))
         trainer, _ = prepare(Run.of(Path("never made"), config, small_dataset), small_dataset, 3)
         trainer = trainer.with_seeds([0, 1, 2])

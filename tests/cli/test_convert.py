@@ -1,4 +1,4 @@
-"""The command `convert`: no bit of a weight changes, and every damaged file is refused."""
+"""The command `convert`: weights keep every bit, and every damaged file is refused."""
 
 import dataclasses
 import json
@@ -204,7 +204,7 @@ def test_a_converted_run_is_evaluated_as_the_run_itself(tiny_run, tmp_path, caps
     measured = metrics(tiny_run.folder)[-1]["test_accuracy"]
     assert tiny_run.lines[-1].startswith(f"test accuracy {measured:.4f} on ")
     assert f'"value": {round(measured, 4)}' in card
-    # Other weights than the last ones were not measured last.
+    # The metrics of the last epoch do not belong to other weights.
     run = shutil.copytree(tiny_run.folder, tmp_path / "run")
     (run / "model.safetensors").rename(run / "best.safetensors")
     assert convert(run / "best.safetensors", "--to", tmp_path / "best") == 0

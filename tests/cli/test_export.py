@@ -1,4 +1,4 @@
-"""The command `export`: the file computes the same as the model, runs with JAX alone, or is not kept."""
+"""The command `export`: a file computes the same as the model and runs with JAX alone, or it is not kept."""
 
 import re
 import sys
@@ -43,7 +43,7 @@ def run_dir(tmp_path):
     return run.folder
 
 
-# The others differ from these in what they compute, and not in how it is exported.
+# Other presets and routings compute other values, but are exported in the same way.
 ORDINARY = ("preset readable", "preset efficient", "preset em", "fused", "self_routing")
 
 

@@ -27,14 +27,14 @@ def write_image_folder(
     Each image is dark noise with a bright patch, whose colour and place are those of its class.
 
     Args:
-        path: new folder; returned, too.
+        path: new folder, which is also returned.
         classes: names of the class folders; a string for a class of each letter.
-        height: of the images, in pixels.
-        width: of the images, in pixels.
+        height: height of the images, in pixels.
+        width: width of the images, in pixels.
         per_class: number of images of each class, in `path/train` if there is one.
         test_per_class: number of images of each class in `path/test`; 0 for neither.
-        seed: of the noise.
-        suffix: of the files, and so their format.
+        seed: seed of the noise.
+        suffix: suffix of the files, which sets their format.
     """
     rng = np.random.default_rng(seed)
     splits = {"train": per_class, "test": test_per_class} if test_per_class else {"": per_class}

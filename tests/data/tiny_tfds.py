@@ -1,4 +1,4 @@
-"""A data set of tensorflow-datasets that needs no TensorFlow to be prepared; importing this imports that library."""
+"""A data set of tensorflow-datasets that can be prepared without TensorFlow. This imports tensorflow-datasets."""
 
 from collections.abc import Iterator
 
@@ -22,7 +22,7 @@ class TinyImages(tfds.core.GeneratorBasedBuilder):
 
     @classmethod
     def get_metadata(cls):
-        """By default read from files beside the module."""
+        """Return metadata that the library would otherwise read from files beside the module."""
         return dataset_metadata.DatasetMetadata(description="", citation="", tags=[])
 
     def _info(self):

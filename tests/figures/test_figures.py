@@ -1,4 +1,4 @@
-"""Figures show the arrays that they are given."""
+"""Figures show the images that are passed to them."""
 
 import numpy as np
 

@@ -38,7 +38,7 @@ DEPTHWISE = ModelConfig(
     primary_depthwise=True, class_dim=5, decoder_hidden=(6, 7),
 )  # fmt: skip
 PLAIN = dataclasses.replace(DEPTHWISE, primary_depthwise=False, primary_stride=2)
-# Weights do not tell the sizes of this one; files keep it all the same.
+# The sizes of this model cannot be inferred from its weights, but files keep the weights all the same.
 CONVOLUTIONAL = ModelConfig(
     image_shape=(19, 22, 2),
     num_classes=5,

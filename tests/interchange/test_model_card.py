@@ -1,4 +1,4 @@
-"""Model cards have the numbers of the run, and claim nothing that was not measured."""
+"""Model cards contain the numbers of the run, and nothing that was not measured."""
 
 import dataclasses
 import re
@@ -106,7 +106,7 @@ def test_sizes_options_and_metrics_of_the_run():
     assert told["decoder"] == "hidden layers of 31 and 32, then 40 x 41 x 3 pixels"
     assert (told["dataset"], told["augment"], told["train_limit"]) == ("kmnist", "shift=0.1 flip", "1000")
     assert (told["batch_size"], told["learning_rate"], told["seed"]) == ("17", "0.0025", "19")
-    # Those of the last epoch, though the one before was better.
+    # The metrics of the last epoch, although the epoch before was better.
     assert (told["test accuracy"], told["mean training loss of the last epoch"]) == ("0.8765", "0.1667")
     assert told["training images per second, median of the epochs"] == "1,234"
     assert told["peak memory, MB"] == "5"
@@ -158,7 +158,7 @@ def test_paths_of_data_are_not_in_the_card():
 
 
 def test_the_python_example_runs(tmp_path):
-    """As written in the card, with a real folder and images."""
+    """The example of the card, with a real folder and images."""
     import jax.numpy as jnp
 
     from capsnet_jax.interchange.weights import save_weights

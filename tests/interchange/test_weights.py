@@ -1,4 +1,4 @@
-"""State_dicts to and from the model: wrong ones are refused by entry and change nothing; files keep every bit."""
+"""State_dicts of a model: a wrong one is refused by the name of its entry and changes nothing; files keep every bit."""
 
 import pickle
 

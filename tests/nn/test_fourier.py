@@ -1,4 +1,4 @@
-"""Convolution by Fourier transforms equals XLA's for any tiling; and when a CPU prefers it to a matrix product."""
+"""Convolution by Fourier transforms equals XLA's for any tiling, and is chosen on CPU where it costs less."""
 
 import re
 from functools import partial
@@ -40,7 +40,7 @@ def test_values_and_gradients_equal_those_of_xla(case, dtype, tolerance):
 
 @pytest.mark.parametrize(("products_at_once", "parts"), [(17, 1), (6, 3), (0, 17)])
 def test_the_number_of_products_at_once_changes_nothing(products_at_once, parts, monkeypatch):
-    """All at once, in parts of which the last is padded, and one by one."""
+    """All products at once, in parts of which the last is padded, and one by one."""
     case = (9, 8, 6, 3, 4, 2, 5, (2, 1))
     with jax.enable_x64(True):
         images, kernel, cotangent = operands(case, "float64")

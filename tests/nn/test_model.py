@@ -1,4 +1,4 @@
-"""Layers and model: inferred sizes, stacking, rematerialization and errors."""
+"""Layers and model: inferred sizes, stacking, recomputed routing and errors."""
 
 import dataclasses
 from functools import partial

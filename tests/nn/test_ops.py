@@ -15,7 +15,7 @@ POSES = np.random.default_rng(0).normal(size=(4, 7))
 
 
 def exact_squash(poses: np.ndarray) -> np.ndarray:
-    """The plain formula, whose range suffices in float64."""
+    """The plain formula, which neither overflows nor underflows in float64."""
     norm = np.linalg.norm(poses, axis=-1, keepdims=True)
     return norm * poses / (1 + norm**2)
 

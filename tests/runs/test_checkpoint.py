@@ -1,4 +1,4 @@
-"""Checkpoints: restored exactly, or not at all; a damaged one is reported, and the one before it is used."""
+"""Checkpoints: restored exactly or not at all. A damaged one is reported, and the one before it is used."""
 
 import dataclasses
 import json
@@ -125,7 +125,7 @@ def test_flipped_bytes_of_weights_are_noticed_by_their_checksum(saved, folder):
     largest.write_bytes(content)
     warnings: list[str] = []
     assert checkpoints(folder, warnings=warnings).restore(saved[1].snapshot).state.step == 1
-    # Or by the decompressor, if the byte belongs to a header and not to a weight.
+    # The decompressor notices it if the byte belongs to a header and not to a weight.
     assert "the checksum of " in warnings[0] or "corruption" in warnings[0]
 
 
@@ -266,7 +266,7 @@ def test_a_run_is_resumed_with_its_own_options_only(tiny_run, tmp_path, capsys):
 
 
 def test_checkpoints_of_another_config_are_refused_and_kept(tiny_run, tmp_path, capsys):
-    """Copied into the folder of a run that has none of its own."""
+    """Checkpoints of one run are copied into the folder of another run that has none."""
     run = read_run(tiny_run.folder)._replace(folder=tmp_path / "run")
     model = dataclasses.replace(run.config.model, class_dim=6)
     run._replace(config=dataclasses.replace(run.config, model=model)).write_config()

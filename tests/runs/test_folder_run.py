@@ -1,4 +1,4 @@
-"""A folder of images from beginning to end: train, evaluate, predict and report with the commands alone."""
+"""A folder of images from beginning to end: the commands train, evaluate, predict and report."""
 
 import json
 import re
@@ -83,7 +83,7 @@ def test_the_best_weights_are_those_of_the_epoch_that_was_best_on_validation(tra
 
 
 def test_predict_names_the_letters_in_files(trained):
-    """As often correctly as in the evaluation."""
+    """As many predictions are correct as in the evaluation."""
     images, run, lines = trained
     files = [str(images / letter / f"{number:03}.png") for letter in LETTERS for number in (4, 9)]
     output = printed("predict", str(run), *files)

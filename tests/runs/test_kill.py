@@ -1,4 +1,4 @@
-"""A training that is killed at any moment and resumed is the same to the last bit as one that was not."""
+"""A training run that is killed at any moment and resumed equals an uninterrupted run, to the last bit."""
 
 import os
 import random
@@ -25,7 +25,7 @@ def arguments(data: Path, run_dir: Path) -> list[str]:
 
 
 def start(data: Path, run_dir: Path, cache: Path, epochs: int) -> subprocess.Popen:
-    """The command in a process of its own; compiled programs are kept, as it is started again and again."""
+    """Start the command in a separate process; compiled programs are cached, because it is started many times."""
     variables = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-c", "import sys; from capsnet_jax.cli.main import main; sys.exit(main())"]
     return subprocess.Popen(
@@ -38,7 +38,7 @@ def start(data: Path, run_dir: Path, cache: Path, epochs: int) -> subprocess.Pop
 
 
 def whole_checkpoints(run_dir: Path) -> list[int]:
-    """Those that have their final names."""
+    """List the steps of checkpoints that have their final names."""
     return sorted(int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdigit())
 
 
@@ -108,7 +108,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_stop_saves_and_prints_how_to_resume(number, status, alone, tmp_path, monkeypatch, capsys):
-    """Sent by the training itself, at a step that would have no checkpoint otherwise."""
+    """Training sends the signal to itself, at a step that would otherwise have no checkpoint."""
     before = signal.getsignal(number)
     uninterrupted, data = alone
     write = MetricsLog.write

@@ -1,4 +1,4 @@
-"""Metrics of a run: lines that survive a crash, the best so far, and the same values in TensorBoard files."""
+"""Metrics of a run: lines that survive a crash, the best accuracy so far, and the same values in TensorBoard files."""
 
 import json
 import math
@@ -101,7 +101,7 @@ def test_the_best_are_those_of_the_last_epoch_with_the_most_right_answers(tmp_pa
 
 
 def test_images_per_second_of_an_epoch_are_all_images_over_all_the_time(tmp_path):
-    """Of chunks of 2, 2 and 1 steps, the first of them slow; and of an epoch that was begun by another program."""
+    """Chunks of 2, 2 and 1 steps, of which the first is slow; then an epoch that another process began."""
     batch_size, speeds = 8, {2: 10.0, 4: 160.0, 5: 40.0, 9: 64.0, 10: 32.0}
     log = MetricsLog(tmp_path)
     for step, speed in speeds.items():
@@ -211,7 +211,7 @@ def visible(events: list) -> dict[tuple[str, int], float]:
 
 @pytest.mark.parametrize("step", [0, 4, 5])
 def test_after_resuming_tensorboard_shows_the_values_of_the_lines(step, tmp_path):
-    """Also where a run is begun anew, as there was no checkpoint yet."""
+    """Also if a run starts from the beginning, because there was no checkpoint yet."""
     write(tmp_path, {2: None, 4: None, 5: 30, 7: None}, tensorboard=True)
     (path,) = (tmp_path / EVENTS).iterdir()
     path = path.rename(path.with_name("before"))  # files of the same second have the same name

@@ -31,7 +31,7 @@ def options_of(data: Path, folder: Path) -> list[str]:
 
 
 class Trained(NamedTuple):
-    """The folder of three runs, what their training printed, and how many were trained side by side."""
+    """The folder of three runs, the lines that training printed, and how many seeds trained side by side."""
 
     folder: Path
     lines: list[str]
@@ -45,7 +45,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[3, 1])
 def trained(request, data, tmp_path_factory):
-    """With memory for all three, or for no more than one."""
+    """Runs with memory for all three seeds side by side, or for only one."""
     folder = tmp_path_factory.mktemp("trained") / "runs"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "available_memory", lambda: math.inf if request.param == 3 else 0)
@@ -68,7 +68,7 @@ def test_each_seed_has_a_run_of_its_own_and_a_line_with_its_result(trained):
     )
 
 
-def test_the_folder_of_all_remembers_the_seeds_and_how_many_train_side_by_side(trained):
+def test_the_common_folder_stores_the_seeds_and_how_many_train_side_by_side(trained):
     assert json.loads((trained.folder / "seeds.json").read_text()) == {"seeds": [0, 1, 2], "at_once": trained.at_once}
     assert sorted(path.name for path in trained.folder.iterdir()) == [
         "checkpoints",
@@ -91,7 +91,7 @@ def test_the_folder_of_all_remembers_the_seeds_and_how_many_train_side_by_side(t
         ]
 
 
-def test_report_tells_of_all_in_the_folder(trained, tmp_path):
+def test_report_lists_all_seeds_of_the_folder(trained, tmp_path):
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in printed("report", str(trained.folder), "--output", str(tmp_path / "curves.png"))[2:]
@@ -104,7 +104,7 @@ def test_report_tells_of_all_in_the_folder(trained, tmp_path):
     assert rows[-1][5] == errors[1]
 
 
-def test_stopped_and_resumed_they_end_as_if_uninterrupted(trained, data, tmp_path, monkeypatch, capsys):
+def test_stopped_and_resumed_runs_end_as_if_uninterrupted(trained, data, tmp_path, monkeypatch, capsys):
     """Stopped within the second epoch, of all seeds or of the second; then there is more or less memory than before."""
     folder = tmp_path / "stopped"
     write, stopped_seed = MetricsLog.write, 0 if trained.at_once == 3 else 1

@@ -1,4 +1,4 @@
-"""Training from several seeds, side by side or in groups: the same as training from each alone."""
+"""Training from several seeds, side by side or in groups, equals training from each seed alone."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def new_trainer(config: TrainingConfig = CONFIG, **options) -> Trainer:
 
 
 def losses(progress, index: int) -> list[float]:
-    """Of each chunk, from one of the seeds."""
+    """Losses of each chunk, from one of the seeds."""
     return [step.seeds[index].chunk["total"] for step in progress]
 
 

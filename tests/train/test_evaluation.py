@@ -134,7 +134,7 @@ def test_every_image_is_counted_once(batch_size, small_model, small_dataset):
 
 @pytest.mark.parametrize("batch_size", [7, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 23, 250))])
 def test_mean_coupling_entropy_equals_plain_loops(batch_size, small_dataset):
-    """With dynamic routing; the last batch is padded."""
+    """Dynamic routing, in batches of which the last is padded."""
     model = CapsNet(IMAGE_SHAPE, 10, **SMALL, rngs=nnx.Rngs(0))
     weight = model.capsule_layers[-1].weight
     weight[...] = 30 * weight[...]  # so that couplings are far from even
@@ -146,7 +146,7 @@ def test_mean_coupling_entropy_equals_plain_loops(batch_size, small_dataset):
 
 
 def test_models_with_other_weights_share_one_compiled_program(small_dataset, monkeypatch):
-    """For all batches, too, because the last one is padded."""
+    """It also serves the last batch, which is padded."""
     evaluation._compiled.cache_clear()
     shapes = []
 

@@ -1,4 +1,4 @@
-"""Number of files of the package that a forward pass and a training step enter, as a measure of readability."""
+"""A forward pass and a training step call functions in few files, as a measure of readability."""
 
 import sys
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def files_entered(function: Callable[[], object]) -> list[str]:
 
 @pytest.mark.parametrize(("batch_size", "most", "most_beside_fast"), [(3, 10, 6), (64, 8, 3)])
 def test_a_forward_pass(batch_size, most, most_beside_fast):
-    """A small batch routes votes, a large one does not materialize them; convolutions enter `nn/fast` on CPU."""
+    """A small batch is routed from votes, a large one without them; convolutions enter `nn/fast` on CPU."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: CapsNet(IMAGE_SHAPE, 10, rngs=nnx.Rngs(0))))
     images = jnp.zeros((batch_size, *IMAGE_SHAPE))
     forward = lambda state, images: nnx.merge(graphdef, state)(images)  # noqa: E731

@@ -1,4 +1,4 @@
-"""The training loop: it learns, is reproducible, compiles once and stops at losses that are not finite."""
+"""The training loop learns, is reproducible, compiles once and stops at a loss that is not finite."""
 
 import dataclasses
 from functools import partial
