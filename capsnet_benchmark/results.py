@@ -68,7 +68,7 @@ def summarize(samples: Samples, *, batch_size: int, flops_per_image: int, platfo
 
 
 def ratios(costs: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
-    """Divide the costs of JAX by those of each other row; an unknown cost is missing or None.
+    """Divide the costs of JAX by the costs of each other row; an unknown cost is missing or None.
 
     Args:
         costs: seconds or bytes, by row and name.

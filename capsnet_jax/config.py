@@ -207,7 +207,7 @@ class DataConfig:
     """Resize the images of a folder to this height and width."""
     train_limit: int | None = None
     """Use only this many training images, from the start of the set."""
-    stream: Annotated[bool | None, arg(help_behavior_hint="(default: if they need half of its memory)")] = None
+    stream: Annotated[bool | None, arg(help_behavior_hint="(default: if they need half of the device's memory)")] = None
     """Send training images to the device chunk by chunk instead of all at once."""
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ def margin_loss(
 
 
 def spread_loss(activations: Float[Tensor, "b o"], labels: Labels, *, margin: float = 0.9) -> Float[Tensor, " b"]:
-    """Spread loss: penalize every capsule whose activation is not a margin below that of the label.
+    """Spread loss: penalize every capsule whose activation is less than a margin below the label's activation.
 
     References:
         Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing" (2018), eq. 3.

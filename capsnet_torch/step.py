@@ -45,7 +45,7 @@ def compute_losses(
 def train_step(
     model: CapsNet, optimizer: torch.optim.Optimizer, images: Images, labels: Labels, **options: Any
 ) -> Losses:
-    """Update the weights by one optimizer step; return the losses before it. Options are those of `compute_losses`."""
+    """Update the weights by one optimizer step; return the losses before it. Takes the options of `compute_losses`."""
     losses = compute_losses(model, images, labels, **options)
     optimizer.zero_grad(set_to_none=True)
     losses.total.backward()

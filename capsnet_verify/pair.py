@@ -96,7 +96,7 @@ def new_pair(subject: Subject, settings: Settings) -> Pair:
         try:
             from_torch(nnx.clone(jax_model), settings.torch_state)  # refuses weights of another model
         except UsageError as error:
-            raise UsageError(f"Of the PyTorch side: {error}") from error
+            raise UsageError(f"In the PyTorch model: {error}") from error
     from_torch(jax_model, state)
     weights = to_torch(jax_model) if settings.torch_state is None else settings.torch_state
     torch_model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()}, strict=False)
@@ -150,7 +150,7 @@ def _new_twin(subject: Subject, settings: Settings, dtype: str, rng: np.random.G
             capsules = model.encode(to_channels_first(images))
             (capsules.poses.sum() + capsules.activations.sum()).backward()
         except Exception as error:
-            raise UsageError(f"The routing of the PyTorch side raises {in_words(error)}.") from error
+            raise UsageError(f"The routing of the PyTorch model raises {in_words(error)}.") from error
         model.zero_grad()
     return model
 

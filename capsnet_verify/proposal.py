@@ -12,7 +12,7 @@ from capsnet_verify.weight_map import Shape, patterns, toml_line
 KINDS = ("weight", "bias", "running_mean", "running_var")
 HEAD = """\
 # Proposed from names and shapes. Check every line; comments are guesses, or have no partner.
-# Shapes do not tell in which order channels become capsules: axes and sizes can change the order.
+# Shapes do not show in which order channels become capsules: axes and sizes can change the order.
 # labels = "one-hot"  # or "indices": how labels follow the images, if forward takes them
 [weights]  # name in your module = name in capsnet_torch
 """

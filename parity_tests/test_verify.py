@@ -237,7 +237,7 @@ def test_a_wrong_option_is_one_sentence(options, message, verify_command):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("broken", "The routing of the PyTorch side raises RuntimeError: It is broken."),
+        ("broken", "The routing of the PyTorch model raises RuntimeError: It is broken."),
         (
             "without_couplings",
             "'NoneType']; expected poses, activations and couplings, [(2, 5, 6), (2, 5), (2, 216, 5)]",

@@ -182,7 +182,7 @@ OURS = {
 
 PROPOSED = """\
 # Proposed from names and shapes. Check every line; comments are guesses, or have no partner.
-# Shapes do not tell in which order channels become capsules: axes and sizes can change the order.
+# Shapes do not show in which order channels become capsules: axes and sizes can change the order.
 # labels = "one-hot"  # or "indices": how labels follow the images, if forward takes them
 [weights]  # name in your module = name in capsnet_torch
 "first.weight" = "e.0.weight"

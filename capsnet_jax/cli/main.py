@@ -25,7 +25,7 @@ COMMANDS = {
     "compare": ("compare:Compare", "train the same model with every routing algorithm, and compare"),
     "check-routing": ("check_routing:CheckRouting", "test a routing algorithm, for example your own"),
     "benchmark": ("benchmark:Benchmark", "measure time and memory, side by side with PyTorch"),
-    "verify": ("verify:Verify", "check that outputs and gradients equal those of PyTorch"),
+    "verify": ("verify:Verify", "compare every value and gradient with PyTorch"),
     "convert": ("convert:Convert", "convert weights between PyTorch and JAX files"),
     "export": ("export:Export", "save a trained model as StableHLO or ONNX"),
 }

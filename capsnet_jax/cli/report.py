@@ -126,7 +126,7 @@ class History:
 
 
 def runs_of(folder: Path) -> list[Path]:
-    """Return the folders of all seeds in a folder, or the folder itself if it is that of a run.
+    """Return the run folders of all seeds in a folder, or the folder itself if it is a run folder.
 
     Raises:
         UsageError: it is neither.

@@ -35,7 +35,7 @@ PICTURED = 10  # test images in the picture of reconstructions
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where the run is saved, and how often it is repeated."""
+    """Where the run is saved, and from how many seeds it is repeated."""
 
     run_dir: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: runs/DATASET-DATE-TIME)")] = None
     """Folder for config, metrics, checkpoints, weights and picture."""

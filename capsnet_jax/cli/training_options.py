@@ -23,7 +23,7 @@ class TrainingOptions:
 
     preset: Annotated[
         str | None,
-        tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: digits for that data set, else readable)"),
+        tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: digits for the data set digits, else readable)"),
     ] = None
     """Preset that the defaults of all other options come from:
     readable (the reference model), digits (small and quick), official, paper, efficient, em."""

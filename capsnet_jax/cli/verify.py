@@ -41,14 +41,14 @@ class Verify:
     routing: Annotated[str | None, tyro.conf.arg(aliases=["--jax-routing"])] = None
     """Routing of the model: a registered name with options after commas, or your own as package.module:function."""
     torch_routing: str | None = None
-    """Routing of the PyTorch side, if it is not registered under the same name: a function of a batch of votes
+    """Routing of the PyTorch model, if it is not registered under the same name: a function of a batch of votes
     [b i o h], as package.module:function, or a registered name."""
     all_routings: bool = False
     """Verify the small model with every registered routing."""
     random_model: int | None = None
     """Verify a random architecture, drawn from this seed."""
     torch_weights: tuple[Path, ...] = ()
-    """Weights of the PyTorch side, if they are in another file; they are first compared one by one."""
+    """Weights of the PyTorch model, if they are in another file; they are first compared one by one."""
     torch_model: str | None = None
     """A PyTorch module in place of the twin, as package.module:build, a function without arguments. Values and
     gradients are compared, training steps are not."""

@@ -27,7 +27,7 @@ def multi_mnist(mnist: Dataset) -> Dataset:
 
     Each image of a split is paired with a random image of another class in the same split. Both are padded by 4
     pixels, shifted by whole offsets uniform in -6 to 6 along both axes, and added, with 255 as the largest value;
-    pixels shifted out of the image are lost. The first label is that of the image itself. A prediction is right if
+    pixels shifted out of the image are lost. The first label belongs to the image itself. A prediction is right if
     the two most active classes are both labels.
 
     A digit may be in a validation image and, paired differently, in a training image.

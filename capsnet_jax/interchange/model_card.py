@@ -45,8 +45,8 @@ def model_card(
         config: config of the run.
         image_shape: height, width and number of channels of the images.
         class_names: names of the classes, in order.
-        known_data: whether the config tells how the weights were trained. If not, the card has neither training options
-            nor metrics.
+        known_data: whether the config describes how the weights were trained. If not, the card has neither training
+            options nor metrics.
         num_weights: number of weights, including running averages.
         dtype: dtype of the weights.
         epochs: metrics of the epochs after which these weights were saved, as in the metrics file; empty if unknown.

@@ -226,7 +226,7 @@ def _parse(text: str, kind: type) -> Any:
 
 
 def _option_types(function: Callable[..., Routed]) -> dict[str, type]:
-    """The type of each option: that of its default, and float for the initial value of a learned weight."""
+    """The type of each option: the type of its default, or float for the initial value of a learned weight."""
     return {
         name: float if name in learned_axes(function) else type(parameter.default)
         for name, parameter in _parameters(function).items()
@@ -236,7 +236,7 @@ def _option_types(function: Callable[..., Routed]) -> dict[str, type]:
 
 @functools.cache
 def _parameters(function: Callable[..., Routed]) -> dict[str, inspect.Parameter]:
-    """The arguments after votes and activations, which come first whatever their names are."""
+    """The arguments after votes and activations, which are the first two arguments under any names."""
     try:
         _, _, *others = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as error:  # too few arguments, or a function in C

@@ -188,7 +188,7 @@ def _named_arrays(snapshot: Snapshot) -> dict[str, np.ndarray]:
 
 def _first_line(error: Exception) -> str:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    # In a long message, the last clause is that of the operating system.
+    # In a long message, the last clause comes from the operating system.
     return line if len(line) <= LONGEST else line.rsplit(": ", 1)[-1]
 
 

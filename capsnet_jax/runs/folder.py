@@ -58,7 +58,7 @@ class Run(NamedTuple):
         return self.config.model.num_classes
 
     def new_model(self, seed: int | None = None) -> CapsNet:
-        """Create the model with the initial weights of a seed, by default that of the config.
+        """Create the model with the initial weights of a seed, by default the seed of the config.
 
         Raises:
             UsageError: the images are too small for the model, or its routing is unknown.
@@ -218,7 +218,7 @@ def read_run(folder: Path) -> Run:
     """Read a run from its folder, without weights.
 
     Raises:
-        UsageError: the folder is not that of a run.
+        UsageError: the folder is not a run folder.
     """
     try:
         fields = json.loads((folder / CONFIG).read_text())
@@ -247,7 +247,7 @@ def load_run(folder: Path, *, best: bool = False) -> tuple[Run, CapsNet]:
         best: whether to load the weights that were best on validation images instead of the last ones.
 
     Raises:
-        UsageError: the folder is not that of a run, or has no such weights.
+        UsageError: the folder is not a run folder, or has no such weights.
     """
     run = read_run(folder)
     model = run.new_model()

@@ -17,7 +17,7 @@ class MetricsLog:
     """Writer of the metrics of a run: one line for every chunk of steps, and another for every epoch.
 
     Each line has "kind" ("chunk" or "epoch"), "epoch" and "step". Means over the steps of the chunk or epoch are
-    "loss", "margin", "reconstruction", "accuracy" and "gradient_norm". "learning_rate" is that of the last step,
+    "loss", "margin", "reconstruction", "accuracy" and "gradient_norm". "learning_rate" is the rate of the last step,
     "images_per_second" the training speed since the program started, and "peak_memory_bytes" the peak so far. A line of
     an epoch also has "test_accuracy" and, with validation images, "validation_accuracy".
 

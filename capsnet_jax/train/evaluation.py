@@ -31,7 +31,7 @@ class Evaluation(NamedTuple):
         num_correct: number of images whose k most active classes are exactly their k labels.
         num_images: number of images.
         counts: number of images of each class.
-        precision: for each class, the fraction of predictions of it that are right; None if it is never predicted.
+        precision: for each class, the fraction of its predictions that are right; None if it is never predicted.
         recall: for each class, the fraction of its images for which it is predicted; None if it has no images.
         confusion: number of images of a class (row) for which a class (column) is predicted; None for several labels.
         right_activation: mean activation of the capsules of the labels.
@@ -138,7 +138,7 @@ def predict(
 ) -> Predictions:
     """Compute the activations of the class capsules and, if labels are given, the reconstruction errors.
 
-    The arguments are those of `evaluate`.
+    Takes the same arguments as `evaluate`.
 
     Raises:
         UsageError: the images do not have the shape that the model was made for.
