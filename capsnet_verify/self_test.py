@@ -32,6 +32,6 @@ def self_test(tell: Callable[[str], None] = print) -> int:
         num_caught += mutant.caught_by is not None and found is not None
         expected = "" if found == mutant.caught_by else f"; expected {mutant.caught_by or 'nothing'}"
         tell(f"{'FAILED' if expected else 'ok':6} {found or 'not caught':60} {mutant.mistake}{expected}")
-    sentence = "each by the check that should" if not failed else f"{failed} trials went wrong"
+    sentence = "each by the right check" if not failed else f"{failed} trials went wrong"
     tell(f"{num_caught} of {len(MUTANTS)} mutants were caught, {sentence}.")
     return int(failed > 0)
