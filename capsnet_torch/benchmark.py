@@ -17,7 +17,7 @@ from capsnet_torch.step import train_step
 Calls = list[tuple[Callable[[], Any], int | float]]
 """Functions to time, each with its weight in the sum of their times."""
 # Full-size training steps of 64 images on 2 CPU cores, torch 2.13, interleaved, the fastest of 10: eager 736 ms,
-# compiled 604, with "max-autotune" 615; in the layout channels_last 776, 625 and 615 ms. Medians differ no more.
+# compiled 604, with "max-autotune" 615; in the layout channels_last 776, 625 and 615 ms. Medians do not differ by more.
 BEST_MODE = {"cpu": "default", "gpu": "max-autotune"}
 
 

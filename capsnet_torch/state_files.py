@@ -49,6 +49,6 @@ def _array(name: str, value: object) -> Shaped[ndarray, "..."]:
         raise ValueError(f"The entry {name} is a {type(value).__name__}; expected a tensor")
     try:
         return value.detach().numpy()
-    except TypeError as error:  # bfloat16, say, or sparse
+    except TypeError as error:  # for example bfloat16, or a sparse tensor
         kind = f"{value.dtype}".removeprefix("torch.") if value.layout == torch.strided else "sparse"
         raise ValueError(f"The entry {name} is {kind}; expected float16, float32 or float64") from error

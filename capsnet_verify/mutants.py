@@ -67,7 +67,7 @@ class Mutant(NamedTuple):
 
 
 class _MadeOf(NamedTuple):
-    """A replacement that is made from the right function, anew for every run."""
+    """A replacement that is made from the right function, again for every run."""
 
     make: Callable[[Function], Function]
 

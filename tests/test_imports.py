@@ -118,7 +118,7 @@ def imports_from_outside(root: Path) -> list[str]:
 
 
 def imports_of_commands(root: Path) -> list[str]:
-    """Imports of the command line in the packages beside the product."""
+    """Imports of the command line in the other packages."""
     return [
         f"{one.file}:{one.line}: {one.module} is imported; expected nothing of the command line"
         for package in PROOF

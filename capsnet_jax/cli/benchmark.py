@@ -1,4 +1,4 @@
-"""The command `capsnet benchmark`: time and memory of the model beside its PyTorch twin."""
+"""The command `capsnet benchmark`: time and memory of the model in JAX and in PyTorch."""
 
 import dataclasses
 import importlib.util
@@ -27,11 +27,11 @@ WORK = {
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Measure time and memory of the model beside the PyTorch model, in processes that take turns.
+    """Measure time and memory of a model in JAX and in PyTorch, in processes that take turns.
 
     Images and labels are random. Calls are timed after a warm-up, until the result is available. On CPU the epoch is
-    extrapolated from single steps and batches. The GPU is used if there is one. Run nothing else on the machine
-    meanwhile: it would distort times and ratios."""
+    extrapolated from single steps and batches. The GPU is used if there is one. Run nothing else on the machine at
+    the same time, because it would distort times and ratios."""
 
     preset: str = "readable"
     """Preset whose model and losses are measured."""

@@ -86,7 +86,7 @@ class Convert:
         return self.source[0] if self.source[0].is_dir() else self.source[0].parent
 
     def _find_run(self, state: StateDict) -> tuple[Run, str | None]:
-        """Read the config beside the source, or infer one from weights and preset; return the name of that, too."""
+        """Read the config beside the source, or infer one from weights and a preset, whose name is returned, too."""
         folder = self._folder
         if self.preset is None and (folder == self.source[0] or (folder / CONFIG).exists()):
             run = read_run(folder)

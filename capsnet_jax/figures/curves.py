@@ -29,7 +29,7 @@ class Curves(NamedTuple):
 
 
 def learning_curves_figure(runs: Mapping[str, Curves]) -> Figure:
-    """Plot training losses of runs over steps, and beside them validation and test errors over epochs.
+    """Plot training losses of runs over steps and, in a second panel, validation and test errors over epochs.
 
     Args:
         runs: learning curves by name, which is shown in the legend.

@@ -123,8 +123,8 @@ class Trainer:
         snapshot: the current state of training; assign another one to resume from it.
 
     Raises:
-        UsageError: the model cannot be built or has no decoder to reconstruct with, there are fewer training images
-            than a batch, an augmentation is unknown, or the number of devices does not divide a batch.
+        UsageError: the model cannot be built, has no decoder although it should reconstruct, or does not fit the
+            images; an augmentation is unknown; or a batch is larger than the data set, or not divisible by the devices.
     """
 
     def __init__(
@@ -333,7 +333,7 @@ def make_train_chunk(
 
     Args:
         train_step: a function from `make_train_step`.
-        augmentation: augmentation of the images, drawn anew in each step.
+        augmentation: augmentation of the images, drawn again in each step.
         sharding: how a batch is split over the devices.
 
     Returns:
