@@ -289,7 +289,7 @@ def test_another_data_set_is_evaluated_if_it_has_the_same_classes_and_size(run_d
     arrays = dict(zip(names, small_dataset[:4], strict=True))
     arrays["y_test"] = np.arange(23) % 10  # all classes
     np.savez(tmp_path / "few.npz", **arrays | {name: arrays[name] % 4 for name in names[1::2]})
-    with pytest.raises(UsageError, match=r"few.npz' has 4 classes, and the model was made for 10\."):
+    with pytest.raises(UsageError, match=r"few.npz' has 4 classes, and the model was made for 10;"):
         Evaluate(run_dir, dataset=str(tmp_path / "few.npz")).run()
     np.savez(tmp_path / "wide.npz", **arrays | {name: arrays[name][:, :, :10] for name in names[::2]})
     with pytest.raises(UsageError, match=r"\(9, 10, 1\), and the model was made for \(9, 11, 1\)"):
@@ -302,7 +302,7 @@ def test_images_of_several_classes_have_no_confusion_matrix(run_dir, tmp_path, s
     images = small_dataset.test_images
     pairs = make_dataset(images, labels, images, labels, num_classes=10)
     monkeypatch.setattr("capsnet_jax.cli.evaluate.configured_dataset", lambda data: pairs)
-    with pytest.raises(UsageError, match=r"Images of 'mnist' have several classes each; there is no --confusion"):
+    with pytest.raises(UsageError, match=r"Images of 'mnist' have several classes each, .* expected no --confusion"):
         Evaluate(run_dir, confusion=tmp_path / "confusion.png").run()
     Evaluate(run_dir).run()
     lines = capsys.readouterr().out.splitlines()
