@@ -1,5 +1,6 @@
 """Settings that all tests share: faster compilation, and a cache of compiled programs."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -7,8 +8,10 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-# Compilation without optimization of the machine code takes half the time. The HLO program is the same.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Compilation without optimization of the machine code, in one piece, takes half the time. The HLO program is the same.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1")
+# JAX creates many small objects while it traces, which frequent garbage collections would look through in vain.
+gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)
