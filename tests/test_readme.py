@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def test_the_python_runs_as_one_program(tmp_path, monkeypatch, capsys):
     assert values["capsules"].poses.shape == (4, 10, 16)
     (tmp_path / "my_routing.py").write_text(routing)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_routing", raising=False)
     assert main(["check-routing", "my_routing:agreement"]) == 0
     assert "passed all 12 checks" in capsys.readouterr().out
 
