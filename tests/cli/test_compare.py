@@ -32,8 +32,6 @@ from tests.conftest import IMAGE_SHAPE, make_small_dataset, write_idx_folder
 from tests.conftest import SMALL as SMALL_MODEL
 from tests.tiny_run import SMALL, contents
 
-pytestmark = pytest.mark.xdist_group("compare")  # one process, as one comparison is shared
-
 FILES = ["comparison.csv", "comparison.md", "comparison.png", "config.json", "results.jsonl"]
 RUN_FILES = ["config.json", "metrics.jsonl", "model.safetensors"]
 AUGMENT = ("shift=0.2",)

@@ -25,10 +25,7 @@ from tests.tiny_run import contents, train
 CONFIG = TrainingConfig(epochs=2, batch_size=8, ema_decay=0.9, clip_norm=0.5)
 DEPENDS_ON = {"model": {"routing": "dynamic"}, "seeds": [3]}
 # Orbax does not close all files after an error.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.xdist_group("checkpoints"),  # one process, as the checkpoints are shared
-]
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def checkpoints(

@@ -11,7 +11,7 @@ import pytest
 from tests.data.tiny_images import class_image, write_image_folder
 from tests.tiny_run import SMALL, printed
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("letters")]  # one process, as one run is shared
+pytestmark = pytest.mark.slow
 HEIGHT, WIDTH = 37, 29
 LETTERS = "abcdefghijklmn"  # more than a confusion matrix is printed for
 MODEL = """

@@ -21,7 +21,6 @@ from tests.conftest import IMAGE_SHAPE, make_small_dataset, write_idx_folder
 from tests.tiny_run import contents, metrics, printed
 from tests.tiny_run import options_of as tiny_options
 
-pytestmark = pytest.mark.xdist_group("seeds")  # one process, as the runs are shared
 SEEDS = (0, 1, 2)
 OPTIONS = ["--seeds", "3", "--validation", "0.2", "--ema-decay", "0.9"]  # epochs are of five steps
 

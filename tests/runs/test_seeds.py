@@ -13,7 +13,6 @@ from capsnet_jax.runs.session import groups_of_seeds
 from capsnet_jax.train.loop import Trainer, fit
 from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset
 
-pytestmark = pytest.mark.xdist_group("seeds")  # one process, as one training is shared
 CONFIG = TrainingConfig(epochs=2, batch_size=8, learning_rate=0.003)
 AUGMENT = ("shift=0.2",)
 

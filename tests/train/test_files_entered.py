@@ -1,5 +1,6 @@
 """A forward pass and a training step call functions in few files, as a measure of readability."""
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ IMAGE_SHAPE = (28, 28, 1)
 def files_entered(function: Callable[[], object]) -> list[str]:
     """Files of the package whose functions are called, in order of the first call."""
     entered: dict[str, None] = {}
+    gc.collect()  # or else generators of earlier tests may be closed meanwhile
 
     def note(frame, event, argument):
         if event == "call":

@@ -21,8 +21,7 @@ OPTIONS = """
     --stem-channels 6 --stem-kernel 3 --primary-groups 2 --primary-dim 4 --primary-kernel 3 --class-dim 5
     --routing uniform --decoder-hidden None --reconstruction-weight 0 --batch-size 8
 """.split()  # noqa: SIM905
-# In one worker of the test run, because all results are compared with the same run on one device.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sharding")]
+pytestmark = pytest.mark.slow
 
 
 def environment(num_devices: int) -> dict[str, str]:

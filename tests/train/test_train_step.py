@@ -21,8 +21,6 @@ from capsnet_jax.train.loop import Trainer
 from capsnet_jax.train.step import TrainState, compute_losses, create_state, make_train_step, without_axis_of_one
 from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset
 
-pytestmark = pytest.mark.xdist_group("train_step")  # in one worker, which trains once
-
 QUICK = SMALL | {"routing": "uniform"}  # a model that is quick to compile
 
 

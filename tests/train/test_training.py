@@ -21,7 +21,6 @@ from capsnet_jax.train.progress import Progress
 from capsnet_jax.train.step import StepMetrics, create_state
 from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset
 
-pytestmark = pytest.mark.xdist_group("training")  # in one worker, which compiles once
 # Two epochs of six steps, in chunks of four and two steps.
 CONFIG = TrainingConfig(epochs=2, batch_size=8, learning_rate=0.01, steps_per_chunk=4, warmup_steps=19)
 
