@@ -6,6 +6,7 @@ values faster or in less memory, and are tested against the plain ones.
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -71,18 +72,28 @@ def choose_convolution(
         # Devices would sum the gradient of each spectrum, not the smaller gradient of the kernel.
         return Choice("patches", f"the batch is shared by {jax.device_count()} devices")
     rows, columns = positions_after((height, width), kernel[:2], stride)
-
-    def cost(tilings: tuple[Tiling, Tiling]) -> float:
-        of_products, of_transforms = multiplications(batch_size, channels, kernel[3], stride, tilings)
-        return COST_OF_SPECTRA * of_products + COST_OF_TRANSFORMS * of_transforms
-
     direct = batch_size * rows * columns * math.prod(kernel)
-    tilings = product(possible_tilings(rows, kernel[0], stride), possible_tilings(columns, kernel[1], stride))
-    best = min(tilings, key=cost, default=None)
-    if best is None or cost(best) >= direct:
+    of_tilings = _costs(rows, columns, *kernel[:2], channels, kernel[3], stride)
+    costs = [(batch_size * for_image + for_kernel, tilings) for tilings, for_image, for_kernel in of_tilings]
+    cost, best = min(costs, key=lambda pair: pair[0], default=(math.inf, None))
+    if cost >= direct:
         return Choice("patches", "a matrix product of patches costs less than Fourier transforms")
-    share = cost(best) / direct
+    share = cost / direct
     return Choice("fourier", f"it costs {share:.2f} of a matrix product of patches", best)
+
+
+@cache
+def _costs(
+    rows: int, columns: int, kernel_height: int, kernel_width: int, channels: int, num_features: int, stride: int
+) -> list[tuple[tuple[Tiling, Tiling], float, float]]:
+    """List all tilings, each with its cost for an image and for the kernel; cached, as batches of all sizes need it."""
+    costs = []
+    of_rows, of_columns = possible_tilings(rows, kernel_height, stride), possible_tilings(columns, kernel_width, stride)
+    for tilings in product(of_rows, of_columns):
+        of_spectra, of_image, of_kernel = multiplications(channels, num_features, stride, tilings)
+        for_image = COST_OF_SPECTRA * of_spectra + COST_OF_TRANSFORMS * of_image
+        costs.append((tilings, for_image, COST_OF_TRANSFORMS * of_kernel))
+    return costs
 
 
 def choose_routing(routing: Routing, option: str, num_examples: Size) -> Choice:

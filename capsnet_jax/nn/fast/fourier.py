@@ -128,17 +128,19 @@ def num_products(rows: Tiling, columns: Tiling) -> int:
 
 
 def multiplications(
-    batch_size: int, channels: int, num_features: int, stride: int, tilings: tuple[Tiling, Tiling]
-) -> tuple[int, int]:
-    """Count the multiplications of `fourier`: those of spectra, and those of the transforms."""
+    channels: int, num_features: int, stride: int, tilings: tuple[Tiling, Tiling]
+) -> tuple[int, int, int]:
+    """Count the multiplications of `fourier`.
+
+    Returns:
+        Those of spectra for each image, those in the transforms of each image and its features, and those in the
+        transform of the kernel.
+    """
     rows, columns = tilings
-    tiles, inputs = rows.tiles * columns.tiles * batch_size, stride**2 * channels
-    transforms = (
-        tiles * inputs * rows.pixels * columns.pixels
-        + inputs * num_features * rows.taps * columns.taps
-        + tiles * num_features * rows.outputs * columns.outputs
-    )
-    return num_products(*tilings) * tiles * inputs * num_features, num_products(*tilings) * transforms
+    tiles, inputs, products = rows.tiles * columns.tiles, stride**2 * channels, num_products(*tilings)
+    of_image = tiles * (inputs * rows.pixels * columns.pixels + num_features * rows.outputs * columns.outputs)
+    of_kernel = inputs * num_features * rows.taps * columns.taps
+    return products * tiles * inputs * num_features, products * of_image, products * of_kernel
 
 
 @cache
