@@ -39,14 +39,15 @@ def with_backward(backward: Function) -> Callable[[Function], Function]:
             def push(arguments: Any, tangents: Any) -> Any:
                 return jax.jvp(function, arguments, tangents)[1]
 
-            return primal(*arguments), linear_map(push, backward, arguments, tangents)
+            results = primal(*arguments)
+            return results, linear_map(push, backward, arguments, tangents, results)
 
         return primal
 
     return decorate
 
 
-def linear_map(apply: Function, transpose: Function, constants: Any, operands: Any) -> Any:
+def linear_map(apply: Function, transpose: Function, constants: Any, operands: Any, like: Any) -> Any:
     """Call `apply(constants, operands)`, a linear function of the operands with a custom transpose.
 
     Args:
@@ -54,10 +55,12 @@ def linear_map(apply: Function, transpose: Function, constants: Any, operands: A
         transpose: `(constants, cotangent of the result) -> cotangent of the operands`.
         constants: pytree of arrays in which the function need not be linear.
         operands: pytree of arrays.
+        like: pytree of arrays of the shapes and dtypes of the result. Tracing `apply` would tell them, too, but takes
+            long, and reverse mode does not need it otherwise.
     """
     flat_constants, constants_tree = jax.tree.flatten(constants)
     flat_operands, operands_tree = jax.tree.flatten(operands)
-    result_tree = jax.tree.structure(jax.eval_shape(apply, constants, operands))
+    flat_like, result_tree = jax.tree.flatten(like)
 
     def flat(function: Function, tree: Any) -> Function:
         def call(constants: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
@@ -73,6 +76,7 @@ def linear_map(apply: Function, transpose: Function, constants: Any, operands: A
         apply=flat(apply, operands_tree),
         transpose=flat(transpose, result_tree),
         num_constants=len(flat_constants),
+        avals=_avals(flat_like),
     )
     return jax.tree.unflatten(result_tree, results)
 
@@ -82,15 +86,18 @@ linear_map_p.multiple_results = True
 
 
 @linear_map_p.def_impl
-def _evaluate(*arrays: Any, apply: Function, transpose: Function, num_constants: int) -> list[Any]:
+def _evaluate(*arrays: Any, apply: Function, num_constants: int, **_: Any) -> list[Any]:
     return apply(arrays[:num_constants], arrays[num_constants:])
 
 
 @linear_map_p.def_abstract_eval
-def _abstract(*avals: Any, **params: Any) -> list[Any]:
-    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-    results = jax.eval_shape(lambda *arrays: _evaluate(*arrays, **params), *shapes)
-    return [jax.core.ShapedArray(result.shape, result.dtype) for result in results]
+def _abstract(*_: Any, avals: Sequence[Any], **__: Any) -> list[Any]:
+    return list(avals)
+
+
+def _avals(arrays: Sequence[Any], *axes: int) -> tuple[Any, ...]:
+    """Return the shapes, with these axes in front, and the dtypes of arrays or other abstract values."""
+    return tuple(jax.core.ShapedArray((*axes, *array.shape), array.dtype) for array in arrays)
 
 
 mlir.register_lowering(linear_map_p, mlir.lower_fun(_evaluate, multiple_results=True))
@@ -113,7 +120,12 @@ def _transpose(cotangents: Sequence[Any], *arrays: Any, **params: Any) -> list[A
     n = params["num_constants"]
     cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
     of_operands = linear_map_p.bind(
-        *arrays[:n], *cotangents, apply=params["transpose"], transpose=params["apply"], num_constants=n
+        *arrays[:n],
+        *cotangents,
+        apply=params["transpose"],
+        transpose=params["apply"],
+        num_constants=n,
+        avals=_avals([operand.aval for operand in arrays[n:]]),
     )
     return [None] * n + of_operands
 
@@ -133,7 +145,9 @@ def _batch(arrays: Sequence[Any], axes: Sequence[int | None], **params: Any) -> 
     def apply(constants: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
         return jax.vmap(params["apply"], in_axes)(list(constants), list(operands))
 
-    results = linear_map_p.bind(*arrays, apply=apply, transpose=transpose, num_constants=n)
+    size = next(array.shape[axis] for array, axis in zip(arrays, axes, strict=True) if axis is not None)
+    avals = _avals(params["avals"], size)
+    results = linear_map_p.bind(*arrays, apply=apply, transpose=transpose, num_constants=n, avals=avals)
     return results, [0] * len(results)
 
 
