@@ -219,12 +219,17 @@ def _over_chunks(step: Callable[[Any, Any, int], Any], initial: Any, operands: O
     (inputs, dim, outputs, size), batch_size = operands.weight.shape, operands.poses.shape[2]
     bytes_of_capsule = 4 * dim * outputs * (batch_size + size)  # projections and weight of one input capsule
 
-    def run(chunk_bytes: int, initial: Any) -> Any:
+    def length_within(chunk_bytes: int) -> int:
         most = min(max(chunk_bytes // bytes_of_capsule, 1), inputs)
         # A length that divides the number of capsules saves a second program for the remainder.
-        length = next((length for length in range(most, most // 2, -1) if inputs % length == 0), most)
+        return next((length for length in range(most, most // 2, -1) if inputs % length == 0), most)
+
+    def run(length: int, initial: Any) -> Any:
         whole = inputs // length
         carry = jax.lax.fori_loop(0, whole, lambda chunk, carry: step(carry, chunk * length, length), initial)
         return step(carry, whole * length, inputs % length) if inputs % length else carry
 
-    return jax.lax.platform_dependent(initial, cpu=partial(run, CHUNK_ON_CPU), default=partial(run, CHUNK_ELSEWHERE))
+    on_cpu, elsewhere = length_within(CHUNK_ON_CPU), length_within(CHUNK_ELSEWHERE)
+    if on_cpu == elsewhere:
+        return run(on_cpu, initial)  # traces the loop once instead of once for each platform
+    return jax.lax.platform_dependent(initial, cpu=partial(run, on_cpu), default=partial(run, elsewhere))
