@@ -18,6 +18,7 @@ from capsnet_jax.routing import dynamic, get_routing
 from tests.conftest import IMAGE_SHAPE, SMALL
 
 BATCH, INPUTS, DIM, OUTPUTS, SIZE = 3, 10, 4, 5, 6
+BYTES_OF_CAPSULE = 4 * DIM * OUTPUTS * (BATCH + SIZE)
 QUICKLY_COMPILED = {"xla_backend_optimization_level": 0}
 ARGUMENTS = {
     "poses": (BATCH, INPUTS, DIM),
@@ -29,16 +30,19 @@ PLAIN, LEARNED = ("poses", "weight"), tuple(ARGUMENTS)
 
 # Names of the differentiated arguments, and options.
 CASES = [
-    (PLAIN, {"num_iterations": 1}),
     (LEARNED, {"num_iterations": 1, "leaky": True}),
     (PLAIN, {"num_iterations": 2, "leaky": True, "prior_logits": 0.7, "capsule_bias": 0.1}),
     (PLAIN, {"num_iterations": 3}),
-    (LEARNED, {"num_iterations": 3, "detach": True}),
-    (("poses", "weight", "prior_logits"), {"num_iterations": 2, "leaky": True, "detach": True}),
-    pytest.param(LEARNED, {"num_iterations": 4}, marks=pytest.mark.exhaustive),
-    pytest.param(
-        *(("poses", "weight", "prior_logits"), {"num_iterations": 4, "leaky": True, "detach": True}),
-        marks=pytest.mark.exhaustive,
+    (LEARNED, {"num_iterations": 2, "detach": True}),
+    *(
+        pytest.param(names, options, marks=pytest.mark.exhaustive)
+        for names, options in (
+            (PLAIN, {"num_iterations": 1}),
+            (LEARNED, {"num_iterations": 3, "detach": True}),
+            (LEARNED, {"num_iterations": 4}),
+            (("poses", "weight", "prior_logits"), {"num_iterations": 2, "leaky": True, "detach": True}),
+            (("poses", "weight", "prior_logits"), {"num_iterations": 4, "leaky": True, "detach": True}),
+        )
     ),
 ]
 
@@ -50,7 +54,7 @@ def set_chunk(monkeypatch):
 
     def set_chunk(capsules: int) -> None:
         for name in ("CHUNK_ON_CPU", "CHUNK_ELSEWHERE"):
-            monkeypatch.setattr(module, name, capsules * 4 * DIM * OUTPUTS * (BATCH + SIZE))
+            monkeypatch.setattr(module, name, capsules * BYTES_OF_CAPSULE)
 
     return set_chunk
 
@@ -68,16 +72,34 @@ def test_values_and_gradients_equal_those_of_dynamic(names, options, set_chunk):
 
 
 @pytest.mark.parametrize(("chunk", "lengths"), [(10, {10}), (5, {5}), (4, {4, 2}), (1, {1}), (0, {1})])
-def test_the_size_of_chunks_changes_nothing(chunk, lengths, set_chunk):
+def test_the_length_of_chunks(chunk, lengths, set_chunk):
+    set_chunk(chunk)
+    arguments = make_arguments(PLAIN)
+    program = str(jax.make_jaxpr(lambda arguments: fused_dynamic(**arguments, num_iterations=1))(arguments))
+    slices = re.findall(rf"slice_sizes=\((\d+), {DIM}, {OUTPUTS}, {SIZE}\)", program)
+    assert {int(length) for length in slices} == lengths
+
+
+def test_platforms_have_chunks_of_their_own(monkeypatch):
+    """With 10 capsules, chunks of 5 on CPU and of 4, 4 and 2 elsewhere; the results are the same."""
+    module = importlib.import_module("capsnet_jax.nn.fast.fused_dynamic")
+    for name, capsules in (("CHUNK_ON_CPU", 5), ("CHUNK_ELSEWHERE", 4)):
+        monkeypatch.setattr(module, name, capsules * BYTES_OF_CAPSULE)
+    traced = jax.jit(partial(fused_dynamic, num_iterations=2)).trace(**make_arguments(PLAIN))
+    for platform, lengths in (("cpu", {5}), ("cuda", {4, 2})):
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        slices = re.findall(rf"sizes = \[(\d+), {DIM}, {OUTPUTS}, {SIZE}\]", program)
+        assert {int(length) for length in slices} == lengths, platform
+
+
+@pytest.mark.parametrize("chunk", [5, pytest.param(10, marks=pytest.mark.exhaustive)])
+def test_the_size_of_chunks_changes_nothing(chunk, set_chunk):
+    """Chunks of 4, with a remainder, are tested above, and a chunk of 1 is as one of 5."""
     set_chunk(chunk)
     with jax.enable_x64(True):
         arguments = make_arguments(LEARNED)
-        program = str(jax.make_jaxpr(lambda arguments: fused_dynamic(**arguments, num_iterations=2))(arguments))
-        slices = re.findall(rf"slice_sizes=\((\d+), {DIM}, {OUTPUTS}, {SIZE}\)", program)
-        assert {int(length) for length in slices} == lengths
-        if chunk in (10, 5):  # chunks of 4 are tested above, and a chunk of 1 is as one of 5
-            fused, votes = (partial(function, num_iterations=2) for function in (fused_dynamic, by_votes))
-            assert_all_close(values_and_gradients(fused, arguments), values_and_gradients(votes, arguments))
+        fused, votes = (partial(function, num_iterations=2) for function in (fused_dynamic, by_votes))
+        assert_all_close(values_and_gradients(fused, arguments), values_and_gradients(votes, arguments))
 
 
 def test_vmap_over_models_changes_nothing(set_chunk):
@@ -88,13 +110,18 @@ def test_vmap_over_models_changes_nothing(set_chunk):
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *seeds)
         fused, votes = (partial(function, num_iterations=2) for function in (fused_dynamic, by_votes))
         mapped = jax.jit(jax.vmap(results_of(fused)), compiler_options=QUICKLY_COMPILED)(stacked)
+        of_one_model = jax.jit(results_of(votes), compiler_options=QUICKLY_COMPILED)
         for seed, arguments in enumerate(seeds):
-            ours = jax.tree.map(lambda array, seed=seed: array[seed], mapped)
-            assert_all_close(ours, values_and_gradients(votes, arguments))
+            ours = jax.tree.map(lambda array, seed=seed: np.asarray(array)[seed], mapped)
+            assert_all_close(ours, of_one_model(arguments))
 
 
-@pytest.mark.parametrize("chunk", [5, pytest.param(4, marks=pytest.mark.exhaustive)])
-def test_second_gradients_equal_those_of_dynamic(chunk, set_chunk):
+@pytest.mark.parametrize(
+    ("names", "chunk"),
+    [(PLAIN, 5), *(pytest.param(LEARNED, chunk, marks=pytest.mark.exhaustive) for chunk in (5, 4))],
+    ids=str,
+)
+def test_second_gradients_equal_those_of_dynamic(names, chunk, set_chunk):
     set_chunk(chunk)
 
     def second(function):
@@ -102,7 +129,7 @@ def test_second_gradients_equal_those_of_dynamic(chunk, set_chunk):
             _, gradients = results_of(partial(function, num_iterations=2))(arguments)
             return sum(jnp.sum(gradient**2) for gradient in gradients.values())
 
-        return jax.jit(jax.grad(squares_of_gradients), compiler_options=QUICKLY_COMPILED)(make_arguments(LEARNED))
+        return jax.jit(jax.grad(squares_of_gradients), compiler_options=QUICKLY_COMPILED)(make_arguments(names))
 
     with jax.enable_x64(True):
         assert_all_close(second(fused_dynamic), second(by_votes))
@@ -275,5 +302,6 @@ def assert_all_close(actual, expected, tolerance=1e-12):
     for (name, ours), theirs in pairs:
         assert ours.shape == theirs.shape, name
         assert ours.dtype == theirs.dtype, name
+        ours, theirs = np.asarray(ours), np.asarray(theirs)
         error = np.abs(ours - theirs).max() / np.abs(theirs).max()
         assert error <= tolerance, f"{jax.tree_util.keystr(name)}: {error:.1e}"
