@@ -12,7 +12,7 @@ from flax import nnx
 
 from capsnet_jax import CapsNet, Capsules, Routed, UsageError
 from capsnet_jax.nn.conv_capsules import ConvCapsules
-from capsnet_jax.nn.layers import CapsuleLayer
+from capsnet_jax.nn.layers import CapsuleLayer, PrimaryCapsules
 from capsnet_jax.nn.losses import margin_loss
 from capsnet_jax.presets import PRESETS
 
@@ -101,6 +101,24 @@ def test_a_capsule_is_the_channels_of_one_group_at_one_position():
     before, after = (model.primary_capsules(model.stem(images)).poses for images in (dark, lit))
     changed = np.flatnonzero(np.abs(after - before).max(axis=2)[0])
     np.testing.assert_array_equal(changed, [(5 * 11 + 7) * 2, (5 * 11 + 7) * 2 + 1])
+
+
+@pytest.mark.parametrize("activation", ["norm", "sigmoid"])
+def test_each_channel_is_one_pose_component_or_the_activation_of_one_group(activation):
+    """Channels are in the order (groups, pose size); with "sigmoid", the last channel of a group is its activation."""
+    groups, dim = 3, 4
+    size = dim + (activation == "sigmoid")
+    channels = groups * size
+    options = {"kernel_size": 1, "stride": 1, "scale": 1.0, "activation": activation}
+    primary = PrimaryCapsules(channels, groups, dim, **options, rngs=nnx.Rngs(0))
+    primary.convolution.kernel[...] = np.eye(channels, dtype=np.float32)[None, None]
+    primary.convolution.bias[...] = np.zeros(channels, np.float32)
+    one_at_a_time = np.eye(channels, dtype=np.float32)
+    poses, activations = jax.jit(primary)(one_at_a_time[:, None, None, :])
+    expected = one_at_a_time.reshape(channels, groups, size)
+    np.testing.assert_array_equal(poses, expected[..., :dim])
+    expected = 1 / (1 + np.exp(-expected[..., dim])) if activation == "sigmoid" else expected.max(axis=-1)
+    np.testing.assert_allclose(activations, expected, rtol=1e-6)
 
 
 def test_three_capsule_layers_train():
