@@ -1,5 +1,6 @@
 """The right check must catch each planted mistake. `-m exhaustive` plants all of them."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -94,9 +95,9 @@ def test_self_test_fails_if_a_mutant_is_not_caught(monkeypatch):
 def test_at_the_reference_scale_a_model_without_routing_would_pass():
     """Why layers are scaled: at a primary scale of 0.01 the usual tolerances cannot tell whether there is routing."""
     pair = make_pair("float32", primary_scale=0.01)
-    right = pair.jax_model.encode(pair.images).poses
+    right = jax.jit(lambda: pair.jax_model.encode(pair.images).poses)()
     mutant = next(mutant for mutant in MUTANTS if mutant.mistake == "no agreement update at all")
     with mutant.planted():
-        without = pair.jax_model.encode(pair.images).poses
+        without = jax.jit(lambda: pair.jax_model.encode(pair.images).poses)()
     assert not np.array_equal(without, right)
     np.testing.assert_allclose(without, right, atol=1e-5)
