@@ -147,7 +147,8 @@ def make_train_step(
 
     gradient = jax.grad(loss, has_aux=True)
     if config.accumulate > 1:
-        gradient = in_micro_batches(gradient, config.accumulate)
+        # Compiled, so that its two calls there trace it once.
+        gradient = in_micro_batches(jax.jit(gradient, inline=True), config.accumulate)
     gradient = without_axis_of_one(gradient)
 
     def train_step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, StepMetrics]:
