@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from capsnet_jax.cli.main import main
@@ -18,18 +19,21 @@ from tests.conftest import make_small_dataset, write_idx_folder
 from tests.tiny_run import metrics, options_of
 
 OPTIONS = ["--save-minutes", "0", "--validation", "0.2", "--ema-decay", "0.9", "--batch-norm"]
+OPTIONS += ["--augment", "shift=0.2", "--routing", "uniform"]  # the routing is quick to compile
+EPOCHS = 6  # of five steps
 
 
-def arguments(data: Path, run_dir: Path) -> list[str]:
-    return options_of(data, run_dir, *OPTIONS, "--resume")
+def arguments(data: Path, run_dir: Path, *more: str) -> list[str]:
+    return options_of(data, run_dir, *OPTIONS, "--resume", *more)
 
 
-def start(data: Path, run_dir: Path, cache: Path, epochs: int) -> subprocess.Popen:
-    """Start the command in a separate process; compiled programs are cached, because it is started many times."""
-    variables = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    command = [sys.executable, "-c", "import sys; from capsnet_jax.cli.main import main; sys.exit(main())"]
+def start(command: list[str]) -> subprocess.Popen:
+    """Start the command in a separate process, which reads compiled programs of this one, and writes none."""
+    variables = {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
+    variables |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}
+    python = [sys.executable, "-c", "import sys; from capsnet_jax.cli.main import main; sys.exit(main())"]
     return subprocess.Popen(
-        [*command, *arguments(data, run_dir), "--epochs", str(epochs)],
+        [*python, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -53,23 +57,32 @@ def wait_until(process: subprocess.Popen, condition) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize(
-    ("kills", "epochs"),
-    [
-        pytest.param(1, 6, marks=pytest.mark.slow),
-        pytest.param(20, 60, marks=[pytest.mark.slow, pytest.mark.exhaustive]),
-    ],
-)
-def test_killed_and_resumed_is_the_same_to_the_last_bit(kills, epochs, idx_folder, tmp_path, capsys):
-    """Epochs of 5 steps, with a checkpoint after each step."""
-    data, alone, killed, cache = idx_folder, *(tmp_path / name for name in ("alone", "killed", "cache"))
-    assert main([*arguments(data, alone), "--epochs", str(epochs)]) == 0
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_idx_folder(tmp_path_factory.mktemp("data") / "idx", make_small_dataset())
 
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """A run that is not stopped, with a checkpoint after each step."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert main(arguments(data, folder, "--epochs", str(EPOCHS))) == 0
+    return folder
+
+
+def assert_same_runs(one: Path, other: Path) -> None:
+    assert metrics(one) == metrics(other)
+    for name in ("model.safetensors", "best.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def kill_and_resume(kills: int, epochs: int, command: list[str], killed: Path, capsys) -> None:
+    """Kill a run several times, mostly while it saves, and train it to the end in this process."""
     chance = random.Random(kills)
     inside_saves = 0
     for kill in range(kills):
         before = whole_checkpoints(killed)
-        process = start(data, killed, cache, epochs)
+        process = start(command)
         wait_until(process, lambda before=before: whole_checkpoints(killed) not in ([], before))
         time.sleep(chance.uniform(0, 0.2))
         if kill % 2 == 0:
@@ -86,52 +99,57 @@ def test_killed_and_resumed_is_the_same_to_the_last_bit(kills, epochs, idx_folde
 
     capsys.readouterr()
     last = max(whole_checkpoints(killed))
-    assert main([*arguments(data, killed), "--epochs", str(epochs)]) == 0
+    assert main(command) == 0
     assert f"Resuming after step {last} of {5 * epochs}" in capsys.readouterr().out
-    assert (killed / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
-    assert (killed / "best.safetensors").read_bytes() == (alone / "best.safetensors").read_bytes()
-    assert metrics(killed) == metrics(alone)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_the_same_to_the_last_bit(data, alone, tmp_path, capsys):
+    killed = tmp_path / "killed"
+    kill_and_resume(1, EPOCHS, arguments(data, killed, "--epochs", str(EPOCHS)), killed, capsys)
+    assert_same_runs(killed, alone)
     assert whole_checkpoints(killed) == whole_checkpoints(alone)
 
 
-TWO_EPOCHS = ["--epochs", "2", "--save-minutes", "60"]
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_killed_twenty_times_is_the_same_to_the_last_bit(data, tmp_path, capsys):
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    options = ("--epochs", "60", "--routing", "dynamic")
+    assert main(arguments(data, alone, *options)) == 0
+    kill_and_resume(20, 60, arguments(data, killed, *options), killed, capsys)
+    assert_same_runs(killed, alone)
+    assert whole_checkpoints(killed) == whole_checkpoints(alone)
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A run of two epochs of five steps that is not stopped, and the folder of its data."""
-    here = tmp_path_factory.mktemp("alone")
-    data = write_idx_folder(here / "idx", make_small_dataset())
-    assert main([*arguments(data, here / "run"), *TWO_EPOCHS]) == 0
-    return here / "run", data
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_to_stop_saves_and_prints_how_to_resume(number, status, alone, tmp_path, monkeypatch, capsys):
-    """Training sends the signal to itself, at a step that would otherwise have no checkpoint."""
-    before = signal.getsignal(number)
-    uninterrupted, data = alone
-    write = MetricsLog.write
-
-    def signalling(self, progress, seed):
-        if progress.step == 7:
-            os.kill(os.getpid(), number)
-        return write(self, progress, seed)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "write", signalling)
-        assert main([*arguments(data, tmp_path / "stopped"), *TWO_EPOCHS]) == status
-    expected = (
-        f"Stopped by {number.name} after step 7. To continue: capsnet train --resume --run-dir {tmp_path}/stopped"
+def test_a_signal_to_stop_saves_and_prints_how_to_resume(data, alone, tmp_path, monkeypatch, capsys):
+    """Training sends itself one signal and, resumed, another one, at steps that would otherwise have no checkpoint."""
+    stopped, write = tmp_path / "stopped", MetricsLog.write
+    resume = ["train", "--resume", "--run-dir", str(stopped)]
+    commands = (
+        (signal.SIGTERM, 143, 7, arguments(data, stopped, "--epochs", str(EPOCHS), "--save-minutes", "60")),
+        (signal.SIGINT, 130, 13, resume),
     )
-    assert expected in capsys.readouterr().err
-    assert whole_checkpoints(tmp_path / "stopped")[-1] == 7
-    assert main(["train", "--resume", "--run-dir", str(tmp_path / "stopped")]) == 0
-    assert "Resuming after step 7 of 10" in capsys.readouterr().out
-    assert metrics(tmp_path / "stopped") == metrics(uninterrupted)
-    weights = [(folder / "model.safetensors").read_bytes() for folder in (uninterrupted, tmp_path / "stopped")]
-    assert weights[0] == weights[1]
-    assert signal.getsignal(number) == before
+    for number, status, step, command in commands:
+        before = signal.getsignal(number)
+
+        def signalling(self, progress, seed, *, number=number, step=step):
+            if progress.step == step:
+                os.kill(os.getpid(), number)
+            return write(self, progress, seed)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MetricsLog, "write", signalling)
+            assert main(command) == status
+        expected = (
+            f"Stopped by {number.name} after step {step}. To continue: capsnet train --resume --run-dir {stopped}"
+        )
+        assert expected in capsys.readouterr().err
+        assert whole_checkpoints(stopped)[-1] == step
+        assert signal.getsignal(number) == before
+    assert main(resume) == 0
+    assert "Resuming after step 13 of 30" in capsys.readouterr().out
+    assert_same_runs(stopped, alone)
 
 
 def test_resuming_a_finished_run_prints_its_result_again(tiny_run, tmp_path, capsys):
