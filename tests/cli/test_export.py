@@ -2,11 +2,11 @@
 
 import re
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-import tyro
 from flax import nnx
 from jax.export import deserialize
 
@@ -21,6 +21,7 @@ from capsnet_jax.runs.folder import BEST, WEIGHTS, Run
 from tests.cli.exports import BATCH_SIZES, CASES, new_images, new_model, responses
 from tests.conftest import IMAGE_SHAPE, SMALL
 from tests.processes import run_without
+from tests.tiny_run import printed
 
 TOLERANCE = 2e-6  # of the largest value; measured: 1.3e-6
 
@@ -36,7 +37,12 @@ def assert_close(actual, expected):
 
 @pytest.fixture
 def run_dir(tmp_path):
-    run = Run(tmp_path / "run", Config(ModelConfig(IMAGE_SHAPE, 10, **SMALL)), tuple("abcdefghij"))
+    return write_run(tmp_path / "run")
+
+
+def write_run(folder: Path) -> Path:
+    """Write a run without metrics, whose best weights are not the last ones."""
+    run = Run(folder, Config(ModelConfig(IMAGE_SHAPE, 10, **SMALL)), tuple("abcdefghij"))
     run.write_config()
     for name, seed in ((WEIGHTS, 0), (BEST, 1)):
         save_weights(run.folder / name, new_model(seed, **SMALL))
@@ -84,41 +90,60 @@ def test_products_are_exact_on_every_platform_and_no_folder_is_named():
         assert folder.encode() not in program
 
 
-def test_a_file_runs_where_there_is_only_jax(run_dir, tmp_path):
-    Export(run_dir).run()
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A run, the file of its best weights in another folder, and the lines that the command printed."""
+    here = tmp_path_factory.mktemp("exported")
+    run, best = write_run(here / "run"), here / "best.stablehlo"
+    lines = [printed("export", str(run)), printed("export", str(run), "--best", "--output", str(best))]
+    return run, best, lines
+
+
+@pytest.fixture(scope="module")
+def of_the_model():
+    """A function of the seed of a small model, that returns what a file of it should return for three images."""
+    compiled = jax.jit(lambda state, images: nnx.merge(graphdef, state).encode(images))
+    decode = jax.jit(lambda state, *capsules: nnx.merge(graphdef, state).decode(*capsules))
+    graphdef, _ = nnx.split(new_model(0, **SMALL))
+
+    def outputs(seed: int) -> dict[str, np.ndarray]:
+        state = nnx.state(new_model(seed, **SMALL))
+        poses, activations = jax.device_get(compiled(state, new_images(3)))
+        reconstructions = jax.device_get(decode(state, poses, activations.argmax(axis=1)))
+        return {"poses": poses, "activations": activations, "reconstructions": reconstructions}
+
+    return outputs
+
+
+def test_a_file_runs_where_there_is_only_jax(exported, of_the_model, tmp_path):
     np.save(tmp_path / "images.npy", new_images(3))
     program = f"""
 import jax.export, numpy, pathlib
-program = jax.export.deserialize(pathlib.Path({str(run_dir / "model.stablehlo")!r}).read_bytes())
+program = jax.export.deserialize(pathlib.Path({str(exported[0] / "model.stablehlo")!r}).read_bytes())
 numpy.savez({str(tmp_path / "out.npz")!r}, **program.call(numpy.load({str(tmp_path / "images.npy")!r})))"""
     result = run_without(["capsnet_jax", "flax", "torch", "capsnet_torch", "einops"], program)
     assert result.returncode == 0, result.stderr
     with np.load(tmp_path / "out.npz") as outputs:
-        assert_close(outputs, responses(new_model(0, **SMALL), new_images(3)))
+        assert_close(outputs, of_the_model(0))
 
 
-def test_the_command_prints_file_size_and_error(run_dir, tmp_path, capsys):
-    tyro.cli(Export, args=[str(run_dir)]).run()
-    path = run_dir / "model.stablehlo"
-    line = capsys.readouterr().out
+def test_the_command_prints_file_size_and_error(exported, of_the_model):
+    """Of the last or of the best weights. The file of the last weights is compared with the model above."""
+    run, best, ((line,), (line_of_best,)) = exported
+    path = run / "model.stablehlo"
     assert line.startswith(f"{path}: {path.stat().st_size / 1e6:.1f} MB, differs from the model by ")
     assert float(line.partition(" by ")[2].split()[0]) < TOLERANCE
-    assert line.count("\n") == 1
-
-    best = tmp_path / "best.stablehlo"
-    tyro.cli(Export, args=[str(run_dir), "--best", "--output", str(best)]).run()
-    assert capsys.readouterr().out.startswith(f"{best}: ")
-    for file, seed in ((path, 0), (best, 1)):
-        outputs = deserialize(bytearray(file.read_bytes())).call(new_images(3))
-        assert_close(outputs, responses(new_model(seed, **SMALL), new_images(3)))
-    assert not list(tmp_path.rglob("*.partial"))
+    assert line_of_best.startswith(f"{best}: ")
+    assert_close(deserialize(bytearray(best.read_bytes())).call(new_images(3)), of_the_model(1))
+    assert not list(best.parent.rglob("*.partial"))
 
 
 def test_a_file_that_differs_is_not_kept(run_dir, monkeypatch):
     """The file of a model in which the weights of one pixel are slightly wrong."""
     wrong = new_model(0, **SMALL)
     wrong.decoder.to_pixels[...] = wrong.decoder.to_pixels[...].at[:, 2, 3, 0].add(0.01)
-    monkeypatch.setattr(capsnet_jax.cli.export, "to_stablehlo", lambda model: to_stablehlo(wrong))
+    program = to_stablehlo(wrong)
+    monkeypatch.setattr(capsnet_jax.cli.export, "to_stablehlo", lambda model: program)
     path = run_dir / "model.stablehlo"
     message = r"model.stablehlo was not kept, as it differs from the model by \d.* expected 1e-05 at most\.$"
     with pytest.raises(UsageError, match=message):
