@@ -49,7 +49,7 @@ def saved(tmp_path_factory):
     """A folder with checkpoints of steps 1 and 2; the trainer; and the two snapshots."""
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
     trainer = Trainer(
-        lambda seed: CapsNet(IMAGE_SHAPE, 10, **SMALL, batch_norm=True, rngs=nnx.Rngs(seed)),
+        lambda seed: CapsNet(IMAGE_SHAPE, 10, **SMALL, routing="uniform", batch_norm=True, rngs=nnx.Rngs(seed)),
         make_small_dataset(),
         CONFIG,
     )
