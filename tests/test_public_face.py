@@ -26,8 +26,8 @@ CONSTANTS = ("PRESETS", "ROUTINGS")  # dictionaries, which the docstring of the 
 
 
 def example_of(name: str) -> doctest.DocTest:
-    """The example in the docstring of a public name."""
-    text = capsnet_jax.__doc__ if name in CONSTANTS else inspect.getdoc(getattr(capsnet_jax, name))
+    """The example in the docstring of the package or of a public name."""
+    text = inspect.getdoc(capsnet_jax if name == "capsnet_jax" else getattr(capsnet_jax, name))
     return doctest.DocTestParser().get_doctest(text or "", {}, name, None, None)
 
 
@@ -37,10 +37,14 @@ def test_the_public_names():
     assert capsnet_jax.__version__[0].isdecimal()
 
 
-@pytest.mark.parametrize("name", ["capsnet_jax", *PUBLIC])
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_the_example_of_the_package_uses_the_constants(name):
+    assert any(name in part.source and part.want for part in example_of("capsnet_jax").examples)
+
+
+@pytest.mark.parametrize("name", ["capsnet_jax", *(name for name in PUBLIC if name not in CONSTANTS)])
 def test_a_public_name_has_an_example_that_runs(name):
-    example = example_of("PRESETS" if name == "capsnet_jax" else name)
-    assert name not in CONSTANTS or name in example.docstring
+    example = example_of(name)
     assert any(part.want for part in example.examples), f"the example of {name} shows no result"
     report = io.StringIO()
     results = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=report.write)
@@ -66,10 +70,13 @@ def expected_activations() -> np.ndarray:
     return np.loadtxt(WRITTEN / "activations.txt")
 
 
+activations_of = nnx.jit(lambda model, images: model(images).activations)
+
+
 @pytest.mark.parametrize("folder", ["run", "exported"])
 def test_models_saved_by_0_1_0_are_loaded(folder):
     model = capsnet_jax.load(WRITTEN / folder)
-    np.testing.assert_allclose(model(images()).activations, expected_activations(), rtol=1e-5)
+    np.testing.assert_allclose(activations_of(model, images()), expected_activations(), rtol=1e-5)
     assert model.config.image_shape == (8, 8, 1)
 
 
@@ -78,7 +85,7 @@ def test_weights_and_programs_saved_by_0_1_0_are_read(tmp_path):
     shutil.copy(WRITTEN / "run" / "config.json", tmp_path)
     shutil.copy(WRITTEN / "weights.safetensors", tmp_path)
     assert main(["convert", str(tmp_path / "weights.safetensors"), "--to", str(target)]) == 0
-    activations = capsnet_jax.load(target)(images()).activations
+    activations = activations_of(capsnet_jax.load(target), images())
     np.testing.assert_allclose(activations, expected_activations(), rtol=1e-5)
     program = deserialize(bytearray((WRITTEN / "model.stablehlo").read_bytes()))
     np.testing.assert_allclose(program.call(images())["activations"], expected_activations(), rtol=1e-5)
