@@ -3,11 +3,15 @@
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 from tyro.conf import Suppress, arg  # Suppress hides what the command line takes from the data set
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -24,6 +28,11 @@ _TEXT: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
 """Read a routing from the command line as text. Functions are accepted in Python only."""
 
 
+MAX_SIZE = 1_000_000  # of anything: larger ones come from typing errors or damaged files
+MAX_PIXELS = 100_000_000  # values of one image, 400 MB
+MAX_SEED = 2**32 - 1  # JAX makes keys from 32 bits
+
+
 def _check(config: Any, fits: bool, name: str, expected: str) -> None:
     if not fits:
         raise UsageError(f"{name} is {getattr(config, name)}, and must be {expected}.")
@@ -34,10 +43,48 @@ def _check_at_least(config: Any, smallest: int, *names: str) -> None:
         _check(config, getattr(config, name) >= smallest, name, f"at least {smallest}")
 
 
-def _check_choices(config: type, fields: Mapping[str, Any]) -> None:
-    for name, kind in get_type_hints(config).items():
-        if get_origin(kind) is Literal and name in fields and fields[name] not in get_args(kind):
-            raise UsageError(f"{name} is {fields[name]!r}; expected {', '.join(get_args(kind))}.")
+def _check_at_most(config: Any, largest: int, *names: str) -> None:
+    for name in names:
+        _check(config, getattr(config, name) <= largest, name, f"at most {largest}")
+
+
+def _check_types(config: Any) -> None:
+    """Check the type of every field, as the values may come from a file or a user's program."""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _is_of(value, kind):
+            raise UsageError(f"{name} is {value!r}; expected {_describe(kind)}.")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Return whether a value is of an annotated type. Whole numbers count as floats; bools do not count as numbers."""
+    choices = get_args(kind)
+    if get_origin(kind) is UnionType:
+        return any(_is_of(value, choice) for choice in choices)
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in choices
+    if get_origin(kind) is Callable:
+        return callable(value)
+    if get_origin(kind) is tuple:
+        kinds = choices[:1] * len(value) if isinstance(value, tuple) and choices[-1] is ... else choices
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_of, value, kinds))
+    if kind is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+def _describe(kind: Any) -> str:
+    """Describe an annotated type as in JSON, for error messages."""
+    choices = get_args(kind)
+    if get_origin(kind) is UnionType:
+        return " or ".join(map(_describe, choices))
+    if get_origin(kind) is Literal:
+        return ", ".join(choices)
+    if get_origin(kind) is tuple:
+        return f"[{', '.join('...' if choice is ... else _describe(choice) for choice in choices)}]"
+    return {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}.get(kind, "a path")
 
 
 def _as_tuples(value: Any) -> Any:
@@ -120,13 +167,17 @@ class ModelConfig:
     """Recompute votes and routing in the backward pass: less memory, more time."""
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "num_classes", "stem_channels", "stem_kernel", "stem_stride", "primary_groups")
-        _check_at_least(self, 1, "primary_dim", "primary_kernel", "primary_stride", "class_dim", "num_iterations")
+        _check_types(self)
+        sizes = ["num_classes", "stem_channels", "stem_kernel", "stem_stride", "primary_groups", "primary_dim"]
+        sizes += ["primary_kernel", "primary_stride", "class_dim", "num_iterations"]
+        _check_at_least(self, 1, *sizes)
+        _check_at_most(self, MAX_SIZE, *sizes)
         for name in ("image_shape", "stem_below", "conv_capsules", "hidden_capsules", "decoder_hidden"):
-            sizes = getattr(self, name) or ()
-            if any(size < 1 for group in sizes for size in (group if isinstance(group, tuple) else (group,))):
-                raise UsageError(f"{name} is {sizes}, and every size in it must be at least 1.")
-        _check_choices(type(self), vars(self))
+            numbers = np.ravel(getattr(self, name) or ())
+            fits = bool(((numbers >= 1) & (numbers <= MAX_SIZE)).all())
+            _check(self, fits, name, f"of sizes of at least 1 and at most {MAX_SIZE}")
+        pixels = math.prod(self.image_shape)
+        _check(self, pixels <= MAX_PIXELS, "image_shape", f"of at most {MAX_PIXELS} values")
 
     @classmethod
     def of(cls, *sizes: Any, **fields: Any) -> "ModelConfig":
@@ -139,7 +190,6 @@ class ModelConfig:
         Raises:
             UsageError: there is no such field, or a value is wrong.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
         given = dict(zip(("image_shape", "num_classes"), sizes, strict=False))
         if len(sizes) > len(given) or given.keys() & fields.keys():
             raise UsageError(
@@ -147,13 +197,11 @@ class ModelConfig:
                 "and num_classes, each once, and all other fields by name."
             )
         fields |= given
+        known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
                 raise UsageError(f"The model has no field {name!r}; the nearest is {nearest!r}.")
-        _check_choices(cls, fields)
-        if len(fields.get("image_shape", cls.image_shape)) != 3:
-            raise UsageError(f"image_shape is {fields['image_shape']}; expected height, width and number of channels.")
         return cls(**{name: _as_tuples(value) for name, value in fields.items()})
 
     @property
@@ -211,9 +259,13 @@ class DataConfig:
     """Send training images to the device chunk by chunk instead of all at once."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
+        size = self.image_size or (1, 1)
+        _check(self, self.dataset != "", "dataset", "the name or path of a data set")
         _check(self, 0 <= self.validation < 1, "validation", "at least 0 and less than 1")
         _check(self, self.train_limit is None or self.train_limit >= 1, "train_limit", "at least 1")
-        _check(self, self.image_size is None or min(self.image_size) >= 1, "image_size", "at least 1")
+        _check(self, min(size) >= 1, "image_size", "at least 1")
+        _check(self, math.prod(size) <= MAX_PIXELS, "image_size", f"of at most {MAX_PIXELS} pixels")
 
 
 @dataclass(frozen=True)
@@ -274,9 +326,11 @@ class TrainingConfig:
     """Number of latest checkpoints to keep, in addition to the one that is best on validation images."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check_at_least(self, 1, "epochs", "batch_size", "accumulate", "learning_rate_decay_steps", "keep_checkpoints")
         _check_at_least(self, 0, "reconstruction_weight", "steps_per_chunk", "seed", "learning_rate_floor")
         _check_at_least(self, 0, "warmup_steps", "save_minutes")
+        _check_at_most(self, MAX_SEED, "seed")
         floor_fits = self.learning_rate_floor <= self.learning_rate
         divides = self.batch_size % self.accumulate == 0
         _check(self, self.learning_rate > 0, "learning_rate", "more than 0")
@@ -285,7 +339,6 @@ class TrainingConfig:
         _check(self, 0 < self.learning_rate_decay < 1, "learning_rate_decay", "more than 0 and less than 1")
         _check(self, 0 <= self.ema_decay < 1, "ema_decay", "at least 0 and less than 1")
         _check(self, divides, "accumulate", f"a divisor of batch_size, which is {self.batch_size}")
-        _check_choices(type(self), vars(self))
 
 
 @dataclass(frozen=True)
@@ -309,19 +362,24 @@ class Config:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Config":
-        """Create a config from the result of `to_json`.
+        """Create a config from the result of `to_json`; options that are missing have their defaults.
 
         Raises:
-            UsageError: a section or field is missing or unknown.
+            UsageError: a section is missing, or an option is unknown or has a wrong value.
         """
-        try:
-            model, data = dict(fields["model"]), dict(fields["data"])
-            data["data_dir"] = None if data["data_dir"] is None else Path(data["data_dir"])
-            data["image_size"] = data["image_size"] and tuple(data["image_size"])
-            data["augment"] = tuple(data["augment"])
-            return cls(ModelConfig.of(**model), DataConfig(**data), TrainingConfig(**fields["training"]))
-        except (KeyError, TypeError) as error:
-            raise UsageError(f"Not the config of a run: {error}.") from error
+        sections = {}
+        for section, kind in get_type_hints(cls).items():
+            options = fields.get(section)
+            if not isinstance(options, Mapping):
+                raise UsageError(f"{section} is {options!r}; expected options by name.")
+            options = {name: _as_tuples(value) for name, value in options.items()}
+            unknown = options.keys() - {field.name for field in dataclasses.fields(kind)}
+            if unknown:
+                raise UsageError(f"{section} has the unknown option {min(unknown)!r}.")
+            if isinstance(options.get("data_dir"), str):
+                options["data_dir"] = Path(options["data_dir"])
+            sections[section] = kind(**options)
+        return cls(**sections)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -38,7 +38,7 @@ def load_module(spec: str) -> nn.Module:
         if not isinstance(module, nn.Module):
             try:
                 module = module()
-            except Exception as error:  # the user's code may raise anything
+            except (Exception, SystemExit) as error:  # the user's code may raise anything
                 raise UsageError(
                     f"{spec}() raises {in_words(error)}; expected a function without arguments that builds a module."
                 ) from error
@@ -61,7 +61,7 @@ def import_by_name(kind: str, spec: str) -> Any:
         raise UsageError(f"The torch {kind} {spec!r} has no colon; expected package.module:{kind}.")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the user's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
         raise UsageError(f"The torch {kind} {spec!r} cannot be imported: {in_words(error)}.") from error
 
 
@@ -175,7 +175,7 @@ class ForeignModule:
                 hooks.enter_context(self.module.get_submodule(name).register_forward_hook(partial(_record, calls)))
             try:
                 returned = run(self.module, [*inputs.values()], sources)
-            except Exception as error:  # the user's code may raise anything
+            except (Exception, SystemExit) as error:  # the user's code may raise anything
                 shown = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
                 raise UsageError(f"The torch model, called with {shown}, raises {in_words(error)}.") from error
         values = {}

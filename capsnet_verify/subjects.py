@@ -115,7 +115,11 @@ def with_routing(subject: Subject, routing: str) -> Subject:
 
 
 def of_files(
-    paths: Sequence[Path], preset: str | None = None, image_shape: tuple[int, int, int] | None = None
+    paths: Sequence[Path],
+    preset: str | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+    *,
+    trust_code: bool = False,
 ) -> Subject:
     """Make a subject of a run, or of weights in files that `read_state` reads.
 
@@ -123,6 +127,7 @@ def of_files(
         paths: the folder of a run, a file of weights, or the two files of encoder and decoder.
         preset: source of what weights without a config.json do not determine; by default the reference model.
         image_shape: height, width and number of channels, for weights without a decoder and without a config.json.
+        trust_code: whether a routing of another package, named in a config.json, may be imported.
 
     Raises:
         UsageError: they cannot be read, are not the weights of a model, or an option contradicts a config.json.
@@ -133,7 +138,7 @@ def of_files(
     if (folder / CONFIG).exists():
         if preset is not None or image_shape is not None:
             raise UsageError(f"{folder / CONFIG} describes the model; expected neither --preset nor --image-shape.")
-        return Subject(title, read_run(folder), state)
+        return Subject(title, read_run(folder, trust_code=trust_code), state)
     preset = preset or "readable"
     config = get_preset(preset)
     model = infer_architecture(state, config.model, image_shape=image_shape)

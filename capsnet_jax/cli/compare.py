@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from capsnet_jax.cli.train import prepare
-from capsnet_jax.cli.training_options import TrainingOptions, read_defaults
+from capsnet_jax.cli.training_options import TrainingOptions, is_given, read_defaults
 from capsnet_jax.data import configured_dataset, with_absolute_paths
 from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.errors import NonFiniteLossError, StoppedBySignalError, UsageError
@@ -59,7 +59,7 @@ class Compare(TrainingOptions):
 
     @classmethod
     def default(cls, argv: Sequence[str]) -> "Compare":
-        if any(argument.partition("=")[0] == "--routing" for argument in argv):
+        if is_given(argv, "--routing"):
             raise UsageError("compare has no --routing; expected --routings, with all or any number of names.")
         return cls.of_config(read_defaults(argv)[0])
 
@@ -81,7 +81,7 @@ class Compare(TrainingOptions):
         for routing, (_, folders) in trainings.items():
             if routing not in results:
                 folders.check(resume=True)
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False, emoji=False)
         console.print(
             f"{len(routings)} routings from {options.seeds} seeds each: {len(dataset.train_images):,} training and "
             f"{len(dataset.test_images):,} test images of {self.data.dataset}, {self.training.epochs} epochs",

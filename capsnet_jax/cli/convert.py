@@ -41,6 +41,8 @@ class Convert:
     Default: the config.json beside the source, or else readable, the reference model."""
     image_shape: tuple[int, int, int] | None = None
     """Height, width and channels of the images; needed for weights without decoder and config.json."""
+    trust_code: bool = False
+    """Import the routing that the run names, if it is not of this package. That runs code."""
 
     def run(self) -> None:
         check_paths(self.source)
@@ -89,7 +91,7 @@ class Convert:
         """Read the config beside the source, or infer one from weights and a preset, whose name is returned, too."""
         folder = self._folder
         if self.preset is None and (folder == self.source[0] or (folder / CONFIG).exists()):
-            run = read_run(folder)
+            run = read_run(folder, trust_code=self.trust_code)
             if self.image_shape not in (None, run.image_shape):
                 raise UsageError(
                     f"--image-shape is {self.image_shape}, and in {folder / CONFIG} it is {run.image_shape}; "

@@ -36,16 +36,19 @@ class Evaluate:
     """Folder of the data set, if not the one of the run."""
     best: bool = False
     """Evaluate the weights that were best on validation images instead of the last ones."""
+    trust_code: bool = False
+    """Import the routing that the run names, if it is not of this package. That runs code."""
     confusion: Path | None = None
     """File for a picture of the confusion matrix: .png, .pdf or .svg."""
 
     def run(self) -> None:
-        run, model = load_run(self.run_dir, best=self.best)
+        run, model = load_run(self.run_dir, best=self.best, trust_code=self.trust_code)
         data = replace(run.config.data, train_limit=None, validation=0.0)  # only test images are used
         if self.dataset is not None:
             # Only folders of images are resized.
             image_size = data.image_size if Path(self.dataset).expanduser().is_dir() else None
-            data = replace(data, dataset=self.dataset, image_size=image_size)
+            # The run's own data_dir is of its data set; mnist and its kin all have files of the same names.
+            data = replace(data, dataset=self.dataset, image_size=image_size, data_dir=None)
         data = replace(data, data_dir=self.data_dir or data.data_dir)
         dataset = configured_dataset(data).cropped(Augmentation.parse(data.augment).crop)
         if dataset.num_classes != len(run.class_names):

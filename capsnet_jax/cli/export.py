@@ -42,17 +42,23 @@ class Export:
     """stablehlo for jax.export.deserialize; onnx for onnxruntime (pip install 'capsnet-jax[onnx]')."""
     output: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: model.FORMAT in the run folder)")] = None
     """File to write; its name ends in .stablehlo or .onnx."""
+    overwrite: bool = False
+    """Replace the file if it exists."""
     best: bool = False
     """Export the weights that were best on validation images instead of the last ones."""
+    trust_code: bool = False
+    """Import the routing that the run names, if it is not of this package. That runs code."""
 
     def run(self) -> None:
-        run, model = load_run(self.run_dir, best=self.best)
+        run, model = load_run(self.run_dir, best=self.best, trust_code=self.trust_code)
         path = self.output or self.run_dir / f"model.{self.format}"
         if path.is_dir() or not path.parent.is_dir():
             what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
             raise UsageError(f"The output {path} {what}; expected the name of a file.")
         if path.suffix != f".{self.format}":
             raise UsageError(f"The output is {path}; expected a name that ends in .{self.format}.")
+        if path.exists() and not self.overwrite:
+            raise UsageError(f"The output {path} exists already; expected a new name, or --overwrite.")
         unchecked = path.with_name(f"{path.name}.partial")
         try:
             if self.format == "onnx":

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import io
 import logging
+import os
 import re
 import shutil
 import sys
@@ -39,22 +40,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 for success; 1 if the loss is not finite, memory is exhausted or a check failed; 2 if an
-        argument or a file is wrong; 130 or 143 if stopped by Ctrl-C or SIGTERM.
+        argument or a file is wrong; 129, 130 or 143 if stopped by SIGHUP, Ctrl-C or SIGTERM; 141 if the reader of the
+        output has ended, such as `head`.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes that the locale cannot express
+    try:
+        status = run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except OSError as error:
+        # Python writes the rest of the output when it exits, which would fail again.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 128 + 13  # SIGPIPE
+        place = "the output" if error.filename is None else error.filename
+        return _fail(2, f"Cannot read or write {place}: {error.strerror}.")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a command, and report errors; returns the exit status.
+
+    Raises:
+        OSError: a file or the output cannot be read or written.
+    """
     if argv[:1] in ([], ["-h"], ["--help"]):
         print(describe_commands())
         return 0
     if argv[0] == "--version":
         print(f"capsnet-jax {__version__}")
         return 0
-    sys.path.insert(0, "")  # find routings in the working directory, as `python` does
+    sys.path.append("")  # find the user's routings in the working directory; nothing there replaces a package
     try:
         command = parse(argv)
         # Orbax logs errors with a stack trace before raising them; they are reported below in one sentence.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         return 0 if command is None else command.run() or 0
-    except (UsageError, OSError) as error:
+    except UsageError as error:
         return _fail(2, error)
     except NonFiniteLossError as error:
         return _fail(1, error, *_notes(error))

@@ -34,11 +34,13 @@ class Predict:
     They are resized or cropped only if the run did that (--image-size, --augment crop=SIDE)."""
     best: bool = False
     """Use the weights that were best on validation images instead of the last ones."""
+    trust_code: bool = False
+    """Import the routing that the run names, if it is not of this package. That runs code."""
 
     def run(self) -> None:
         if not self.images:
             raise UsageError("There are no images to predict; expected one file or more after the run folder.")
-        run, model = load_run(self.run_dir, best=self.best)
+        run, model = load_run(self.run_dir, best=self.best, trust_code=self.trust_code)
         images = np.stack([read_image(path, run) for path in self.images])
         for path, activations in zip(self.images, predict(model, images).activations, strict=True):
             print(f"{path}: {describe(activations, run.class_names, run.labels_per_image)}")

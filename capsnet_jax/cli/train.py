@@ -16,7 +16,7 @@ from jaxtyping import Int
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from capsnet_jax.cli.training_options import TrainingOptions, read_defaults
+from capsnet_jax.cli.training_options import TrainingOptions, is_given, read_defaults
 from capsnet_jax.data import Dataset, configured_dataset, with_absolute_paths
 from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.errors import NonFiniteLossError, StoppedBySignalError, UsageError
@@ -79,7 +79,8 @@ class Train(TrainingOptions):
             UsageError: there is no such preset, or the run cannot be read.
         """
         config, resumed = read_defaults(argv)
-        saved = None if resumed is None else saved_options(resumed)
+        trust_code = is_given(argv, "--routing")  # then only the routing that is given can be imported
+        saved = None if resumed is None else saved_options(resumed, trust_code=trust_code)
         if saved is None:
             return cls.of_config(config)
         return cls.of_config(saved[0], folder=RunOptions(seeds=saved[1]))
@@ -100,7 +101,7 @@ class Train(TrainingOptions):
         with failing_together():
             if jax.process_index() == 0:
                 folders.create()
-        console = Console(highlight=False, quiet=jax.process_index() > 0)
+        console = Console(highlight=False, markup=False, emoji=False, quiet=jax.process_index() > 0)
         console.print(describe(trainer, dataset), f"Run folder: {folder}", sep="\n", soft_wrap=True)
         for layer, choice in trainer.implementations().items():
             console.print(f"{layer}: {choice}", soft_wrap=True)
@@ -119,7 +120,9 @@ class Train(TrainingOptions):
             error.add_note("The run folder keeps what was saved before.")
             raise
         except (StoppedBySignalError, KeyboardInterrupt) as error:
-            error.add_note(f"To continue: capsnet train --resume --run-dir {shlex.quote(str(folder))}")
+            named = str(config.model.routing)  # it must be given again if it is not of this package
+            routing = f" --routing {shlex.quote(named)}" if ":" in named else ""
+            error.add_note(f"To continue: capsnet train --resume --run-dir {shlex.quote(str(folder))}{routing}")
             raise
         if not console.quiet:
             print(lines_of_seeds(folders.seeds, tests) if options.seeds > 1 else final_line(tests[0]))

@@ -82,6 +82,11 @@ def _table(name: str, about: str, rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
+def is_given(argv: Sequence[str], option: str) -> bool:
+    """Return whether an option is among the arguments of a command."""
+    return any(_with_hyphens(argument).partition("=")[0] == option for argument in argv)
+
+
 def _with_hyphens(argument: str) -> str:
     """Replace underscores in the name of an option, as tyro does."""
     name, equals, value = argument.partition("=")

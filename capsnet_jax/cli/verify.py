@@ -68,6 +68,8 @@ class Verify:
     training steps use the batch with the most fast implementations."""
     seed: int = 0
     """Seed of weights and images."""
+    trust_code: bool = False
+    """Import the routing that a run names, if it is not of this package. That runs code."""
     json: Path | None = None
     """File to write all checks to."""
     self_test: bool = False
@@ -184,9 +186,9 @@ class Verify:
         found += subjects.of_every_routing() if self.all_routings else []
         if self.torch_model is not None and self.model and self.model[0].is_dir():
             # Weights of the run, if there are any, would not be used.
-            found = [subjects.Subject(str(self.model[0]), read_run(self.model[0]))]
+            found = [subjects.Subject(str(self.model[0]), read_run(self.model[0], trust_code=self.trust_code))]
         elif self.model:
-            found = [subjects.of_files(self.model, self.preset, self.image_shape)]
+            found = [subjects.of_files(self.model, self.preset, self.image_shape, trust_code=self.trust_code)]
         elif self.random_model is not None:
             found = [random_subject(self.random_model)]
         elif self.preset is not None:

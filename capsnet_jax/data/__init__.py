@@ -59,8 +59,11 @@ def load_dataset(name: str, data_dir: Path | None = None, *, image_size: tuple[i
         ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9')
     """
     if data_dir is not None and not data_dir.is_dir():
-        raise UsageError(f"The data folder {data_dir} {'is a file' if data_dir.exists() else 'does not exist'}.")
+        what = "is a file" if data_dir.exists() else "does not exist"
+        raise UsageError(f"The data folder {data_dir} {what}; expected the folder of the data set's files.")
     path = _existing_path(name)
+    if data_dir is not None and (path is not None or name == "digits"):
+        raise UsageError(f"data_dir is {data_dir}, but {name} is not read from it; expected no data_dir.")
     if path is not None and path.is_dir():
         from capsnet_jax.data.folder import load_image_folder  # Pillow is needed for this only
 

@@ -12,6 +12,7 @@ from capsnet_jax.errors import UsageError
 
 IDX_DATASETS = ("mnist", "fashion_mnist", "kmnist")
 NUM_CLASSES = 10
+MAX_BYTES = 10_000_000_000  # of one file; the largest that are published have half a gigabyte
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
@@ -53,22 +54,29 @@ def read_idx(path: Path, *, ndim: int) -> UInt8[np.ndarray, "..."]:
     Raises:
         UsageError: the file is damaged, truncated, longer than its header says, or of another kind.
     """
+    magic = bytes((0, 0, 8, ndim))
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(4 + 4 * ndim)
+            if header[:4] != magic:
+                begin = f"begins with {header[:4].hex()}" if header else "is empty"
+                raise UsageError(f"{path} {begin}; expected {magic.hex()}, unsigned bytes in {ndim} axes.")
+            if len(header) < 4 + 4 * ndim:
+                raise UsageError(f"{path} ends in its header, after {len(header)} bytes; expected {4 + 4 * ndim}.")
+            shape = tuple(int.from_bytes(header[start : start + 4], "big") for start in range(4, len(header), 4))
+            size = math.prod(shape)
+            # No more than the header says, because a small compressed file can hold gigabytes.
+            values = file.read(size + 1) if size <= MAX_BYTES else b""
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UsageError(f"{path} is truncated or not a gzip file: {error}.") from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
-    magic = bytes((0, 0, 8, ndim))
-    if content[:4] != magic:
-        raise UsageError(
-            f"{path} begins with {content[:4].hex()}; expected {magic.hex()}, unsigned bytes in {ndim} axes."
-        )
-    header = 4 + 4 * ndim
-    shape = tuple(int.from_bytes(content[start : start + 4], "big") for start in range(4, header, 4))
-    if len(content) != header + math.prod(shape):
-        raise UsageError(f"{path} has {len(content)} bytes; its header says {header + math.prod(shape)}, for {shape}.")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    if size > MAX_BYTES:
+        raise UsageError(f"{path} has {size:,} values by its header, for {shape}; expected at most {MAX_BYTES:,}.")
+    if len(values) != size:
+        count = f"more than {size}" if len(values) > size else len(values)
+        raise UsageError(f"{path} has {count} values; its header says {size}, for {shape}.")
+    return np.frombuffer(values, np.uint8).reshape(shape)
 
 
 def _path(folder: Path, name: str) -> Path:

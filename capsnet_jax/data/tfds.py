@@ -43,7 +43,8 @@ def load_tfds(name: str, data_dir: Path | None) -> Dataset:
     if not builder.is_prepared():
         if importlib.util.find_spec("tensorflow") is None:
             raise UsageError(
-                f"Data set {name!r} is not prepared in {builder.data_dir}, and preparing it needs TensorFlow: {EXTRA}."
+                f"Data set {name!r} is not prepared in {builder.data_dir}, and preparing it needs TensorFlow: {EXTRA}; "
+                "or give mnist, fashion_mnist or kmnist a --data-dir with its four idx files."
             )
         builder.download_and_prepare(file_format="array_record")
     for split in ("train", "test"):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib import rc_context
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -28,6 +29,7 @@ class Curves(NamedTuple):
     test_errors: Float[np.ndarray, "epochs 2"]
 
 
+@rc_context({"text.parse_math": False})  # the names of runs and classes are no formulas
 def learning_curves_figure(runs: Mapping[str, Curves]) -> Figure:
     """Plot training losses of runs over steps and, in a second panel, validation and test errors over epochs.
 
@@ -62,6 +64,7 @@ def learning_curves_figure(runs: Mapping[str, Curves]) -> Figure:
     return figure
 
 
+@rc_context({"text.parse_math": False})  # the names of runs and classes are no formulas
 def comparison_figure(
     errors: Mapping[str, Float[np.ndarray, "seeds epochs"]], failures: Mapping[str, str] | None = None
 ) -> Figure:

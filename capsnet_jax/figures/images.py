@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
+from matplotlib import rc_context
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
@@ -34,6 +35,7 @@ def reconstructions_figure(
     return figure
 
 
+@rc_context({"text.parse_math": False})  # the names of runs and classes are no formulas
 def confusion_figure(confusion: Int[np.ndarray, "o o"], class_names: Sequence[str]) -> Figure:
     """Draw a confusion matrix; each cell is coloured by its fraction of the images of the true class.
 

@@ -108,7 +108,7 @@ class Routing:
             routed = self.function(votes, activations, **(dict(self.options) | given))
         except (UsageError, jax.errors.JaxRuntimeError, Warning):
             raise  # already explained, an error of the device such as out of memory, or a warning turned into an error
-        except Exception as error:  # the user's function may raise anything
+        except (Exception, SystemExit) as error:  # the user's function may raise anything
             place = _place(self.function, error)
             raise UsageError(f"Routing {self.name} raises {in_words(error)}{place}.") from error
         if not isinstance(routed, Routed):
@@ -194,7 +194,7 @@ def _find(name: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except UsageError:  # raised by `learns`
         raise
-    except Exception as error:  # importing the user's module may raise anything
+    except (Exception, SystemExit) as error:  # importing the user's module may raise anything
         raise UsageError(f"Routing {name!r} cannot be imported: {in_words(error)}.") from error
 
 
@@ -248,7 +248,7 @@ def _parameters(function: Callable[..., Routed]) -> dict[str, inspect.Parameter]
     return {parameter.name: parameter for parameter in others if parameter.kind not in kinds}
 
 
-def _place(function: Callable[..., Routed], error: Exception) -> str:
+def _place(function: Callable[..., Routed], error: BaseException) -> str:
     """Find the last line of the function's file in the traceback of an error, as " (file, line n)"; empty if none."""
     function = inspect.unwrap(function)
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)

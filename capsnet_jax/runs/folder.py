@@ -1,12 +1,15 @@
 """Folders of runs: config, metrics, checkpoints, weights and picture of a run, and several seeds in one folder."""
 
 import json
+import math
+import operator
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
 from safetensors import SafetensorError
 
@@ -17,6 +20,7 @@ from capsnet_jax.files import replace_file
 from capsnet_jax.interchange.state_files import CONFIG, WEIGHTS
 from capsnet_jax.interchange.weights import load_weights, save_weights
 from capsnet_jax.nn.model import CapsNet
+from capsnet_jax.train.memory import available_memory
 
 SEEDS = "seeds.json"  # in the folder of several runs: their seeds, and how many of them train side by side
 BEST, CHECKPOINTS, PICTURE = "best.safetensors", "checkpoints", "reconstructions.png"
@@ -61,10 +65,22 @@ class Run(NamedTuple):
         """Create the model with the initial weights of a seed, by default the seed of the config.
 
         Raises:
-            UsageError: the images are too small for the model, or its routing is unknown.
+            UsageError: the images are too small for the model, its routing is unknown, or its weights do not fit into
+                memory.
         """
-        rngs = nnx.Rngs(self.config.training.seed if seed is None else seed)
-        return CapsNet.from_config(self.config.model, rngs=rngs)
+
+        def create() -> CapsNet:
+            rngs = nnx.Rngs(self.config.training.seed if seed is None else seed)
+            return CapsNet.from_config(self.config.model, rngs=rngs)
+
+        weights = jax.tree.leaves(nnx.state(nnx.eval_shape(create), nnx.Param))
+        needed, available = sum(4 * math.prod(weight.shape) for weight in weights), available_memory()
+        if needed > available:  # of a damaged file, for example; to allocate them could kill the process
+            raise UsageError(
+                f"The weights of this model take {needed / 1e9:,.0f} GB, and the device has {available / 1e9:,.0f} GB; "
+                "expected smaller sizes."
+            )
+        return create()
 
     def fields(self) -> dict[str, Any]:
         """Return the content of `config.json`."""
@@ -88,14 +104,22 @@ class Run(NamedTuple):
         """Check that the folder has no run yet or, if it may be resumed, has this one.
 
         Raises:
-            UsageError: the folder has another run, cannot be read, or is a file.
+            UsageError: the folder has another run, cannot be read, is a file, or its name is not text.
         """
+        try:
+            str(self.folder.absolute()).encode()
+        except UnicodeEncodeError as error:  # Orbax could not write the checkpoints
+            raise UsageError(
+                f"The run folder {str(self.folder.absolute())!a} has a name that is not text in this locale; "
+                "expected ASCII letters, or a UTF-8 locale, such as LC_ALL=C.UTF-8."
+            ) from error
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"The run folder {self.folder} is a file; give another name.")
         if (self.folder / CONFIG).exists():
             if not resume:
                 raise UsageError(f"The run folder {self.folder} already holds a run; give a new one, or --resume.")
-            changes = differences(read_run(self.folder).depends_on(), self.depends_on())
+            before = read_run(self.folder, trust_code=True)  # its routing is compared, and not imported
+            changes = differences(before.depends_on(), self.depends_on())
             if changes:
                 raise UsageError(
                     f"The run in {self.folder} cannot be resumed, as {'; '.join(changes)}; expected the options of "
@@ -137,13 +161,14 @@ class SeedFolders:
         seeds: seeds of the runs.
 
     Attributes:
+        folder: folder of all runs.
         seeds: seeds of the runs.
         at_once: number of seeds that train side by side; 0 if not known yet. Fixed once the runs have started, because
             these seeds share their checkpoints.
     """
 
     def __init__(self, run: Run, seeds: Sequence[int]):
-        self._run, self.seeds = run, list(seeds)
+        self._run, self.folder, self.seeds = run, run.folder, list(seeds)
         self.at_once = 1 if len(self.seeds) == 1 else 0
 
     def run(self, seed: int) -> Run:
@@ -151,16 +176,16 @@ class SeedFolders:
         if len(self.seeds) == 1:
             return self._run
         config = replace(self._run.config, training=replace(self._run.config.training, seed=seed))
-        return self._run._replace(folder=self._run.folder / folder_of_seed(seed), config=config)
+        return self._run._replace(folder=self.folder / folder_of_seed(seed), config=config)
 
     def checkpoints(self, seeds: Sequence[int]) -> Path:
         """Return the folder of the checkpoints of seeds that train side by side."""
-        folder = self._run.folder / CHECKPOINTS
+        folder = self.folder / CHECKPOINTS
         return folder if len(self.seeds) == 1 else folder / f"seeds-{seeds[0]}-{seeds[-1]}"
 
     def delete_checkpoints(self) -> None:
         """Delete the checkpoints of runs that have finished. Weights, configs and metrics stay."""
-        shutil.rmtree(self._run.folder / CHECKPOINTS, ignore_errors=True)
+        shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
 
     def check(self, *, resume: bool) -> None:
         """Check that the folder has no runs yet or, if they may be resumed, has these.
@@ -168,7 +193,7 @@ class SeedFolders:
         Raises:
             UsageError: it has other runs, or cannot be read.
         """
-        folder = self._run.folder
+        folder = self.folder
         parent = read_seeds(folder.parent)
         if parent is not None and folder.name in map(folder_of_seed, parent[0]):
             raise UsageError(f"{folder} is one of the runs in {folder.parent}; expected that as --run-dir.")
@@ -206,50 +231,79 @@ class SeedFolders:
         """
         self.at_once = at_once
         if len(self.seeds) > 1:
-            path = self._run.folder / SEEDS
+            path = self.folder / SEEDS
             try:
-                self._run.folder.mkdir(parents=True, exist_ok=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
                 replace_file(path, json.dumps({"seeds": self.seeds, "at_once": at_once}) + "\n")
             except OSError as error:
                 raise UsageError(f"{path} cannot be written: {error.strerror}.") from error
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, *, trust_code: bool = False) -> Run:
     """Read a run from its folder, without weights.
 
+    Args:
+        folder: folder of the run.
+        trust_code: whether the config may name a routing of another package, `package.module:function`. Creating the
+            model imports that module, which runs its code.
+
     Raises:
-        UsageError: the folder is not a run folder.
+        UsageError: the folder is not a run folder, its config has a wrong value, or its routing is not to be trusted.
     """
+    path = folder / CONFIG
     try:
-        fields = json.loads((folder / CONFIG).read_text())
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         parts = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
         hint = f"its folder {parts[0]} does" if parts else "expected the --run-dir of a training"
         missing = f"it has no {CONFIG}" if folder.exists() else "it does not exist"
         raise UsageError(f"{folder} is not the folder of a run: {missing}; {hint}.") from error
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder / CONFIG} cannot be read: {error}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read: {error}.") from error
     try:
-        class_names = tuple(fields.pop("class_names"))
-        known = fields.pop("labels_per_image"), fields.pop("data_checksum")
-        if "image_shape" in fields:  # where 0.1.0 wrote it
-            fields["model"] |= {"image_shape": fields.pop("image_shape"), "num_classes": len(class_names)}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder / CONFIG} is not the config of a run: {error!r}.") from error
-    return Run(folder, Config.from_json(fields), class_names, *known)
+        return _run_of_fields(folder, fields, trust_code=trust_code)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
 
 
-def load_run(folder: Path, *, best: bool = False) -> tuple[Run, CapsNet]:
+def _run_of_fields(folder: Path, fields: Any, *, trust_code: bool) -> Run:
+    if not isinstance(fields, dict):
+        raise UsageError(f"It holds {type(fields).__name__}; expected the options of a run, by section.")
+    names, labels_per_image = fields.get("class_names"), fields.get("labels_per_image", 1)
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.isprintable() for name in names):
+        raise UsageError(f"class_names is {names!r}; expected a list of printable names.")
+    if "image_shape" in fields:  # where 0.1.0 wrote it
+        fields["model"] = {"image_shape": fields["image_shape"], "num_classes": len(names)} | fields["model"]
+    config = Config.from_json(fields)
+    if len(names) != config.model.num_classes:
+        raise UsageError(f"class_names has {len(names)} names; expected {config.model.num_classes}, as num_classes is.")
+    if type(labels_per_image) is not int or not 1 <= labels_per_image <= len(names):
+        raise UsageError(f"labels_per_image is {labels_per_image!r}; expected a whole number from 1 to {len(names)}.")
+    checksum = fields.get("data_checksum", 0)
+    if type(checksum) is not int:
+        raise UsageError(f"data_checksum is {checksum!r}; expected a whole number.")
+    routing, _, _ = str(config.model.routing).partition(",")
+    module, colon, _ = routing.partition(":")
+    if colon and not trust_code:
+        raise UsageError(
+            f"Its routing {routing} would import the module {module}, which runs the code in it; if you trust that, "
+            "add --trust-code (trust_code=True in Python, and --routing with this name to resume a training)."
+        )
+    return Run(folder, config, tuple(names), labels_per_image, checksum)
+
+
+def load_run(folder: Path, *, best: bool = False, trust_code: bool = False) -> tuple[Run, CapsNet]:
     """Load a run and its trained model.
 
     Args:
         folder: folder of the run.
         best: whether to load the weights that were best on validation images instead of the last ones.
+        trust_code: whether the module of a routing of another package may be imported.
 
     Raises:
-        UsageError: the folder is not a run folder, or has no such weights.
+        UsageError: the folder is not a run folder, its routing is not to be trusted, or it has no such weights.
     """
-    run = read_run(folder)
+    run = read_run(folder, trust_code=trust_code)
     model = run.new_model()
     path = folder / (BEST if best else WEIGHTS)
     if not path.exists():
@@ -260,18 +314,20 @@ def load_run(folder: Path, *, best: bool = False) -> tuple[Run, CapsNet]:
     return run, model
 
 
-def load(path: str | Path, *, best: bool = False) -> CapsNet:
+def load(path: str | Path, *, best: bool = False, trust_code: bool = False) -> CapsNet:
     """Load a trained model.
 
     Args:
         path: a run folder, or a folder that `capsnet convert` wrote.
         best: whether to load the weights that were best on validation images instead of the last ones.
+        trust_code: whether a routing of another package, named in the folder's config, may be imported. That runs its
+            code, so allow it only for folders and modules that you trust. Without it, a folder only holds numbers.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        UsageError: there is no such folder, or it has no config or no weights.
+        UsageError: there is no such folder, it has no config or no weights, or its routing is not to be trusted.
 
     Examples:
         >>> import pathlib, tempfile
@@ -296,7 +352,7 @@ model, with config.json and model.safetensors in it.
             f"{folder} {'is a file' if folder.exists() else 'does not exist'}; expected the folder of a run or of a "
             f"converted model, with {CONFIG} and {BEST if best else WEIGHTS} in it."
         )
-    return load_run(folder, best=best)[1]
+    return load_run(folder, best=best, trust_code=trust_code)[1]
 
 
 def folder_of_seed(seed: int) -> str:
@@ -313,20 +369,23 @@ def read_seeds(folder: Path) -> tuple[list[int], int] | None:
     if not path.exists():
         return None
     try:
-        fields = json.loads(path.read_text())
-        return list(fields["seeds"]), int(fields["at_once"])
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        seeds, at_once = [operator.index(seed) for seed in fields["seeds"]], operator.index(fields["at_once"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} cannot be read: {error!r}.") from error
+    if not seeds or min(seeds) < 0:
+        raise UsageError(f"{path} has the seeds {seeds}; expected at least one, and none below 0.")
+    return seeds, at_once
 
 
-def saved_options(folder: Path) -> tuple[Config, int] | None:
+def saved_options(folder: Path, *, trust_code: bool = False) -> tuple[Config, int] | None:
     """Read config and number of seeds of the run or runs in a folder; None if there are none.
 
     Raises:
-        UsageError: they cannot be read.
+        UsageError: they cannot be read, or their routing is not to be trusted.
     """
     before = read_seeds(folder)
     if before is not None:
         seeds, _ = before
-        return read_run(folder / folder_of_seed(seeds[0])).config, len(seeds)
-    return (read_run(folder).config, 1) if (folder / CONFIG).exists() else None
+        return read_run(folder / folder_of_seed(seeds[0]), trust_code=trust_code).config, len(seeds)
+    return (read_run(folder, trust_code=trust_code).config, 1) if (folder / CONFIG).exists() else None

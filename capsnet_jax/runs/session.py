@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ from rich.console import Console
 from capsnet_jax.errors import StoppedBySignalError, UsageError
 from capsnet_jax.runs.checkpoint import Checkpoints
 from capsnet_jax.runs.folder import BEST, Run, SeedFolders
+from capsnet_jax.runs.lock import locked
 from capsnet_jax.runs.metrics import MetricsLog
 from capsnet_jax.train.evaluation import Evaluation
 from capsnet_jax.train.loop import Trainer
 from capsnet_jax.train.memory import available_memory
 from capsnet_jax.train.progress import Progress, show_progress
 from capsnet_jax.train.sharding import any_process, failing_together, same_everywhere
+
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
 
 def train_runs(
@@ -45,34 +48,38 @@ def train_runs(
         For each group: the trainer with the last weights, the runs, and their evaluations on all test images.
 
     Raises:
-        StoppedBySignalError: SIGTERM or SIGINT was received; a checkpoint was saved.
+        StoppedBySignalError: one of `STOP_SIGNALS` was received; a checkpoint was saved.
         NonFiniteLossError: the loss or the gradient of a step is not finite.
-        UsageError: a folder cannot be used, or its checkpoints are of another config or version.
+        UsageError: a folder cannot be used or is in use, or its checkpoints are of another config or version.
     """
-    for group in groups_of_seeds(trainer, folders.seeds, at_once=folders.at_once or at_once):
+    with ExitStack() as held:
         with failing_together():
-            if not folders.at_once and jax.process_index() == 0:
-                folders.keep_together(len(group.seeds))
-        runs = [folders.run(seed) for seed in group.seeds]
-        session = Session(
-            group,
-            runs,
-            folders.checkpoints(group.seeds),
-            tensorboard=tensorboard,
-            warn=lambda message: console.print(f"warning: {message}", soft_wrap=True),
-        )
-        if len(group.seeds) < len(folders.seeds):
-            console.print(f"seeds {group.seeds[0]} to {group.seeds[-1]}")
-        if session.start:
-            console.print(f"Resuming after step {session.start} of {group.last_step}")
-        elif resume:
-            console.print("There is no checkpoint to resume from; training starts from the beginning.")
-        tests: list[Evaluation] = []
-        for progress in show_progress(
-            session.train(), epochs=group.config.epochs, start=session.start, console=console
-        ):
-            tests = [seed.test for seed in progress.seeds if seed.test is not None]
-        yield group, runs, tests or [group.evaluate_test(index) for index in range(len(runs))]
+            if jax.process_index() == 0:  # one of several processes holds the lock for all
+                held.enter_context(locked(folders.folder))
+        for group in groups_of_seeds(trainer, folders.seeds, at_once=folders.at_once or at_once):
+            with failing_together():
+                if not folders.at_once and jax.process_index() == 0:
+                    folders.keep_together(len(group.seeds))
+            runs = [folders.run(seed) for seed in group.seeds]
+            session = Session(
+                group,
+                runs,
+                folders.checkpoints(group.seeds),
+                tensorboard=tensorboard,
+                warn=lambda message: console.print(f"warning: {message}", soft_wrap=True),
+            )
+            if len(group.seeds) < len(folders.seeds):
+                console.print(f"seeds {group.seeds[0]} to {group.seeds[-1]}")
+            if session.start:
+                console.print(f"Resuming after step {session.start} of {group.last_step}")
+            elif resume:
+                console.print("There is no checkpoint to resume from; training starts from the beginning.")
+            tests: list[Evaluation] = []
+            for progress in show_progress(
+                session.train(), epochs=group.config.epochs, start=session.start, console=console
+            ):
+                tests = [seed.test for seed in progress.seeds if seed.test is not None]
+            yield group, runs, tests or [group.evaluate_test(index) for index in range(len(runs))]
 
 
 def groups_of_seeds(trainer: Trainer, seeds: Sequence[int], *, at_once: int = 0) -> Iterator[Trainer]:
@@ -149,7 +156,7 @@ class Session:
         """Train to the last epoch, and yield the progress after every chunk of steps.
 
         Raises:
-            StoppedBySignalError: SIGTERM or SIGINT was received; a checkpoint was saved.
+            StoppedBySignalError: one of `STOP_SIGNALS` was received; a checkpoint was saved.
             NonFiniteLossError: the loss or the gradient of a step is not finite.
             UsageError: a file cannot be written.
         """
@@ -201,7 +208,9 @@ class Session:
 
 @contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
-    """Inside this block, SIGTERM and SIGINT are appended to the list that it yields; a second one interrupts.
+    """Inside this block, `STOP_SIGNALS` are appended to the list that it yields; a second one interrupts.
+
+    Signals that the process ignores, such as SIGHUP under `nohup`, stay ignored.
 
     Raises:
         KeyboardInterrupt: a second signal was received.
@@ -215,7 +224,8 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # only this thread can have handlers
-        before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, receive) for number in heeded}
     try:
         yield received
     finally:

@@ -45,7 +45,7 @@ MISTAKES = [
     ("train --num-iterations 0", "num_iterations is 0", "at least 1"),
     ("train --seeds 0", "seeds is 0", "at least 1"),
     ("train --learning-rate -1", "learning_rate is -1.0", "more than 0"),
-    ("train --learning-rate nan", "learning_rate is nan", "more than 0"),
+    ("train --learning-rate nan", "learning_rate is nan", "a finite number"),
     ("train --validation 1.5", "validation is 1.5", "less than 1"),
     ("train --validation 0.999", "batch_size is 32", "with only 1 training images"),
     ("train --ema-decay 1", "ema_decay is 1.0", "less than 1"),

@@ -6,12 +6,15 @@ import threading
 
 import pytest
 
-from capsnet_jax.runs.session import stop_signals
+from capsnet_jax.runs.session import STOP_SIGNALS, stop_signals
 
 
-@pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGINT), (signal.SIGHUP, signal.SIGHUP)],
+)
 def test_the_first_signal_is_recorded_and_the_second_interrupts(first, second):
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with stop_signals() as received:
         assert received == []
         os.kill(os.getpid(), first)
@@ -19,7 +22,7 @@ def test_the_first_signal_is_recorded_and_the_second_interrupts(first, second):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), second)
         assert received == [first]
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 def test_threads_other_than_the_main_one_have_no_handlers():
@@ -33,3 +36,15 @@ def test_threads_other_than_the_main_one_have_no_handlers():
     thread.start()
     thread.join()
     assert seen == [[]]
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored():
+    """As `nohup` does with SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert received == []
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
