@@ -6,12 +6,14 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from capsnet_jax import UsageError
 from capsnet_jax.config import Config, ModelConfig
 from capsnet_jax.runs.folder import Run, SeedFolders
 from capsnet_jax.runs.lock import locked
 from capsnet_jax.runs.session import train_runs
+from capsnet_jax.train.loop import Trainer
 
 pytest.importorskip("fcntl", reason="there are no such locks on Windows")
 
@@ -47,5 +49,5 @@ def test_training_in_a_locked_folder_is_refused_and_changes_nothing(tmp_path):
     run = Run(tmp_path, Config(ModelConfig((8, 8, 1), 3)), ("a", "b", "c"))
     folders = SeedFolders(run, [0, 1])
     with locked(tmp_path), pytest.raises(UsageError, match="is in use by process"):
-        next(train_runs(None, folders, console=None))
+        next(train_runs(Trainer.__new__(Trainer), folders, console=Console()))
     assert list(tmp_path.iterdir()) == []
