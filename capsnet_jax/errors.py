@@ -1,6 +1,7 @@
 """Exceptions that the command prints as one sentence, without a traceback."""
 
 import signal
+from numbers import Integral
 
 
 class UsageError(ValueError):
@@ -45,6 +46,17 @@ class StoppedBySignalError(Exception):
     def __init__(self, number: signal.Signals, step: int):
         super().__init__(f"Stopped by {number.name} after step {step}.")
         self.signal, self.step = number, step
+
+
+def check_sizes(**sizes: int) -> None:
+    """Check that sizes are whole numbers of at least 1.
+
+    Raises:
+        UsageError: one is not; the message has its name.
+    """
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or size < 1:
+            raise UsageError(f"{name} is {size!r}; expected a whole number of at least 1.")
 
 
 def in_words(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from capsnet_jax.errors import UsageError
 
 Labels = Int[Array, " b"] | Int[Array, "b k"]
+Unchecked = Shaped[Array | np.ndarray, "..."]  # an argument of any shape and dtype, which the function checks itself
 """One class index per example, or the indices of the k different classes that each example shows."""
 
 
@@ -142,7 +143,7 @@ def multi_hot(labels: Labels, num_classes: int, dtype: DTypeLike) -> Float[Array
     return hot if labels.ndim == 1 else reduce(hot, "b k o -> b o", "max")
 
 
-def check_labels(labels: Shaped[Array | np.ndarray, "..."], num_examples: Any, num_classes: int) -> None:
+def check_labels(labels: Unchecked, num_examples: Any, num_classes: int) -> None:
     """Check that labels are class indices, one row per example.
 
     Args:

@@ -12,8 +12,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from capsnet_jax.capsules import Capsules, Routed
-from capsnet_jax.errors import UsageError
+from capsnet_jax.capsules import Capsules, Routed, check_capsules
+from capsnet_jax.errors import UsageError, check_sizes
 from capsnet_jax.nn.fast.choice import Choice
 from capsnet_jax.nn.initializers import TORCH, Scheme, new_param
 from capsnet_jax.nn.layers import is_captured, new_routing_weights
@@ -89,6 +89,9 @@ class ConvCapsules(nnx.Module):
         self.kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         if self.kernel_size[0] > grid[0] or self.kernel_size[1] > grid[1]:
             raise UsageError(f"A kernel of {self.kernel_size} positions is larger than the grid of {grid}.")
+        height, width = self.kernel_size
+        check_sizes(in_groups=in_groups, in_dim=in_dim, out_groups=out_groups, out_dim=out_dim)
+        check_sizes(kernel_height=height, kernel_width=width, stride=stride)
         self.rows = 1
         if matrix_poses:
             self.rows = math.isqrt(in_dim)
@@ -100,7 +103,7 @@ class ConvCapsules(nnx.Module):
             raise UsageError(f"Coordinates are added to two components of a pose, and out_dim is {out_dim}.")
         self.grid = grid
         self.stride = stride
-        self.in_groups = in_groups
+        self.in_groups, self.in_dim = in_groups, in_dim
         self.out_grid = positions_after(grid, self.kernel_size, stride)
         self.coordinate_addition = coordinate_addition
         self.routing = get_routing(routing, num_iterations=num_iterations)
@@ -128,6 +131,7 @@ class ConvCapsules(nnx.Module):
 
         The input capsules of a position are in the order `(taps groups)`.
         """
+        check_capsules(capsules, math.prod(self.grid) * self.in_groups, self.in_dim)
         routed = (jax.checkpoint(self._route) if self.recompute else self._route)(capsules)
         if is_captured(self):
             self.sow(nnx.Intermediate, "votes", self.votes(self.under_kernel(capsules.poses)))

@@ -10,8 +10,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from capsnet_jax.capsules import Capsules, Routed
-from capsnet_jax.errors import UsageError
+from capsnet_jax.capsules import Capsules, Routed, check_capsules
+from capsnet_jax.errors import UsageError, check_sizes
 from capsnet_jax.nn.fast.choice import Choice, Size, choose_convolution, choose_routing
 from capsnet_jax.nn.fast.convolution import convolve, depthwise
 from capsnet_jax.nn.fast.fused_dynamic import FUSED
@@ -65,6 +65,7 @@ class Convolution(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_sizes(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride)
         if depthwise and in_channels != out_channels:
             raise UsageError(
                 f"A depthwise convolution has {in_channels} input and {out_channels} output channels; expected the "
@@ -212,6 +213,7 @@ class PrimaryCapsules(nnx.Module):
             raise UsageError(f"primary_squash is {squash!r}; expected {', '.join(SQUASHES)}.")
         if activation not in ("norm", "sigmoid"):
             raise UsageError(f"primary_activation is {activation!r}; expected norm or sigmoid.")
+        check_sizes(groups=groups, dim=dim)
         self.groups = groups
         self.dim = dim
         self.scale = scale
@@ -292,6 +294,7 @@ class CapsuleLayer(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_sizes(in_capsules=in_capsules, in_dim=in_dim, out_capsules=out_capsules, out_dim=out_dim)
         self.routing = get_routing(routing, num_iterations=num_iterations)
         self.implementation = implementation
         self.recompute = recompute
@@ -309,6 +312,7 @@ class CapsuleLayer(nnx.Module):
 
     def route(self, capsules: Capsules) -> Routed:
         """Compute the output capsules and the couplings of all votes; `nnx.capture` also collects both."""
+        check_capsules(capsules, *self.weight.shape[:2])
         # Not `self.choice`: `nnx.tabulate` traces the method calls of modules, which must return arrays.
         if choose_routing(self.routing, self.implementation, capsules.poses.shape[0]).name == "fused":
             options = dict(self.routing.options) | self._routing_weights()
@@ -377,6 +381,7 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         first, second = hidden
+        check_sizes(num_classes=num_classes, class_dim=class_dim, first_hidden=first, second_hidden=second)
         fan_in = num_classes * class_dim
         self.from_capsules = new_param(scheme.einsum(fan_in), (num_classes, class_dim, first), param_dtype, rngs)
         self.hidden_weight = new_param(scheme.kernel(first), (first, second), param_dtype, rngs)

@@ -6,14 +6,14 @@ from einops import reduce
 from jaxtyping import Array, Float, Int
 
 from capsnet_jax.errors import UsageError
-from capsnet_jax.ops import Labels, multi_hot
+from capsnet_jax.ops import Unchecked, check_labels, multi_hot
 
 Images = Float[Array, "b height width channels"]
 
 
 def margin_loss(
     activations: Float[Array, "b o"],
-    labels: Labels,
+    labels: Unchecked,
     *,
     present: float = 0.9,
     absent: float = 0.1,
@@ -33,6 +33,9 @@ def margin_loss(
     Returns:
         The loss of each example, summed over classes.
 
+    Raises:
+        UsageError: labels have a wrong shape or dtype or, outside `jax.jit`, are out of range.
+
     References:
         Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules" (2017), eq. 4. https://arxiv.org/abs/1710.09829
 
@@ -43,14 +46,15 @@ def margin_loss(
         >>> [round(float(loss), 3) for loss in margin_loss(activations, jnp.array([0, 0]))]  # 0.5^2 + 0.5 * 0.2^2
         [0.0, 0.27]
     """
-    targets = multi_hot(labels, activations.shape[1], activations.dtype)
+    check_labels(labels, *activations.shape)
+    targets = multi_hot(jnp.asarray(labels), activations.shape[1], activations.dtype)
     too_short = jnp.square(jax.nn.relu(present - activations))
     too_long = jnp.square(jax.nn.relu(activations - absent))
     return reduce(targets * too_short + absent_weight * (1 - targets) * too_long, "b o -> b", "sum")
 
 
 def spread_loss(
-    activations: Float[Array, "b o"], labels: Labels, *, margin: Float[Array, ""] | float = 0.9
+    activations: Float[Array, "b o"], labels: Unchecked, *, margin: Float[Array, ""] | float = 0.9
 ) -> Float[Array, " b"]:
     r"""Compute the spread loss: push the activation of the label above all others by a margin.
 
@@ -65,7 +69,8 @@ def spread_loss(
         The loss of each example, summed over the other classes.
 
     Raises:
-        UsageError: there are several labels per example, for which this loss is not defined.
+        UsageError: labels have a wrong shape or dtype or, outside `jax.jit`, are out of range; or there are several per
+            example, for which this loss is not defined.
 
     References:
         Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing" (2018), eq. 3.
@@ -77,6 +82,7 @@ def spread_loss(
         >>> round(float(loss[0]), 3)  # (0.7 - 0.5)^2; class 2 is further away than the margin
         0.04
     """
+    check_labels(labels, *activations.shape)
     if labels.ndim > 1:
         raise UsageError(
             f"The spread loss got {labels.shape[1]} labels for each image, and is defined for one; expected "

@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from capsnet_jax.capsules import Capsules, Routed
 from capsnet_jax.config import ModelConfig
@@ -17,12 +16,9 @@ from capsnet_jax.nn.conv_capsules import ConvCapsules
 from capsnet_jax.nn.fast.choice import Choice
 from capsnet_jax.nn.initializers import SCHEMES
 from capsnet_jax.nn.layers import CapsuleLayer, Decoder, PrimaryCapsules, Stem
-from capsnet_jax.ops import check_labels, mask_by_label
+from capsnet_jax.ops import Unchecked, check_labels, mask_by_label
 from capsnet_jax.presets import get_preset
 from capsnet_jax.routing import get_routing
-
-Images = Float[Array | np.ndarray, "b height width channels"]
-Indices = Shaped[Array | np.ndarray, "..."]  # any shape and dtype, because `check_labels` explains what is wrong
 
 
 class Output(NamedTuple):
@@ -128,7 +124,7 @@ class CapsNet(nnx.Module):
         """
         return cls(**vars(get_preset(name).model) | options)
 
-    def __call__(self, images: Images, labels: Indices | None = None) -> Output:
+    def __call__(self, images: Unchecked, labels: Unchecked | None = None) -> Output:
         """Classify and reconstruct images.
 
         Args:
@@ -144,18 +140,18 @@ class CapsNet(nnx.Module):
         labels = capsules.activations.argmax(axis=1) if labels is None else labels
         return Output(*capsules, self.decode(capsules.poses, labels))
 
-    def encode(self, images: Images) -> Capsules:
+    def encode(self, images: Unchecked) -> Capsules:
         """Compute the class capsules of images with pixels in [0, 1].
 
         Raises:
-            UsageError: the images do not have the shape that the model was made for.
+            UsageError: the images are not floats, or do not have the shape that the model was made for.
         """
         capsules = self._primary(images)
         for layer in self.capsule_layers:
             capsules = layer(capsules)
         return capsules
 
-    def route(self, images: Images) -> list[Routed]:
+    def route(self, images: Unchecked) -> list[Routed]:
         """Compute the output capsules and couplings of each capsule layer; the last item has the class capsules."""
         capsules, routed = self._primary(images), []
         for layer in self.capsule_layers:
@@ -163,7 +159,7 @@ class CapsNet(nnx.Module):
             capsules = layer.capsules_of(routed[-1])
         return routed
 
-    def decode(self, poses: Float[Array, "b o h"], labels: Indices) -> Float[Array, "b height width channels"]:
+    def decode(self, poses: Float[Array, "b o h"], labels: Unchecked) -> Float[Array, "b height width channels"]:
         """Reconstruct images with pixels in (0, 1) from class capsules.
 
         Args:
@@ -188,11 +184,13 @@ class CapsNet(nnx.Module):
             choices[f"routing {number}"] = layer.choice(batch_size)
         return choices
 
-    def _primary(self, images: Images) -> Capsules:
+    def _primary(self, images: Unchecked) -> Capsules:
         if images.shape[1:] != self.config.image_shape:
             raise UsageError(
                 f"Images are of shape {images.shape[1:]}, and the model was made for {self.config.image_shape}."
             )
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UsageError(f"Images are {images.dtype}; expected floats in [0, 1], such as images / 255.")
         return self.primary_capsules(self.stem(jnp.asarray(images)))
 
 
