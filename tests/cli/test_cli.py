@@ -141,7 +141,7 @@ def test_a_routing_in_the_working_directory_is_found_and_a_model_without_decoder
     epochs = [line for line in metrics(tmp_path / "run") if line["kind"] == "epoch"]
     assert [(line["step"], line["reconstruction"]) for line in epochs] == [(2, 0), (4, 0)]
     last = capsys.readouterr().out.splitlines()[-1]
-    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--trust-code"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == last
 
 

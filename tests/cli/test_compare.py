@@ -188,7 +188,7 @@ def test_each_routing_has_runs_of_its_own(whole, capsys):
             epochs = [line for line in lines if line["kind"] == "epoch"]
             assert [line["loss"] for line in epochs] == outcome.train_loss
             assert [1 - line["test_accuracy"] for line in epochs] == outcome.test_error
-    assert main(["evaluate", str(whole / names[1] / "seed-2")]) == 0
+    assert main(["evaluate", str(whole / names[1] / "seed-2"), "--trust-code"]) == 0
     error = 100 * results[HARD].seeds[2].test_error[-1]
     assert capsys.readouterr().out.splitlines()[-1].endswith(f"on 23 images (error {error:.2f} %)")
 

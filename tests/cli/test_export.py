@@ -150,8 +150,10 @@ def test_a_file_that_differs_is_not_kept(run_dir, monkeypatch):
         Export(run_dir).run()
     assert not path.exists()
     path.write_text("of before")
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=r"model.stablehlo exists already; expected a new name, or --overwrite\.$"):
         Export(run_dir).run()
+    with pytest.raises(UsageError, match=message):
+        Export(run_dir, overwrite=True).run()
     assert path.read_text() == "of before"
     assert not list(run_dir.glob("*.partial"))
 

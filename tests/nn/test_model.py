@@ -45,9 +45,8 @@ def test_keywords_and_configs_and_presets_make_the_same_model():
     [
         ({"primary_group": 4}, "no field 'primary_group'; the nearest is 'primary_groups'"),
         ({"routings": "em"}, "no field 'routings'; the nearest is 'routing'"),
-        ({"image_shape": (9, 11)}, r"image_shape is \(9, 11\); expected height, width and number of channels"),
         ({"num_classes": 0}, "num_classes is 0, and must be at least 1"),
-        ({"hidden_capsules": [[4, 0]]}, r"hidden_capsules is \(\(4, 0\),\), and every size in it must be at least 1"),
+        ({"hidden_capsules": [[4, 0]]}, r"hidden_capsules is \(\(4, 0\),\), and must be of sizes of at least 1"),
     ],
 )
 def test_a_wrong_field_is_refused(options, message):
