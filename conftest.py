@@ -9,11 +9,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 # Compilation takes a fifth of the time without optimization of the machine code, in one piece, and without the newer
-# generator of loops. What JAX traces and lowers is the same.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
-)
+# generator of loops. What JAX traces and lowers is the same. XLA aborts on a flag that it does not know.
+FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+FLAGS += ["--xla_cpu_use_fusion_emitters=false"] if jax.__version_info__ < (0, 11) else []
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 # JAX creates many small objects while it traces, which frequent garbage collections would look through in vain.
 gc.set_threshold(100_000, 20, 20)
 
