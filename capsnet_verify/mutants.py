@@ -241,7 +241,7 @@ _deviations = _changed("... o h -> ... 1 o h", _every_second(lambda results: jnp
 _no_density = _changed("... o h -> ... o", _every_second(lambda results: 0 * results[-1]))
 _no_cost = _changed("... o h -> ... o", lambda results: (1 - len(results) % 2) * results[-1])
 # In variational routing, with this one kappa and nu.
-_no_nu = _changed("o 1 -> o", _every_second(lambda results: jnp.ones_like(results[-1])))
+_no_nu = _changed("... o 1 -> ... 1 o", _every_second(lambda results: jnp.ones_like(results[-1])))
 _sharper = _by(lambda softmax, logits, axis: softmax(SIZE**0.5 * logits, axis=axis))
 _ignoring = _by(lambda route, votes, activations, **options: route(votes, jnp.ones_like(activations), **options))
 
@@ -433,7 +433,7 @@ ROUTINGS: Table = {
         ("no gradient through couplings", "gradient of votes", "em", _given(softmax=_constant_couplings)),
     ],
     "variational": [
-        ("softmax over inputs", "couplings", "jax.nn.softmax", _over_inputs),
+        ("softmax over inputs", "couplings", "variational", _given(softmax=partial(softmax, axis=-2))),
         ("no mixing proportions", "couplings", "digamma", _by(_no_mixing_proportions)),
         ("ignores input activations", "couplings", "variational", _ignoring),
         ("logarithm for digamma", "couplings", "digamma", jnp.log),
@@ -526,7 +526,10 @@ def _of_routings(table: Table, kind: str) -> Iterator[Mutant]:
             yield Mutant(case, f"{title}: {mistake}", caught_by, place, wrong)
 
 
-AT_EACH_POSITION: Table = {EVERY_TERM["em"]: [("softmax at each position", "couplings", "em", _given(softmax=softmax))]}
+AT_EACH_POSITION: Table = {
+    EVERY_TERM[name]: [("softmax at each position", "couplings", name, _given(softmax=softmax))]
+    for name in ("em", "variational")
+}
 OF_MODELS, OF_IMPLEMENTATIONS = ([Mutant(*row) for row in rows] for rows in (MODELS, IN_ONE_IMPLEMENTATION))
 OF_ROUTINGS = [*_of_routings(ROUTINGS, "votes"), *_of_routings(AT_EACH_POSITION, "positions")]
 OF_FUSED = [*_of_routings(FUSED_ROUTINGS, "fused")]

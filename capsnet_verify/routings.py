@@ -73,7 +73,11 @@ def every_case() -> list[Case]:
     return [
         *(case for spec in specs for case in cases(spec, ITERATIONS)),
         *(case for spec in OPTIONS for case in cases(spec, ITERATIONS_OF_OPTIONS)),
-        *cases(EVERY_TERM["em"], ITERATIONS_OF_OPTIONS, "positions"),
+        *(
+            case
+            for name in ("em", "variational")
+            for case in cases(EVERY_TERM[name], ITERATIONS_OF_OPTIONS, "positions")
+        ),
     ]
 
 

@@ -69,34 +69,39 @@ def em(
     min_variance: float = 0.01,
     epsilon: float = 1e-7,
 ) -> tuple[Values, Values, Values]:
-    """Hinton et al. (2018), procedure 1, for one example: poses `[o h]`, activations `[o]` and couplings `[i o]`."""
-    inputs, outputs, size = votes.shape
-    couplings = np.full((inputs, outputs), 1 / outputs)
-    means, variances, active = np.zeros((outputs, size)), np.zeros((outputs, size)), np.zeros(outputs)
+    """Hinton et al. (2018), procedure 1, for one example: poses `[o h]`, activations `[o]` and couplings `[i o]`.
+
+    With votes `[p i o h]`, the parents of each input capsule are the output capsules at all positions p.
+    """
+    *positions, inputs, outputs, size = votes.shape
+    parents = list(np.ndindex(*positions, outputs))
+    couplings = np.full((*positions, inputs, outputs), 1 / len(parents))
+    means, variances = np.zeros((2, *positions, outputs, size))
+    active = np.zeros((*positions, outputs))
     for iteration in range(num_iterations):
         if iteration > 0:  # E step
             for i in range(inputs):
                 joint = []
-                for o in range(outputs):
+                for *p, o in parents:
                     density = 1.0
                     for h in range(size):
-                        variance = variances[o, h]
-                        exponent = -((votes[i, o, h] - means[o, h]) ** 2) / (2 * variance)
+                        variance = variances[*p, o, h]
+                        exponent = -((votes[*p, i, o, h] - means[*p, o, h]) ** 2) / (2 * variance)
                         density *= math.exp(exponent) / math.sqrt(2 * math.pi * variance)
-                    joint.append(active[o] * density)
-                for o in range(outputs):
-                    couplings[i, o] = joint[o] / sum(joint)
-        for o in range(outputs):  # M step
-            assigned = [activations[i] * couplings[i, o] for i in range(inputs)]
+                    joint.append(active[*p, o] * density)
+                for n, (*p, o) in enumerate(parents):
+                    couplings[*p, i, o] = joint[n] / sum(joint)
+        for *p, o in parents:  # M step
+            assigned = [activations[*p, i] * couplings[*p, i, o] for i in range(inputs)]
             mass = sum(assigned)
             cost = 0.0
             for h in range(size):
-                means[o, h] = sum(assigned[i] * votes[i, o, h] for i in range(inputs)) / (mass + epsilon)
-                squares = sum(assigned[i] * (votes[i, o, h] - means[o, h]) ** 2 for i in range(inputs))
-                variances[o, h] = squares / (mass + epsilon) + min_variance
-                cost += (beta_u[o] + math.log(math.sqrt(variances[o, h]))) * mass
+                mean = sum(assigned[i] * votes[*p, i, o, h] for i in range(inputs)) / (mass + epsilon)
+                squares = sum(assigned[i] * (votes[*p, i, o, h] - mean) ** 2 for i in range(inputs))
+                means[*p, o, h], variances[*p, o, h] = mean, squares / (mass + epsilon) + min_variance
+                cost += (beta_u[o] + math.log(math.sqrt(variances[*p, o, h]))) * mass
             temperature = inverse_temperature * (1 - annealing ** (iteration + 1))
-            active[o] = sigmoid(temperature * (beta_a[o] - cost / (inputs / outputs)))
+            active[*p, o] = sigmoid(temperature * (beta_a[o] - cost / (inputs / outputs)))
     return means, active, couplings
 
 
@@ -113,48 +118,52 @@ def variational(
     epsilon: float = 1e-7,
     norm_epsilon: float = 1e-5,
 ) -> tuple[Values, Values, Values]:
-    """Ribeiro et al. (2020), algorithm 1, for one example: poses `[o h]`, activations `[o]`, couplings `[i o]`."""
-    inputs, outputs, size = votes.shape
-    couplings = np.full((inputs, outputs), 1 / outputs)
-    means, precisions = np.zeros((outputs, size)), np.zeros((outputs, size))
-    mass, log_share, log_determinant = np.zeros(outputs), np.zeros(outputs), np.zeros(outputs)
+    """Ribeiro et al. (2020), algorithm 1, for one example: poses `[o h]`, activations `[o]`, couplings `[i o]`.
+
+    With votes `[p i o h]`, the parents of each input capsule are the output capsules at all positions p.
+    """
+    *positions, inputs, outputs, size = votes.shape
+    parents = list(np.ndindex(*positions, outputs))
+    couplings = np.full((*positions, inputs, outputs), 1 / outputs)
+    means, precisions = np.zeros((2, *positions, outputs, size))
+    mass, log_share, log_determinant, certainty, active = np.zeros((5, *positions, outputs))
     for iteration in range(num_iterations):
         if iteration > 0:  # variational E step
             for i in range(inputs):
                 joint = []
-                for o in range(outputs):
+                for *p, o in parents:
                     distance = 0.0
                     for h in range(size):
-                        distance += precisions[o, h] * (votes[i, o, h] - means[o, h]) ** 2
-                    expected = size / (kappa0 + mass[o]) + (size + 1 + mass[o]) * distance
-                    joint.append(math.exp(log_share[o]) * math.sqrt(math.exp(log_determinant[o] - expected)))
-                for o in range(outputs):
-                    couplings[i, o] = joint[o] / sum(joint)
-        for o in range(outputs):  # variational M step
-            assigned = [activations[i] * couplings[i, o] for i in range(inputs)]
-            mass[o] = sum(assigned)
+                        distance += precisions[*p, o, h] * (votes[*p, i, o, h] - means[*p, o, h]) ** 2
+                    expected = size / (kappa0 + mass[*p, o]) + (size + 1 + mass[*p, o]) * distance
+                    joint.append(math.exp(log_share[*p, o]) * math.sqrt(math.exp(log_determinant[*p, o] - expected)))
+                for n, (*p, o) in enumerate(parents):
+                    couplings[*p, i, o] = joint[n] / sum(joint)
+        for *p, o in parents:  # variational M step
+            assigned = [activations[*p, i] * couplings[*p, i, o] for i in range(inputs)]
+            mass[*p, o] = total = sum(assigned)
             determinant = 2.0**size
             for h in range(size):
-                center = sum(assigned[i] * votes[i, o, h] for i in range(inputs)) / (mass[o] + epsilon)
-                scatter = sum(assigned[i] * (votes[i, o, h] - center) ** 2 for i in range(inputs))
-                shrinkage = kappa0 * mass[o] * center**2 / (kappa0 + mass[o])
-                precisions[o, h] = 1 / (psi0 + scatter + shrinkage)
-                determinant *= precisions[o, h]
-                means[o, h] = mass[o] * center / (kappa0 + mass[o])
-            log_determinant[o] = math.log(determinant)
+                center = sum(assigned[i] * votes[*p, i, o, h] for i in range(inputs)) / (total + epsilon)
+                scatter = sum(assigned[i] * (votes[*p, i, o, h] - center) ** 2 for i in range(inputs))
+                shrinkage = kappa0 * total * center**2 / (kappa0 + total)
+                precisions[*p, o, h] = 1 / (psi0 + scatter + shrinkage)
+                determinant *= precisions[*p, o, h]
+                means[*p, o, h] = total * center / (kappa0 + total)
+            log_determinant[*p, o] = math.log(determinant)
             for d in range(size):
-                log_determinant[o] += float(digamma((size + 1 + mass[o] - d) / 2))
-        for o in range(outputs):
-            everything = sum(alpha0 + mass[k] for k in range(outputs))
-            log_share[o] = float(digamma(alpha0 + mass[o])) - float(digamma(everything))
-    certainty = np.zeros(outputs)
-    for o in range(outputs):
-        entropy = (size * math.log(2 * math.pi * math.e) - log_determinant[o]) / 2
-        certainty[o] = -math.exp(log_share[o]) * entropy
-    mean = sum(certainty) / outputs
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in certainty) / outputs + norm_epsilon)
-    active = [sigmoid(gain[o] * (certainty[o] - mean) / deviation + beta[o]) for o in range(outputs)]
-    return means, np.array(active), couplings
+                log_determinant[*p, o] += float(digamma((size + 1 + total - d) / 2))
+        for *p, o in parents:
+            everything = sum(alpha0 + mass[*p, k] for k in range(outputs))
+            log_share[*p, o] = float(digamma(alpha0 + mass[*p, o])) - float(digamma(everything))
+    for *p, o in parents:
+        entropy = (size * math.log(2 * math.pi * math.e) - log_determinant[*p, o]) / 2
+        certainty[*p, o] = -math.exp(log_share[*p, o]) * entropy
+    for *p, o in parents:
+        mean = sum(certainty[*p, k] for k in range(outputs)) / outputs
+        variance = sum((certainty[*p, k] - mean) ** 2 for k in range(outputs)) / outputs
+        active[*p, o] = sigmoid(gain[o] * (certainty[*p, o] - mean) / math.sqrt(variance + norm_epsilon) + beta[o])
+    return means, active, couplings
 
 
 def margin_loss(activations: Values, labels: Collection[int]) -> float:

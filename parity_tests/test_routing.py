@@ -58,7 +58,7 @@ def cases(*, of: object = None) -> list[object]:
     return [
         pytest.param(case, id=str(case), marks=() if is_ordinary(case) else (pytest.mark.exhaustive,))
         for case in [*every_case(), *FUSED]
-        if of is None or (case.name in of and case.kind != "positions")
+        if of is None or case.name in of
     ]
 
 

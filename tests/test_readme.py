@@ -37,7 +37,7 @@ def test_the_python_runs_as_one_program(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "my_routing", raising=False)
     assert main(["check-routing", "my_routing:agreement"]) == 0
-    assert "passed all 12 checks" in capsys.readouterr().out
+    assert "passed all 13 checks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", commands(), ids=" ".join)

@@ -26,8 +26,8 @@ class ConvCapsules(nnx.Module):
 
     Input and output capsules are in the flat order `(height width groups)`, as for all layers. Each tap of the kernel
     has its own weight matrix from each input group to each output group, shared by all positions. A routing with an
-    argument `softmax` divides each input capsule among its output capsules at all positions; any other routing runs at
-    each position separately.
+    argument `softmax` (`em`, `variational`) divides each input capsule among its output capsules at all positions; any
+    other routing runs at each position separately, as in the authors' code.
 
     Args:
         grid: height and width of the input, in positions.

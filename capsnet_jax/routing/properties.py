@@ -55,12 +55,13 @@ class Subject:
         self.routing = routing
         self.route = jax.jit(self.call)
         self.route_batch = jax.jit(self.call_batch)
+        self.route_positions = jax.jit(lambda case: self.call(case, softmax=_over_positions))
         self.gradients = jax.jit(jax.grad(lambda case: _readout(self.call(case))))
         self.gradients_batch = jax.jit(jax.grad(lambda case: _readout(self.call_batch(case))))
 
-    def call(self, case: Case) -> Routed:
+    def call(self, case: Case, **given: Any) -> Routed:
         """Route one example without compilation."""
-        return self.routing(case.votes, case.activations, poses=case.poses, **case.weights)
+        return self.routing(case.votes, case.activations, poses=case.poses, **case.weights, **given)
 
     def call_batch(self, case: Case) -> Routed:
         """Route a batch, as a layer does."""
@@ -115,8 +116,7 @@ def compiled(subject: Subject, case: Case) -> None:
 
 def couplings(subject: Subject, case: Case) -> None:
     """With initial weights, couplings are not negative, and those of an input capsule sum to at most 1."""
-    weights = subject.routing.weights.items()
-    case = case._replace(weights={name: jnp.full_like(case.weights[name], weight.initial) for name, weight in weights})
+    case = _with_initial_weights(subject, case)
     # A softmax over the wrong axis shows with few input capsules: each then sends much more than 1.
     for inputs in (INPUTS, 2):
         shares = np.asarray(subject.route(_pick(subject, case, "i", np.arange(inputs))).couplings)
@@ -167,8 +167,18 @@ def batch(subject: Subject, case: Case) -> None:
 def positions(subject: Subject, case: Case) -> None:
     """With an argument softmax, one call for several positions returns the same as a call for each."""
     if subject.routing.takes("softmax"):
-        both = Case._make([*(jnp.stack([array, array[::-1]]) for array in case[:3]), case.weights])
+        both = _at_two_positions(case)
         _compare("One call for two positions", subject.route(both), subject.route_batch(both))
+
+
+def parents(subject: Subject, case: Case) -> None:
+    """With an argument softmax, an input's couplings sum to at most 1 over all positions, after the first iteration."""
+    if subject.routing.takes("softmax") and dict(subject.routing.options).get("num_iterations") != 1:
+        both = _at_two_positions(_with_initial_weights(subject, case))
+        for i, total in enumerate(np.asarray(subject.route_positions(both).couplings).sum(axis=(0, 2))):
+            if not total <= 1 + ROUNDING:
+                sent = f"Capsule {i} sends {total:.3g} to its parents at two positions in all"
+                raise Finding(f"{sent}; expected shares of the argument softmax, which sum to 1.")
 
 
 def finite(subject: Subject, case: Case) -> None:
@@ -215,7 +225,7 @@ def float64(subject: Subject, case: Case) -> None:
 
 CHECKS: tuple[Check, ...] = (
     *(result, repeatable, compiled, couplings, activations, order_of_inputs, order_of_outputs),
-    *(batch, positions, finite, float32, float64),
+    *(batch, positions, parents, finite, float32, float64),
 )
 
 
@@ -319,6 +329,20 @@ def _readout(routed: Routed) -> Float[Array, ""]:
     """A sum of poses and activations with different coefficients, so that no gradients cancel."""
     outputs = jnp.concatenate([rearrange(routed.poses, "... o h -> ... (o h)"), routed.activations], axis=-1)
     return jnp.sum(outputs * jnp.cos(jnp.arange(outputs.shape[-1])))
+
+
+def _with_initial_weights(subject: Subject, case: Case) -> Case:
+    weights = subject.routing.weights.items()
+    return case._replace(weights={name: jnp.full_like(case.weights[name], weight.initial) for name, weight in weights})
+
+
+def _at_two_positions(case: Case) -> Case:
+    """A convolutional layer with two positions that see the same input capsules; votes and activations differ."""
+    return Case._make([*(jnp.stack([array, array[::-1]]) for array in case[:3]), case.weights])
+
+
+def _over_positions(logits: Float[Array, "positions i o"]) -> Float[Array, "positions i o"]:
+    return jax.nn.softmax(logits, axis=(0, 2))
 
 
 def _compare(who: str, actual: Routed, expected: Routed, tolerance: float = TOLERANCE) -> None:

@@ -17,7 +17,7 @@ def test_the_command_prints_a_line_for_each_check_and_a_verdict(capsys):
     assert first == "uniform, from 11 capsules of pose size 4 to 5 of pose size 6:"
     assert [line[:9] for line in lines] == ["ok       "] * len(CHECKS)
     assert lines[4] == "ok       activations       Activations are in [0, 1]."
-    assert last == "uniform passed all 12 checks."
+    assert last == "uniform passed all 13 checks."
 
 
 def test_the_command_says_what_failed_and_exits_with_status_1(capsys):
@@ -26,7 +26,7 @@ def test_the_command_says_what_failed_and_exits_with_status_1(capsys):
     failed = [line for line in lines if line.startswith("FAILED")]
     assert [line[9:27].strip() for line in failed] == ["order of inputs", "order of outputs"]
     assert all("poses are off by" in line for line in failed)
-    assert last == "random,seed=3 failed 2 of 12 checks (order of inputs, order of outputs)."
+    assert last == "random,seed=3 failed 2 of 13 checks (order of inputs, order of outputs)."
 
 
 def test_the_command_says_what_was_not_run(capsys, monkeypatch, tmp_path):
@@ -39,7 +39,7 @@ def test_the_command_says_what_was_not_run(capsys, monkeypatch, tmp_path):
         "(stuck_routing.py, line 2)."
     )
     assert lines[2] == "not run  repeatable        The check 'result' must pass first."
-    assert lines[-1] == "stuck_routing:stuck failed 1 of 12 checks (result); 11 were not run."
+    assert lines[-1] == "stuck_routing:stuck failed 1 of 13 checks (result); 12 were not run."
 
 
 def test_errors_about_arguments_name_the_routing():
@@ -95,7 +95,7 @@ def test_the_comparison_with_torch_passes_for_the_twin(capsys):
     assert main(["check-routing", "self_routing", "--torch", "capsnet_torch.routing:self_routing"]) == 0
     *_, line, last = capsys.readouterr().out.splitlines()
     assert line.startswith("ok       agrees with torch It returns what the torch function returns")
-    assert last == "self_routing passed all 13 checks."
+    assert last == "self_routing passed all 14 checks."
 
 
 def test_the_comparison_with_torch_fails_for_another_routing():

@@ -9,7 +9,7 @@ from flax import nnx
 from capsnet_jax import CapsNet, Capsules, Routed, UsageError
 from capsnet_jax.nn.conv_capsules import ConvCapsules, places_under_kernel, softmax_over_parents
 from capsnet_jax.nn.layers import CapsuleLayer
-from capsnet_jax.routing import ROUTINGS
+from capsnet_jax.routing import ROUTINGS, get_routing
 
 GRID, IN_GROUPS, IN_DIM, OUT_GROUPS, OUT_DIM, KERNEL, STRIDE = (5, 6), 2, 4, 3, 7, (3, 2), 2
 OUT_GRID = (2, 3)
@@ -101,8 +101,9 @@ def test_the_softmax_is_over_all_parents_of_an_input():
         assert shares[places].sum() == pytest.approx(1, rel=1e-5)
 
 
-def test_em_divides_a_capsule_among_all_positions_that_cover_it():
-    layer = new_layer(routing="em,inverse_temperature=1", kernel_size=3, stride=1)
+@pytest.mark.parametrize("routing", ["em,inverse_temperature=1", "variational,psi0=1"])
+def test_a_capsule_is_divided_among_all_positions_that_cover_it(routing):
+    layer = new_layer(routing=routing, kernel_size=3, stride=1)
     couplings = jax.jit(layer.route)(capsules()).couplings
     totals = np.zeros((BATCH, GRID[0] * GRID[1], IN_GROUPS))
     for position, places in enumerate(places_under_kernel(GRID, (3, 3), 1)):
@@ -112,6 +113,10 @@ def test_em_divides_a_capsule_among_all_positions_that_cover_it():
     np.testing.assert_allclose(totals, 1, rtol=1e-5)
     # Nine positions cover a capsule in the middle, so none of them has all of it.
     assert couplings.sum(axis=-1).min() < 0.5
+
+
+def test_capsules_at_different_positions_compete_where_the_authors_let_them():
+    assert {name for name in ROUTINGS if get_routing(name).takes("softmax")} == {"em", "variational"}
 
 
 def test_a_routing_without_softmax_runs_separately_at_each_position():

@@ -27,6 +27,7 @@ from capsnet_jax.routing.properties import (
     name_of,
     order_of_inputs,
     order_of_outputs,
+    parents,
     positions,
     repeatable,
     result,
@@ -185,6 +186,12 @@ def mean_over_the_first_axis(votes, activations, *, softmax=jax.nn.softmax):
     return Routed(poses, capsule_norm(poses), couplings)
 
 
+def another_softmax(votes, activations, *, softmax=jax.nn.softmax):
+    couplings = jax.nn.softmax(votes[..., 0])
+    poses = squash((couplings[..., None] * votes).sum(axis=-3))
+    return Routed(poses, capsule_norm(poses), couplings)
+
+
 WRONG = {
     half_precision: (result, "poses of float32 votes are float16; expected the dtype of the votes"),
     stateful: (repeatable, "The second call: poses are off by"),
@@ -196,6 +203,10 @@ WRONG = {
     numbered_outputs: (order_of_outputs, "With outputs in another order: poses are off by"),
     batch_mean: (batch, "An example under jax.vmap: poses are off by"),
     mean_over_the_first_axis: (positions, "One call for two positions: poses are off by"),
+    another_softmax: (
+        parents,
+        "Capsule 0 sends 2 to its parents at two positions in all; expected shares of the argument",
+    ),
     plain_norm: (finite, "With votes times 0, gradient of votes: 330 of 330 values are NaN or infinite"),
     cancelling: (float32, "poses are off by"),
     single_precision: (float64, "poses jump when the votes change by 1e-07 in float64"),
@@ -232,7 +243,7 @@ def test_the_common_part_of_the_wrong_routings_is_correct():
 )
 def test_checks_stop_if_the_routing_cannot_be_called_or_compiled(routing, words, number):
     outcomes = check_routing(routing)
-    assert [outcome.status for outcome in outcomes] == ["ok"] * number + ["FAILED"] + ["not run"] * (11 - number)
+    assert [outcome.status for outcome in outcomes] == ["ok"] * number + ["FAILED"] + ["not run"] * (12 - number)
     assert words in outcomes[number].finding
     assert outcomes[-1].finding == f"The check '{name_of(CHECKS[number])}' must pass first."
 
