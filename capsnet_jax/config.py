@@ -241,18 +241,21 @@ class DataConfig:
     dataset: str = "digits"
     """Name or path of the data set, one of:
     digits (part of scikit-learn); mnist, fashion_mnist, kmnist;
+    the prefix of other idx files, such as emnist-letters;
     multi_mnist, affine_mnist (made from mnist);
     any other image data set of tensorflow-datasets;
     a folder with one folder of images for each class;
     an .npz file with x_train, y_train, x_test, y_test."""
     data_dir: Path | None = None
-    """Folder with the four idx files of mnist, fashion_mnist or kmnist, or with tensorflow-datasets."""
+    """Folder with the idx files of the data set, or with tensorflow-datasets."""
     augment: tuple[str, ...] = ("shift=0.1",)
     """Augmentations of the training images (see the table below); without a value, none."""
     validation: float = 0.0
     """Fraction of the training images held out for validation. The weights that are best on them are saved."""
     image_size: tuple[int, int] | None = None
     """Resize the images of a folder to this height and width."""
+    transpose: bool = False
+    """Swap rows and columns of all images, because those of EMNIST are published that way."""
     train_limit: int | None = None
     """Use only this many training images, from the start of the set."""
     stream: Annotated[bool | None, arg(help_behavior_hint="(default: if they need half of the device's memory)")] = None

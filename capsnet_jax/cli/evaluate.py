@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
 from jaxtyping import Int
 
-from capsnet_jax.data import configured_dataset
+from capsnet_jax.data import Dataset, configured_dataset
 from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.errors import UsageError
 from capsnet_jax.figures import confusion_figure, save_figure
@@ -18,6 +19,7 @@ from capsnet_jax.train.evaluation import Evaluation, evaluate, final_line
 
 MATRIX_CLASSES = 12  # largest number of classes for which the confusion matrix is printed
 CONFUSIONS = 10  # number of the most frequent confusions printed for more classes
+NAMED = 10  # number of classes that an error names
 SHORT_NAME = 5  # longest class name that heads a column of the matrix
 
 
@@ -31,9 +33,16 @@ class Evaluate:
     run_dir: tyro.conf.Positional[Path]
     """Folder of the run."""
     dataset: str | None = None
-    """Another data set than the one of the run, with the same classes in the same order."""
+    """Another data set than the one of the run. It needs no training images."""
     data_dir: Path | None = None
     """Folder of the data set, if not the one of the run."""
+    transpose: bool = False
+    """Swap rows and columns of the images of --dataset."""
+    match: Literal["name", "order"] = "name"
+    """How classes of the data set are found among those of the model: by their names, of which some may be missing,
+    or by their order, whatever their names are."""
+    limit: int | None = None
+    """Use only this many test images, from the start of the set."""
     best: bool = False
     """Evaluate the weights that were best on validation images instead of the last ones."""
     trust_code: bool = False
@@ -42,29 +51,55 @@ class Evaluate:
     """File for a picture of the confusion matrix: .png, .pdf or .svg."""
 
     def run(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"limit is {self.limit}, and must be at least 1.")
         run, model = load_run(self.run_dir, best=self.best, trust_code=self.trust_code)
-        data = replace(run.config.data, train_limit=None, validation=0.0)  # only test images are used
+        data = run.config.data
         if self.dataset is not None:
             # Only folders of images are resized.
             image_size = data.image_size if Path(self.dataset).expanduser().is_dir() else None
             # The run's own data_dir is of its data set; mnist and its kin all have files of the same names.
-            data = replace(data, dataset=self.dataset, image_size=image_size, data_dir=None)
-        data = replace(data, data_dir=self.data_dir or data.data_dir)
-        dataset = configured_dataset(data).cropped(Augmentation.parse(data.augment).crop)
-        if dataset.num_classes != len(run.class_names):
-            raise UsageError(
-                f"Data set {data.dataset!r} has {dataset.num_classes} classes, and the model was made for "
-                f"{len(run.class_names)}; expected a data set of the same classes."
-            )
-        if self.confusion and dataset.test_labels.ndim > 1:
+            data = replace(data, dataset=self.dataset, image_size=image_size, data_dir=None, transpose=False)
+        data = replace(data, data_dir=self.data_dir or data.data_dir, transpose=self.transpose or data.transpose)
+        dataset = configured_dataset(data, test_only=True).cropped(Augmentation.parse(data.augment).crop)
+        images, labels = dataset.test_images, self.labels_of(run.class_names, dataset, data.dataset)
+        if self.limit is not None and self.limit > len(images):
+            raise UsageError(f"limit is {self.limit}, with only {len(images)} test images.")
+        if self.confusion and labels.ndim > 1:
             raise UsageError(
                 f"Images of {data.dataset!r} have several classes each, for which there is no confusion matrix; "
                 "expected no --confusion."
             )
-        evaluation = evaluate(model, dataset.test_images, dataset.test_labels)
-        print(describe(evaluation, dataset.class_names))
+        evaluation = evaluate(model, images[: self.limit], labels[: self.limit])
+        print(describe(evaluation, run.class_names))
         if self.confusion and evaluation.confusion is not None:
-            save_figure(confusion_figure(np.array(evaluation.confusion), dataset.class_names), self.confusion)
+            save_figure(confusion_figure(np.array(evaluation.confusion), run.class_names), self.confusion)
+
+    def labels_of(self, class_names: Sequence[str], dataset: Dataset, name: str) -> Int[np.ndarray, "images *k"]:
+        """Return the labels of the test images as indices of the classes of the model.
+
+        Raises:
+            UsageError: the model does not have all the classes or, if they are matched by their order, has more.
+        """
+        if self.match == "order":
+            if dataset.num_classes != len(class_names):
+                raise UsageError(
+                    f"Data set {name!r} has {dataset.num_classes} classes, and the model was made for "
+                    f"{len(class_names)}; expected as many, or --match name."
+                )
+            return dataset.test_labels
+        index = {name: number for number, name in enumerate(class_names)}
+        if unknown := [name for name in dataset.class_names if name not in index]:
+            raise UsageError(
+                f"Data set {name!r} has the classes {some(unknown)}, which the model does not have: its own are "
+                f"{some(class_names)}; expected the same names, or --match order for classes in the same order."
+            )
+        return np.array([index[name] for name in dataset.class_names], np.int32)[dataset.test_labels]
+
+
+def some(names: Sequence[str]) -> str:
+    """List the first few names."""
+    return ", ".join(map(repr, names[:NAMED])) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def describe(evaluation: Evaluation, class_names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from capsnet_jax.config import DataConfig
 from capsnet_jax.data.dataset import Dataset, central_crop, make_dataset
-from capsnet_jax.data.idx import IDX_DATASETS, NUM_CLASSES, holds_idx, read_idx_folder
+from capsnet_jax.data.idx import IDX_DATASETS, find_idx, load_idx
 from capsnet_jax.data.synthetic import SYNTHETIC_DATASETS
 from capsnet_jax.errors import UsageError
 
@@ -17,17 +17,25 @@ __all__ = ["BUILT_IN_DATASETS", "Dataset", "central_crop", "configured_dataset",
 BUILT_IN_DATASETS = ("digits", *IDX_DATASETS, *SYNTHETIC_DATASETS)
 
 
-def configured_dataset(data: DataConfig) -> Dataset:
+def configured_dataset(data: DataConfig, *, test_only: bool = False) -> Dataset:
     """Load the data set of a config, apply its limit and validation split, but do not crop it.
+
+    Args:
+        data: the options.
+        test_only: whether to load the test images only, and to apply neither limit nor validation split.
 
     Raises:
         UsageError: the data set cannot be read, or is too small for limit or validation split.
     """
-    dataset = load_dataset(data.dataset, data.data_dir, image_size=data.image_size)
-    return dataset.limited(data.train_limit).with_validation(data.validation)
+    dataset = load_dataset(data.dataset, data.data_dir, image_size=data.image_size, test_only=test_only)
+    if data.transpose:
+        dataset = dataset.transposed()
+    return dataset if test_only else dataset.limited(data.train_limit).with_validation(data.validation)
 
 
-def load_dataset(name: str, data_dir: Path | None = None, *, image_size: tuple[int, int] | None = None) -> Dataset:
+def load_dataset(
+    name: str, data_dir: Path | None = None, *, image_size: tuple[int, int] | None = None, test_only: bool = False
+) -> Dataset:
     """Load a data set by name or path.
 
     Args:
@@ -35,6 +43,7 @@ def load_dataset(name: str, data_dir: Path | None = None, *, image_size: tuple[i
 
             - `digits`: 1,797 handwritten digits of 8 x 8 from scikit-learn; every fifth of each class is for testing;
             - `mnist`, `fashion_mnist`, `kmnist`: from idx files in `data_dir`;
+            - the prefix of other idx files in `data_dir`, such as `emnist-letters`;
             - `multi_mnist`, `affine_mnist`: overlapping or affine-transformed digits, made from MNIST;
             - the path of a folder with a folder of images for each class, or of an .npz file;
             - the name of any image data set in tensorflow-datasets.
@@ -42,6 +51,8 @@ def load_dataset(name: str, data_dir: Path | None = None, *, image_size: tuple[i
             An existing path takes precedence over a name of tensorflow-datasets, but not over the other names.
         data_dir: folder of idx files, or of prepared tensorflow-datasets.
         image_size: height and width to resize the images of a folder to; None keeps their size.
+        test_only: whether to load no training images, which then may be missing. `digits` and the data sets made from
+            MNIST always have them.
 
     Returns:
         Training and test images with their labels and class names.
@@ -67,26 +78,22 @@ def load_dataset(name: str, data_dir: Path | None = None, *, image_size: tuple[i
     if path is not None and path.is_dir():
         from capsnet_jax.data.folder import load_image_folder  # Pillow is needed for this only
 
-        return load_image_folder(path, image_size)
+        return load_image_folder(path, image_size, test_only=test_only)
     if image_size is not None:
         raise UsageError(f"image_size is {image_size}, but only folders of images are resized; {name} is not one.")
     if path is not None:
         from capsnet_jax.data.npz import load_npz
 
-        return load_npz(path)
+        return load_npz(path, test_only=test_only)
     if name == "digits":
         return load_digits()
     if name in SYNTHETIC_DATASETS:
         return SYNTHETIC_DATASETS[name](load_dataset("mnist", data_dir))
-    if data_dir is not None and holds_idx(data_dir):
-        if name not in IDX_DATASETS:
-            raise UsageError(
-                f"Unknown data set {name!r} for idx files ({data_dir}); expected {', '.join(IDX_DATASETS)}."
-            )
-        return make_dataset(*read_idx_folder(data_dir), num_classes=NUM_CLASSES)
+    if data_dir is not None and (sets := find_idx(data_dir)):
+        return load_idx(data_dir, sets, name, test_only=test_only)
     from capsnet_jax.data.tfds import load_tfds  # slow to import, and an extra
 
-    return load_tfds(name, data_dir)
+    return load_tfds(name, data_dir, test_only=test_only)
 
 
 def with_absolute_paths(data: DataConfig) -> DataConfig:

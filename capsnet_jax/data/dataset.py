@@ -110,6 +110,15 @@ class Dataset(NamedTuple):
             validation_labels=self.train_labels[is_held_out],
         )
 
+    def transposed(self) -> "Dataset":
+        """Swap rows and columns of all images."""
+        validation = self.validation_images
+        return self._replace(
+            train_images=_transposed(self.train_images),
+            test_images=_transposed(self.test_images),
+            validation_images=None if validation is None else _transposed(validation),
+        )
+
     def cropped(self, side: int | None) -> "Dataset":
         """Crop test and validation images to their central `side` x `side` pixels; None crops nothing.
 
@@ -140,7 +149,8 @@ def make_dataset(
     """Make a data set from your own arrays, and check them.
 
     Args:
-        train_images: images `[images height width channels]`, in uint8 or as floats in [0, 1].
+        train_images: images `[images height width channels]`, in uint8 or as floats in [0, 1]; none of them, with the
+            shape and dtype of test images, for a data set that is only evaluated.
         train_labels: class indices `[images]`, or `[images k]` for k different classes in each image.
         test_images: images of the same shape and dtype.
         test_labels: class indices, as many for each image as in `train_labels`.
@@ -164,6 +174,8 @@ def make_dataset(
                 f"The {images_name} are {images.shape}; expected [images height width channels], of one size in "
                 "both splits."
             )
+        if len(train_images) == 0 and images is train_images:
+            continue
         _check_labels(labels, labels_name, num_images=len(images), class_names=class_names)
         if labels.shape[1:] != train_labels.shape[1:]:
             raise UsageError(f"The {labels_name} are {labels.shape}; expected as many for each image in both splits.")
@@ -193,6 +205,12 @@ def _check_labels(labels: np.ndarray, name: str, *, num_images: int, class_names
     if len(images):
         twice = class_names[ordered[images[0], places[0]]]
         raise UsageError(f"The {name} give image {images[0]} the class {twice!r} twice; expected different ones.")
+
+
+def _transposed(
+    images: Shaped[np.ndarray, "images height width channels"],
+) -> Shaped[np.ndarray, "images width height channels"]:
+    return np.ascontiguousarray(images.swapaxes(1, 2))
 
 
 def central_crop(

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from capsnet_jax.data.dataset import Dataset, make_dataset
-from capsnet_jax.data.idx import holds_idx
+from capsnet_jax.data.idx import find_idx, names_of
 from capsnet_jax.errors import UsageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -23,7 +23,7 @@ EVERY = 5  # without a test folder, every fifth image is for testing
 Files = dict[str, list[Path]]  # image files of each class
 
 
-def load_image_folder(folder: Path, image_size: tuple[int, int] | None = None) -> Dataset:
+def load_image_folder(folder: Path, image_size: tuple[int, int] | None = None, *, test_only: bool = False) -> Dataset:
     """Load images from `folder/train/CLASS/` and `folder/test/CLASS/`, or from `folder/CLASS/`.
 
     In the latter case every fifth image of each class, sorted by file name, is for testing. Class names are the sorted
@@ -36,6 +36,8 @@ def load_image_folder(folder: Path, image_size: tuple[int, int] | None = None) -
     Args:
         folder: the folder.
         image_size: height and width to resize all images to, with antialiasing; None if they have one size already.
+        test_only: whether to read the test images only, so that `folder/train/` may be missing. If it is there, it
+            still counts for the number of channels.
 
     Raises:
         UsageError: the folders are not as above, there are fewer than two classes or a class without images, or an
@@ -43,8 +45,10 @@ def load_image_folder(folder: Path, image_size: tuple[int, int] | None = None) -
     """
     if image_size is not None and min(image_size) < 1:
         raise UsageError(f"image_size is {image_size}, and must be at least 1.")
-    if (folder / "train").is_dir() and (folder / "test").is_dir():
-        train, test = _files_of_classes(folder / "train"), _files_of_classes(folder / "test")
+    has_train = (folder / "train").is_dir()
+    if (folder / "test").is_dir() and (has_train or (test_only and any(map(Path.is_dir, (folder / "test").iterdir())))):
+        test = _files_of_classes(folder / "test")
+        train = _files_of_classes(folder / "train") if has_train else {name: [] for name in test}
         if unpaired := sorted(train.keys() ^ test.keys()):
             lacking = folder / ("test" if unpaired[0] in train else "train")
             raise UsageError(f"{lacking} lacks the class {unpaired[0]!r}; expected the same classes in train and test.")
@@ -56,11 +60,20 @@ def load_image_folder(folder: Path, image_size: tuple[int, int] | None = None) -
     with ThreadPoolExecutor() as threads:
         shape = _common_shape([path for paths, _ in splits for path in paths], image_size, threads)
         arrays: list[np.ndarray] = []
-        for paths, labels in splits:
+        for paths, labels in [_in_turn({}), splits[1]] if test_only else splits:
             images = np.empty((len(paths), *shape), np.uint8)
             list(threads.map(decode, paths, images))  # a list, to raise the errors of the threads
             arrays += [images, labels]
     return make_dataset(*arrays, num_classes=len(train), class_names=tuple(train))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """List the image files in a folder, by their suffix, sorted; hidden ones are skipped."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
 
 
 def _files_of_classes(folder: Path, at_least: int = 1) -> Files:
@@ -68,14 +81,14 @@ def _files_of_classes(folder: Path, at_least: int = 1) -> Files:
     subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(subfolders) < 2:
         found = f"only the folder {subfolders[0].name}" if subfolders else "no folder"
-        hint = f", or --dataset mnist --data-dir {folder} for its idx files" if holds_idx(folder) else ""
+        idx = names_of(find_idx(folder))
+        hint = f", or --dataset {idx[0]} --data-dir {folder} for its idx files" if idx else ""
         raise UsageError(
             f"{folder} has {found} in it; expected a folder of images for each of two or more classes{hint}."
         )
     classes = {}
     for subfolder in subfolders:
-        files = sorted(path for path in subfolder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
-        classes[subfolder.name] = [path for path in files if not path.name.startswith(".")]
+        classes[subfolder.name] = image_files(subfolder)
         if len(classes[subfolder.name]) < at_least:
             raise UsageError(
                 f"{subfolder} has {len(classes[subfolder.name])} images ({' '.join(SUFFIXES)}) in it; expected "
@@ -89,7 +102,7 @@ def _in_turn(classes: Files) -> tuple[list[Path], np.ndarray]:
     """List the first file of each class, then the second of each and so on, and their labels."""
     rounds = zip_longest(*classes.values())
     files = [(path, label) for turn in rounds for label, path in enumerate(turn) if path is not None]
-    return [path for path, _ in files], np.array([label for _, label in files])
+    return [path for path, _ in files], np.array([label for _, label in files], int)
 
 
 def _common_shape(paths: list[Path], size: tuple[int, int] | None, threads: ThreadPoolExecutor) -> tuple[int, int, int]:

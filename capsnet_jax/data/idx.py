@@ -1,45 +1,87 @@
-"""The idx format, in which MNIST, Fashion-MNIST and KMNIST are published."""
+"""The idx format, in which MNIST, Fashion-MNIST, KMNIST and EMNIST are published."""
 
 import gzip
 import math
+import re
 import zlib
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
+from capsnet_jax.data.dataset import Dataset, make_dataset
 from capsnet_jax.errors import UsageError
 
-IDX_DATASETS = ("mnist", "fashion_mnist", "kmnist")
-NUM_CLASSES = 10
+IDX_DATASETS = ("mnist", "fashion_mnist", "kmnist")  # whose files have no prefix
+FILE_NAME = re.compile(r"(?:(.+)-)?(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(?:\.gz)?")
 MAX_BYTES = 10_000_000_000  # of one file; the largest that are published have half a gigabyte
-FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+Files = dict[tuple[str, str], Path]  # files by "train" or "test", and "images" or "labels"
 
 
-def holds_idx(folder: Path) -> bool:
-    """Whether the folder has any of the four idx files; if some are missing, `read_idx_folder` names them."""
-    return any(_path(folder, name).exists() for name in FILES)
+def find_idx(folder: Path) -> dict[str, Files]:
+    """Find the idx files in a folder, such as `emnist-letters-train-images-idx3-ubyte.gz`.
+
+    Returns:
+        The files of each data set, by the prefix of their names, which is "" for those of MNIST.
+    """
+    sets: dict[str, Files] = {}
+    for path in sorted(folder.iterdir()):  # of two files with and without .gz, the latter is read
+        match = FILE_NAME.fullmatch(path.name)
+        if match is not None and path.is_file():
+            split = "train" if match[2] == "train" else "test"
+            sets.setdefault(match[1] or "", {})[split, match[3]] = path
+    return sets
 
 
-def read_idx_folder(folder: Path) -> list[UInt8[np.ndarray, "..."]]:
-    """Read training images `[images height width 1]` and labels, test images and labels.
+def names_of(sets: dict[str, Files]) -> list[str]:
+    """Return the names by which the data sets of `find_idx` can be loaded."""
+    return [name for prefix in sorted(sets) for name in ([prefix] if prefix else IDX_DATASETS)]
+
+
+def load_idx(folder: Path, sets: dict[str, Files], name: str, *, test_only: bool = False) -> Dataset:
+    """Load a data set of idx files. Its classes are the labels that occur, in ascending order.
+
+    Args:
+        folder: the folder of the files.
+        sets: what `find_idx` found there.
+        name: one of `names_of(sets)`.
+        test_only: whether to read the test images only; there are no training images then.
 
     Raises:
-        UsageError: a file is missing, truncated or of another kind; the message names it.
+        UsageError: the name is another one, or a file is missing, truncated or of another kind; the message names it.
     """
-    paths = [_path(folder, name) for name in FILES]
-    if missing := [path for path in paths if not path.exists()]:
-        expected = ", ".join(f"{name}.gz" for name in FILES)
-        raise UsageError(f"{folder} lacks {missing[0].name}.gz; expected the four files {expected}.")
-    arrays = []
-    for images_path, labels_path in (paths[:2], paths[2:]):
-        images, labels = read_idx(images_path, ndim=3), read_idx(labels_path, ndim=1)
-        if len(labels) != len(images):
-            raise UsageError(f"{labels_path} has {len(labels)} labels for {len(images)} images.")
-        if labels.max(initial=0) >= NUM_CLASSES:
-            raise UsageError(f"{labels_path} has the label {labels.max()}; expected 0 to {NUM_CLASSES - 1}.")
-        arrays += [images[..., None], labels]
-    return arrays
+    prefix = "" if name in IDX_DATASETS and name not in sets else name
+    if prefix not in sets:
+        raise UsageError(
+            f"Unknown data set {name!r} for the idx files in {folder}; expected {', '.join(names_of(sets))}."
+        )
+    files = sets[prefix]
+    arrays: list[np.ndarray] = []
+    for split in ("test",) if test_only else ("train", "test"):
+        for content, axes in (("images", 3), ("labels", 1)):
+            if (split, content) not in files:
+                begin = f"{prefix}-{split}" if prefix else {"train": "train", "test": "t10k"}[split]
+                splits = "test images and their labels" if test_only else "training and test images and their labels"
+                raise UsageError(f"{folder} lacks {begin}-{content}-idx{axes}-ubyte.gz; expected files of {splits}.")
+            arrays.append(read_idx(files[split, content], ndim=axes))
+        if len(arrays[-1]) != len(arrays[-2]):
+            counts = f"{len(arrays[-1])} labels for {len(arrays[-2])} images"
+            raise UsageError(f"{files[split, 'labels']} has {counts}; expected one for each.")
+    if test_only:
+        arrays = [array[:0] for array in arrays] + arrays
+    classes = np.unique(np.concatenate(arrays[1::2]))
+    if len(classes) < 2:
+        raise UsageError(
+            f"The labels of {name!r} in {folder} are all {classes.tolist()}; expected two classes or more."
+        )
+    train_labels, test_labels = (np.searchsorted(classes, labels) for labels in arrays[1::2])
+    train_images, test_images = (images[..., None] for images in arrays[::2])
+    return make_dataset(
+        *(train_images, train_labels, test_images, test_labels),
+        num_classes=len(classes),
+        class_names=[str(label) for label in classes],
+    )
 
 
 def read_idx(path: Path, *, ndim: int) -> UInt8[np.ndarray, "..."]:
@@ -77,8 +119,3 @@ def read_idx(path: Path, *, ndim: int) -> UInt8[np.ndarray, "..."]:
         count = f"more than {size}" if len(values) > size else len(values)
         raise UsageError(f"{path} has {count} values; its header says {size}, for {shape}.")
     return np.frombuffer(values, np.uint8).reshape(shape)
-
-
-def _path(folder: Path, name: str) -> Path:
-    compressed = folder / f"{name}.gz"
-    return compressed if compressed.exists() else folder / name

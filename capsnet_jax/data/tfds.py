@@ -14,30 +14,34 @@ EXTRA = "pip install 'capsnet-jax[tfds]'"
 READ_AT_ONCE = 1000  # examples; several times as fast as one by one
 
 
-def load_tfds(name: str, data_dir: Path | None) -> Dataset:
+def load_tfds(name: str, data_dir: Path | None, *, test_only: bool = False) -> Dataset:
     """Load the training and test images of a data set, and download and prepare it if necessary.
 
     Args:
         name: name of the data set in tensorflow-datasets.
         data_dir: folder of prepared data sets; None for the default of tensorflow-datasets.
+        test_only: whether to load the test images only; there are no training images then.
 
     Raises:
         UsageError: the data set is unknown, its images have different sizes or no class, or a package is missing.
     """
+    others = (
+        "digits, multi_mnist, affine_mnist, the path of a folder or .npz file, a data set of idx files in --data-dir"
+    )
+    others += "" if data_dir is None else f" ({data_dir} has none)"
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise UsageError(
-            f"Unknown data set {name!r}: expected digits, mnist, fashion_mnist or kmnist with idx files in --data-dir, "
-            f"or the path of a folder or .npz file; all others need tensorflow-datasets: {EXTRA} ({error})."
+            f"Unknown data set {name!r}; expected {others}; all others need tensorflow-datasets: {EXTRA} ({error})."
         ) from error
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
         similar = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=5)
         raise UsageError(
-            f"Unknown data set {name!r}; expected digits, multi_mnist, affine_mnist, the path of a folder or .npz file "
-            f"or an image set of tensorflow-datasets{', such as ' + ', '.join(similar) if similar else ''}."
+            f"Unknown data set {name!r}; expected {others}, or an image set of tensorflow-datasets"
+            f"{', such as ' + ', '.join(similar) if similar else ''}."
         ) from error
     image, label = _supervised_keys(builder.info, name)
     if not builder.is_prepared():
@@ -47,12 +51,13 @@ def load_tfds(name: str, data_dir: Path | None) -> Dataset:
                 "or give mnist, fashion_mnist or kmnist a --data-dir with its four idx files."
             )
         builder.download_and_prepare(file_format="array_record")
-    for split in ("train", "test"):
+    splits = ("test",) if test_only else ("train", "test")
+    for split in splits:
         if split not in builder.info.splits:
             raise UsageError(f"Data set {name!r} has no split {split!r}; it has {', '.join(builder.info.splits)}.")
     features = builder.info.features
     arrays: list[np.ndarray] = []
-    for split in ("train", "test"):
+    for split in splits:
         source = builder.as_data_source(split)
         images = np.empty((len(source), *features[image].shape), features[image].np_dtype)
         labels = np.empty(len(source), np.int64)
@@ -61,6 +66,8 @@ def load_tfds(name: str, data_dir: Path | None) -> Dataset:
             for number, example in zip(numbers, source.__getitems__(numbers), strict=True):
                 images[number], labels[number] = example[image], example[label]
         arrays += [images, labels]
+    if test_only:
+        arrays = [array[:0] for array in arrays] + arrays
     return make_dataset(*arrays, num_classes=len(features[label].names), class_names=features[label].names)
 
 

@@ -124,30 +124,82 @@ def test_the_command_prints_counts_and_accuracy_of_last_or_best_weights(
     assert text != describe(evaluate(small_model, *data), small_dataset.class_names)
 
 
-def test_another_data_set_is_evaluated_if_it_has_the_same_classes_and_size(run_dir, tmp_path, small_dataset, capsys):
-    """Its number of training images does not matter."""
+def counts_of(lines) -> dict[str, str]:
+    """Number of images of each class, in the table that the command prints."""
+    return {line.split("|")[1].strip(): line.split("|")[2].strip() for line in lines[2:12]}
+
+
+def test_another_data_set_is_evaluated_without_its_training_images(run_dir, tmp_path, small_dataset, capsys):
     train_images, train_labels, test_images, test_labels, *_ = small_dataset
     splits = train_images[:1], train_labels[:1], test_images[5:], test_labels[5:]
     folder = write_idx_folder(tmp_path / "other", make_dataset(*splits, num_classes=10))
+    for name in ("images-idx3", "labels-idx1"):
+        (folder / f"train-{name}-ubyte.gz").unlink()
     Evaluate(run_dir, dataset="kmnist", data_dir=folder).run()
-    assert " on 18 images " in capsys.readouterr().out.splitlines()[-1]
-    names = ("x_train", "y_train", "x_test", "y_test")
-    arrays = dict(zip(names, small_dataset[:4], strict=True))
-    arrays["y_test"] = np.arange(23) % 10  # all classes
-    np.savez(tmp_path / "few.npz", **arrays | {name: arrays[name] % 4 for name in names[1::2]})
-    with pytest.raises(UsageError, match=r"few.npz' has 4 classes, and the model was made for 10;"):
-        Evaluate(run_dir, dataset=str(tmp_path / "few.npz")).run()
-    np.savez(tmp_path / "wide.npz", **arrays | {name: arrays[name][:, :, :10] for name in names[::2]})
+    lines = capsys.readouterr().out.splitlines()
+    assert " on 18 images " in lines[-1]
+    expected = np.bincount(test_labels[5:], minlength=10)
+    assert counts_of(lines) == {str(label): str(count) for label, count in enumerate(expected)}
+    wide = {"x_test": test_images[:, :, :10], "y_test": test_labels}
+    np.savez(tmp_path / "wide.npz", **wide)
     with pytest.raises(UsageError, match=r"\(9, 10, 1\), and the model was made for \(9, 11, 1\)"):
         Evaluate(run_dir, dataset=str(tmp_path / "wide.npz")).run()
-    assert capsys.readouterr().out == ""
+    np.savez(tmp_path / "transposed.npz", x_test=test_images.swapaxes(1, 2), y_test=test_labels)
+    Evaluate(run_dir, dataset=str(tmp_path / "transposed.npz"), transpose=True).run()
+    transposed = capsys.readouterr().out
+    Evaluate(run_dir).run()
+    assert transposed == capsys.readouterr().out
+
+
+WORDS = tuple("zero one two three four five six seven eight nine".split())  # noqa: SIM905
+
+
+def test_classes_are_matched_by_name_in_any_order(run_dir, tmp_path, small_dataset, monkeypatch, capsys):
+    """Here the sets have the same images, under labels in another order, only of some classes, or with other names."""
+    images, labels = small_dataset.test_images, small_dataset.test_labels
+
+    def evaluated(class_names, kept=slice(None), **options) -> str:
+        numbers = np.array([class_names.index(str(label)) for label in labels[kept]])
+        given = options.pop("names", class_names)
+        other = make_dataset(
+            images[:0], numbers[:0], images[kept], numbers, num_classes=len(class_names), class_names=given
+        )
+        monkeypatch.setattr("capsnet_jax.cli.evaluate.configured_dataset", lambda data, test_only: other)
+        Evaluate(run_dir, dataset="other", **options).run()
+        return capsys.readouterr().out
+
+    ordered, shuffled = list("0123456789"), list("3195720468")
+    expected = evaluated(ordered)
+    assert evaluated(shuffled) == expected
+    assert evaluated(ordered, match="order") == expected
+    assert evaluated(ordered, names=WORDS, match="order") == expected
+    assert evaluated(shuffled, match="order") != expected
+    kept = np.flatnonzero(np.isin(labels, [2, 5, 7]))
+    lines = evaluated(["7", "5", "2"], kept).splitlines()
+    assert counts_of(lines) == {name: str(np.sum(labels[kept] == int(name))) for name in "0123456789"}
+    for class_names, options, message in (
+        (ordered, {"names": WORDS}, r"has the classes 'zero', 'one', .*'nine', .* its own are '0', '1', .*'9'"),
+        ([*ordered, "ten"], {}, r"'other' has the classes 'ten', which the model does not .* or --match order"),
+        (["7", "5", "2"], {"kept": kept, "match": "order"}, r"'other' has 3 classes, and the model was made for 10"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            evaluated(class_names, **options)
+
+
+def test_a_limit_uses_the_first_test_images(run_dir, small_dataset, small_model, capsys):
+    Evaluate(run_dir, limit=7).run()
+    first = small_dataset.test_images[:7], small_dataset.test_labels[:7]
+    assert capsys.readouterr().out == describe(evaluate(small_model, *first), small_dataset.class_names) + "\n"
+    for limit, message in ((0, "limit is 0, and must be at least 1"), (24, "limit is 24, with only 23 test images")):
+        with pytest.raises(UsageError, match=message):
+            Evaluate(run_dir, limit=limit).run()
 
 
 def test_images_of_several_classes_have_no_confusion_matrix(run_dir, tmp_path, small_dataset, monkeypatch, capsys):
     labels = np.stack([small_dataset.test_labels, (small_dataset.test_labels + 1) % 10], axis=1)
     images = small_dataset.test_images
     pairs = make_dataset(images, labels, images, labels, num_classes=10)
-    monkeypatch.setattr("capsnet_jax.cli.evaluate.configured_dataset", lambda data: pairs)
+    monkeypatch.setattr("capsnet_jax.cli.evaluate.configured_dataset", lambda data, test_only: pairs)
     with pytest.raises(UsageError, match=r"Images of 'mnist' have several classes each, .* expected no --confusion"):
         Evaluate(run_dir, confusion=tmp_path / "confusion.png").run()
     Evaluate(run_dir).run()

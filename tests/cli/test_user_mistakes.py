@@ -107,7 +107,10 @@ MISTAKES = [
     ("evaluate empty", "it has no config.json", "expected the --run-dir of a training"),
     ("evaluate seeds", "seeds is not the folder of a run", "its folder seed-0 does"),
     ("evaluate run --best", "run has no best.safetensors", "it was trained without --validation"),
-    ("evaluate run --dataset two.npz", "'two.npz' has 2 classes", "the model was made for 10"),
+    ("evaluate run --dataset two.npz", "'two.npz' has the classes 'cat', 'dog'", "or --match order for classes"),
+    ("evaluate run --dataset two.npz --match order", "'two.npz' has 2 classes", "expected as many, or --match name"),
+    ("evaluate run --limit 0", "limit is 0", "at least 1"),
+    ("evaluate run --limit 5000", "limit is 5000", "with only 355 test images"),
     ("report", "no runs to report", "expected one run folder or more"),
     ("report empty", "empty is not the folder of a run", "it has no config.json, and no runs seed-0, seed-1"),
     ("report run", "run/metrics.jsonl has no metrics yet", "expected a run that has trained for some steps"),
@@ -158,7 +161,7 @@ def here(tmp_path_factory) -> Path:
         (here / name).write_text("text")
     Image.fromarray(np.zeros((8, 9), np.uint8)).save(here / "wide.png")
     safetensors.numpy.save_file({"weight": np.ones(3, np.float32)}, here / "other.safetensors")
-    images, labels = dataset.train_images[:20, ..., 0], np.arange(20) % 2
+    images, labels = dataset.train_images[:20, ..., 0], np.array(["cat", "dog"] * 10)
     np.savez(here / "two.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     return here
 

@@ -10,10 +10,10 @@ import pytest
 from capsnet_jax import UsageError
 from capsnet_jax.config import DataConfig
 from capsnet_jax.data import configured_dataset, load_dataset
-from capsnet_jax.data.idx import FILES
 from tests.conftest import write_idx
 from tests.data.tiny_images import write_image_folder
 
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = (f"{name}.gz" for name in FILES)
 
 
@@ -102,15 +102,92 @@ def test_a_wrong_number_of_labels_raises(idx_folder):
         load_dataset("mnist", idx_folder)
 
 
-def test_a_label_outside_the_classes_raises(idx_folder):
-    write_idx(idx_folder / TEST_LABELS, np.full(23, 10, np.uint8))
-    with pytest.raises(UsageError, match=f"{TEST_LABELS} has the label 10; expected 0 to 9"):
-        load_dataset("mnist", idx_folder)
-
-
 def test_an_unknown_name_for_idx_files_raises_an_error_with_the_known_names(idx_folder):
     with pytest.raises(UsageError, match=r"'mnits'.*mnist, fashion_mnist, kmnist"):
         load_dataset("mnits", idx_folder)
+
+
+RNG = np.random.default_rng(7)
+LETTERS = {
+    "train": (RNG.integers(0, 256, (13, 4, 6), dtype=np.uint8), np.array([3, 26, 1, 26, 5, 3, 1, 26, 5, 3, 3, 1, 26])),
+    "test": (RNG.integers(0, 256, (7, 4, 6), dtype=np.uint8), np.array([1, 26, 12, 3, 1, 5, 12])),
+}
+
+
+def write_letters(folder, prefix="emnist-letters-", dash="-", splits=("train", "test")):
+    """Write files as EMNIST has them, with labels from 1 and a gap."""
+    folder.mkdir(exist_ok=True)
+    for split in splits:
+        images, labels = LETTERS[split]
+        write_idx(folder / f"{prefix}{split}-images{dash}idx3-ubyte.gz", images)
+        write_idx(folder / f"{prefix}{split}-labels{dash}idx1-ubyte.gz", labels.astype(np.uint8))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("prefix", "name"), [("emnist-letters-", "emnist-letters"), ("", "kmnist"), ("a-b.c-", "a-b.c")]
+)
+@pytest.mark.parametrize("dash", "-.")
+def test_idx_files_with_a_prefix_are_a_data_set_whose_classes_are_its_labels(prefix, name, dash, tmp_path):
+    dataset = load_dataset(name, write_letters(tmp_path / "emnist", prefix, dash))
+    assert dataset.class_names == ("1", "3", "5", "12", "26")
+    for images, labels, split in (
+        (dataset.train_images, dataset.train_labels, "train"),
+        (dataset.test_images, dataset.test_labels, "test"),
+    ):
+        np.testing.assert_array_equal(images[..., 0], LETTERS[split][0])
+        np.testing.assert_array_equal(np.array([1, 3, 5, 12, 26])[labels], LETTERS[split][1])
+
+
+def test_of_several_data_sets_of_idx_files_the_name_chooses(idx_folder, small_dataset):
+    write_letters(idx_folder)
+    write_letters(idx_folder, "emnist-", splits=("train",))
+    (idx_folder / "letters-train-images-idx3-ubyte").mkdir()  # as some archives are unpacked
+    assert load_dataset("emnist-letters", idx_folder).image_shape == (4, 6, 1)
+    np.testing.assert_array_equal(load_dataset("mnist", idx_folder).test_images, small_dataset.test_images)
+    with pytest.raises(
+        UsageError, match=r"'letters' .* expected mnist, fashion_mnist, kmnist, emnist, emnist-letters\."
+    ):
+        load_dataset("letters", idx_folder)
+    with pytest.raises(
+        UsageError, match=r"lacks emnist-test-images-idx3-ubyte\.gz; expected .* training and test images"
+    ):
+        load_dataset("emnist", idx_folder)
+
+
+def test_without_a_training_split_test_images_can_be_loaded(tmp_path):
+    folder = write_letters(tmp_path / "emnist", splits=("test",))
+    with pytest.raises(UsageError, match=r"lacks emnist-letters-train-images-idx3-ubyte\.gz"):
+        load_dataset("emnist-letters", folder)
+    dataset = load_dataset("emnist-letters", folder, test_only=True)
+    assert dataset.class_names == ("1", "3", "5", "12", "26")
+    np.testing.assert_array_equal(dataset.test_images[..., 0], LETTERS["test"][0])
+    assert (dataset.train_images.shape, dataset.train_labels.shape) == ((0, 4, 6, 1), (0,))
+    (folder / "emnist-letters-test-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(
+        UsageError, match=r"lacks emnist-letters-test-labels-.* expected files of test images and their"
+    ):
+        load_dataset("emnist-letters", folder, test_only=True)
+
+
+def test_idx_files_of_one_class_raise(tmp_path):
+    folder = write_letters(tmp_path / "emnist")
+    for split, count in (("train", 13), ("test", 7)):
+        write_idx(folder / f"emnist-letters-{split}-labels-idx1-ubyte.gz", np.full(count, 2, np.uint8))
+    with pytest.raises(UsageError, match=r"labels of 'emnist-letters' in .*emnist are all \[2\]; expected two"):
+        load_dataset("emnist-letters", folder)
+
+
+def test_images_are_transposed_by_an_option(tmp_path):
+    data = DataConfig("emnist-letters", write_letters(tmp_path / "emnist"), transpose=True, validation=0.3)
+    dataset = configured_dataset(data)
+    assert dataset.image_shape == (6, 4, 1)
+    np.testing.assert_array_equal(dataset.test_images[..., 0], LETTERS["test"][0].transpose(0, 2, 1))
+    both = {image.tobytes() for image in [*dataset.train_images, *dataset.validation_images]}
+    assert both == {image.T.tobytes() for image in LETTERS["train"][0]}
+    test = configured_dataset(data, test_only=True)
+    np.testing.assert_array_equal(test.test_images, dataset.test_images)
+    assert (len(test.train_images), test.validation_images) == (0, None)
 
 
 def test_a_folder_that_does_not_exist_raises(tmp_path):
@@ -204,7 +281,9 @@ class TestTensorflowDatasets:
             load_dataset("ag_news_subset")
 
 
-def test_without_tensorflow_datasets_the_error_names_the_extra(monkeypatch):
+def test_without_tensorflow_datasets_the_error_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(UsageError, match=r"'cifar10'.*pip install 'capsnet-jax\[tfds\]'"):
         load_dataset("cifar10")
+    with pytest.raises(UsageError, match=r"a data set of idx files in --data-dir \(.* has none\)"):
+        load_dataset("emnist-letters", tmp_path)

@@ -41,6 +41,24 @@ def test_invalid_arrays_raise(change, message):
         make_dataset(**(arrays | change), num_classes=3)
 
 
+def test_a_data_set_for_evaluation_only_has_no_training_images():
+    dataset = make_dataset(IMAGES[:0], LABELS[:0], IMAGES, LABELS, num_classes=3)
+    assert (len(dataset.train_images), len(dataset.train_labels)) == (0, 0)
+    np.testing.assert_array_equal(dataset.test_labels, LABELS)
+    with pytest.raises(UsageError, match=r"test images are \(4, 4, 6, 1\); expected .* of one size in both splits"):
+        make_dataset(IMAGES[:0], LABELS[:0], IMAGES[:, :4], LABELS, num_classes=3)
+
+
+def test_transposed_images_have_swapped_rows_and_columns():
+    dataset = numbered_dataset(LABELS, 3)._replace(test_images=np.arange(80).reshape(1, 5, 8, 2))
+    for whole in (dataset, dataset.with_validation(0.5)):
+        swapped = whole.transposed()
+        assert swapped.image_shape == (8, 5, 2)
+        assert swapped.test_images[0, 6, 3, 1] == whole.test_images[0, 3, 6, 1]
+        assert (swapped.validation_images is None) == (whole.validation_images is None)
+        np.testing.assert_array_equal(swapped.transposed().train_images, whole.train_images)
+
+
 def test_several_labels_per_image_are_kept():
     dataset = make_dataset(IMAGES, PAIRS, IMAGES, PAIRS[::-1], num_classes=3)
     np.testing.assert_array_equal(dataset.train_labels, [[0, 1], [1, 2], [2, 1], [0, 2]])

@@ -62,9 +62,34 @@ def test_train_and_test_folders_are_the_splits(tmp_path):
     np.testing.assert_array_equal(dataset.test_labels, [0, 1, 0, 1])
 
 
-def test_a_class_may_be_called_train(tmp_path):
+def test_without_a_train_folder_the_test_images_can_be_loaded(tmp_path):
+    folder = write_image_folder(tmp_path, "abc", 6, 5, per_class=3, test_per_class=2)
+    whole = load_image_folder(folder, test_only=True)
+    rename(folder, "train", "elsewhere")
+    dataset = load_image_folder(folder, test_only=True)
+    rename(folder, "elsewhere", "train")
+    for test in (whole, dataset):
+        assert test.class_names == ("a", "b", "c")
+        np.testing.assert_array_equal(test.test_images, load_image_folder(folder).test_images)
+        np.testing.assert_array_equal(test.test_labels, [0, 1, 2, 0, 1, 2])
+        assert (test.train_images.shape, test.train_labels.shape) == ((0, 6, 5, 3), (0,))
+
+
+def test_training_images_are_not_decoded_for_the_test_images_but_count_for_their_channels(tmp_path):
+    for split, pixels in (("train", COLOUR), ("test", GREY)):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(pixels).save(tmp_path / split / name / "0.png")
+    damaged = tmp_path / "train/a/0.png"
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    assert load_image_folder(tmp_path, test_only=True).test_images.shape == (2, 5, 7, 3)
+
+
+def test_a_class_may_be_called_train_or_test(tmp_path):
     folder = write_image_folder(tmp_path, ["plane", "train"], 6, 5, per_class=5)
     assert load_dataset(str(folder)).class_names == ("plane", "train")
+    rename(folder, "train", "test")
+    assert load_dataset(str(folder), test_only=True).class_names == ("plane", "test")
 
 
 def test_hidden_and_other_files_are_skipped(tmp_path):

@@ -45,6 +45,24 @@ def test_colour_images_as_floats_with_strings_as_labels(tmp_path):
     np.testing.assert_array_equal(dataset.test_labels, [1, 1])
 
 
+def test_without_training_arrays_the_test_images_can_be_loaded(tmp_path):
+    path = save(tmp_path, x_train=None, y_train=None)
+    with pytest.raises(UsageError, match="lacks the array x_train"):
+        load_dataset(path)
+    dataset = load_dataset(path, test_only=True)
+    assert dataset.class_names == ("-1", "9", "30")
+    np.testing.assert_array_equal(dataset.test_images, ARRAYS["x_test"][..., None])
+    np.testing.assert_array_equal(dataset.test_labels, [1, 0, 2])
+    assert (dataset.train_images.shape, dataset.train_labels.shape) == ((0, 5, 7, 1), (0,))
+    pairs = np.array([[8, 3], [3, 5], [5, 8]])
+    dataset = load_dataset(save(tmp_path, x_train=None, y_train=None, y_test=pairs), test_only=True)
+    np.testing.assert_array_equal(dataset.test_labels, [[2, 0], [0, 1], [1, 2]])
+    with pytest.raises(UsageError, match=r"lacks the array y_test; expected x_test, y_test, found x_test"):
+        load_dataset(save(tmp_path, x_train=None, y_train=None, y_test=None), test_only=True)
+    with pytest.raises(UsageError, match=r"The labels y_test in .*npz are all \[9\]; expected two"):
+        load_dataset(save(tmp_path, y_test=np.full(3, 9)), test_only=True)
+
+
 def test_several_labels_per_image(tmp_path):
     pairs = np.array([[8, 3], [3, 5], [5, 8], [8, 5], [3, 8], [5, 3]], np.uint64)
     dataset = load_dataset(save(tmp_path, y_train=pairs, y_test=pairs[:3].astype(np.int64)))
