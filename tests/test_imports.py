@@ -14,7 +14,8 @@ PRODUCT, PROOF = "capsnet_jax", ("capsnet_verify", "capsnet_benchmark")
 # Folders and files at the top of the product, from the lowest layer to the highest. Each may import lower layers only.
 # `__init__` holds the public names; inside the package, only the command line imports it.
 LAYERS = (
-    ("capsules", "errors", "files", "tables"),
+    ("errors", "files", "tables"),
+    ("capsules",),
     ("ops",),
     ("routing",),
     ("config",),
