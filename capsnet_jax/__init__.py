@@ -32,7 +32,7 @@ Build a model:
 
 Train and use it:
 
-- `load_dataset`, `fit` with a `TrainingConfig`, and `evaluate`; `load` reads a trained model from its folder.
+- `load_dataset`, `fit` with a `TrainingConfig`, `evaluate` and `predict`; `load` reads a trained model from its folder.
 - `margin_loss`, `spread_loss`, `reconstruction_loss`: for a training loop of your own.
 - `from_torch`, `to_torch`: weights from and to the PyTorch model.
 - `UsageError`: the exception for wrong arguments, files and data; its message says what is expected.
@@ -52,7 +52,7 @@ from capsnet_jax.nn.model import CapsNet, Output
 from capsnet_jax.presets import PRESETS
 from capsnet_jax.routing import ROUTINGS
 from capsnet_jax.runs.folder import load
-from capsnet_jax.train.evaluation import evaluate
+from capsnet_jax.train.evaluation import evaluate, predict
 from capsnet_jax.train.loop import fit
 
 __all__ = [
@@ -77,6 +77,7 @@ __all__ = [
     "load",
     "load_dataset",
     "margin_loss",
+    "predict",
     "reconstruction_loss",
     "spread_loss",
     "to_torch",

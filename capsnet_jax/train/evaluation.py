@@ -13,12 +13,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
+from capsnet_jax.errors import UsageError
 from capsnet_jax.nn.losses import reconstruction_loss
 from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.ops import to_unit_range
 from capsnet_jax.train.sharding import along, on_all
 
 EVALUATION_BATCH = 250  # images; it divides the 10,000 test images of most data sets, and its patches fit in 1 GB
+NORMAL_QUANTILE = 1.959963984540054  # of the standard normal distribution at 0.975
 
 Images = Shaped[np.ndarray, "images height width channels"]
 Labels = Int[np.ndarray, "images *k"]
@@ -64,14 +66,15 @@ class Evaluation(NamedTuple):
         References:
             Wilson, "Probable Inference, the Law of Succession, and Statistical Inference" (1927).
         """
-        from scipy.stats import binomtest  # slow to import
-
-        low, high = binomtest(self.num_correct, self.num_images).proportion_ci(0.95, method="wilson")
-        return float(low), float(high)
+        n, wrong = self.num_images, self.num_images - self.num_correct
+        centre = (self.num_correct + NORMAL_QUANTILE**2 / 2) / (n + NORMAL_QUANTILE**2)
+        variance = self.num_correct * wrong / n + NORMAL_QUANTILE**2 / 4
+        half = NORMAL_QUANTILE * math.sqrt(variance) / (n + NORMAL_QUANTILE**2)
+        return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 class Predictions(NamedTuple):
-    """Outputs of a model for images.
+    """What `predict` returns.
 
     Attributes:
         activations: activations of the class capsules.
@@ -136,13 +139,40 @@ def predict(
     batch_size: int = EVALUATION_BATCH,
     mesh: Mesh | None = None,
 ) -> Predictions:
-    """Compute the activations of the class capsules and, if labels are given, the reconstruction errors.
+    """Compute the activations of the class capsules of images, batch by batch.
 
-    Takes the same arguments as `evaluate`.
+    Batch normalization uses its running statistics, whether or not the model is in training mode.
+
+    Args:
+        model: the model.
+        images: uint8, or floats in [0, 1], as in a `Dataset`.
+        labels: class indices `[images]` or `[images k]`, to reconstruct each image from the capsules of its classes.
+        batch_size: number of images in a batch. The last batch is padded.
+        mesh: devices that share each batch and hold the weights; None for one device.
+
+    Returns:
+        The activations `[images classes]`, of which the largest is that of the predicted class, and the reconstruction
+        errors `[images]`; None without labels or without a decoder.
 
     Raises:
-        UsageError: the images do not have the shape that the model was made for.
+        UsageError: there are no images, their pixels are out of range, or they do not have the shape that the model was
+            made for.
+
+    Examples:
+        >>> from flax import nnx
+        >>> from capsnet_jax import CapsNet, load_dataset, predict
+        >>> images = load_dataset("digits").test_images
+        >>> model = CapsNet(
+        ...     (8, 8, 1), 10, stem_channels=8, stem_kernel=3, primary_groups=2, primary_kernel=3, rngs=nnx.Rngs(0)
+        ... )
+        >>> activations = predict(model, images).activations
+        >>> activations.shape, activations.argmax(axis=1).shape  # predicted classes
+        ((355, 10), (355,))
     """
+    if len(images) == 0:
+        raise UsageError("There are no images; expected one or more.")
+    if images.dtype != np.uint8 and not (images.min() >= 0 and images.max() <= 1):  # also refuses NaN
+        raise UsageError(f"The images are from {images.min()} to {images.max()}; expected uint8, or floats in [0, 1].")
     return Predictions(*_in_batches(_predict_batch, model, (images, labels), batch_size, mesh))
 
 

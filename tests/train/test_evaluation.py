@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from capsnet_jax import CapsNet
+from capsnet_jax import CapsNet, UsageError
 from capsnet_jax.ops import to_unit_range
 from capsnet_jax.train import evaluation
 from capsnet_jax.train.evaluation import (
@@ -92,6 +92,23 @@ def test_predict_equals_the_model_for_every_image(small_model, k):
     np.testing.assert_allclose(got.reconstruction_errors, ((reconstructions - unit) ** 2).mean((1, 2, 3)), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((0, *IMAGE_SHAPE), np.uint8), "There are no images"),
+        (
+            np.full((2, *IMAGE_SHAPE), 255.0, np.float32),
+            r"from 255\.0 to 255\.0; expected uint8, or floats in \[0, 1\]",
+        ),
+        (np.full((2, *IMAGE_SHAPE), np.nan, np.float32), "from nan to nan"),
+        (np.zeros((2, 9, 12, 1), np.uint8), r"\(9, 12, 1\), and the model was made for \(9, 11, 1\)"),
+    ],
+)
+def test_images_that_do_not_fit_raise(images, message, small_model):
+    with pytest.raises(UsageError, match=message):
+        predict(small_model, images)
+
+
 def test_without_a_decoder_there_is_no_reconstruction_error():
     model = CapsNet(IMAGE_SHAPE, 10, **{**SMALL, "decoder_hidden": None}, rngs=nnx.Rngs(0))
     images = np.zeros((2, *IMAGE_SHAPE), np.uint8)
@@ -160,6 +177,17 @@ def test_the_interval_equals_published_values(correct, total, low, high):
     assert evaluation.interval == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
     mirrored = of_counts(total - correct, total)
     assert mirrored.interval == (pytest.approx(1 - high, abs=5e-5), pytest.approx(1 - low, abs=5e-5))
+
+
+def test_the_interval_equals_that_of_scipy():
+    from scipy.stats import binomtest  # takes seconds to import
+
+    rng = np.random.default_rng(11)
+    totals = [*rng.integers(1, 70_000, 60).tolist(), 1, 2, 60_000]
+    counts = [(int(rng.integers(0, total + 1)), total) for total in totals] + [(0, 1), (0, 355), (9, 9), (10**7, 10**7)]
+    for correct, total in counts:
+        expected = binomtest(correct, total).proportion_ci(0.95, method="wilson")
+        np.testing.assert_allclose(of_counts(correct, total).interval, expected, rtol=0, atol=1e-12)
 
 
 def test_the_interval_stays_within_0_and_1():
