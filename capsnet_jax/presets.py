@@ -14,7 +14,8 @@ from capsnet_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
 from capsnet_jax.errors import UsageError
 
 # The authors' code, https://github.com/Sarasra/models, research/capsules; 641 epochs are its 300,000 steps. Its loss is
-# divided by 20, which has no effect on Adam.
+# divided by 20, which has no effect on Adam. The primary scale is the share of one of 32 types; with leaky routing, the
+# leak is one more, and the scale is 1 / 33.
 _OFFICIAL = Config(
     model=ModelConfig(
         primary_scale=1 / 32,
@@ -61,7 +62,9 @@ PRESETS: dict[str, Config] = {
         _OFFICIAL, training=dataclasses.replace(_OFFICIAL.training, reconstruction_weight=0.0005)
     ),
     # Mazzia, Salvetti, Chiaberge (2021), https://github.com/EscVM/Efficient-CapsNet: 0.26 % error on MNIST, with their
-    # augmentation, whose squeezing and erasing are not implemented here; 161,824 weights without the decoder.
+    # augmentation, whose squeezing and erasing are not implemented here; 161,824 weights without the decoder. They
+    # divide pixels by 256, not 255, and change the learning rate after every epoch, not every step. The epsilon of Adam
+    # in Keras is 1e-7, not 1e-8.
     "efficient": Config(
         model=ModelConfig(
             stem_below=((32, 5), (64, 3), (64, 3)),

@@ -34,7 +34,8 @@ def dynamic(
         activations: not used; the activation of a squashed capsule is already in the norm of its votes.
         num_iterations: number of times the output capsules are computed. 1 is the same as `uniform`.
         leaky: add one more term of logit zero to the softmax, so that an input capsule may send a share nowhere. The
-            couplings then sum to less than 1.
+            couplings then sum to less than 1. In the authors' code, primary capsules leak, too: with the preset
+            `official`, set primary_scale to 1 / 33.
         detach: treat all but the last iteration as constants in the gradient.
         prior_logits: learned initial logits, instead of zero; section 2 of the paper.
         capsule_bias: learned bias, added before squash in every iteration, as in the authors' code.

@@ -52,8 +52,7 @@ def em(
         num_iterations: number of M steps.
         beta_u: learned $\beta_u$, the constant part of the cost of a vote.
         beta_a: learned $\beta_a$, the cost at which a capsule has activation 0.5.
-        inverse_temperature: final $\lambda$. The authors' code uses 0.01, without $O / I$, and multiplies beta_a by
-            5000.
+        inverse_temperature: final $\lambda$; see below for that of the authors' code.
         annealing: rate at which the inverse temperature approaches its final value; 0.95 in the authors' code.
         min_variance: added to $\sigma^2$. If it is small compared with the squared votes, a Gaussian collapses onto few
             votes; networks with several layers need about a tenth of the squared votes. The authors' code uses 0.0005.
@@ -69,8 +68,12 @@ def em(
 
     References:
         Hinton, Sabour, Frosst, "Matrix Capsules with EM Routing" (2018), procedure 1.
-        Constants: https://github.com/google-research/google-research/tree/master/capsule_em. Unlike here, that code
-        moves the means by only 0.9 of the way, and divides the inverse temperature of the last layer by 4.
+        Constants: https://github.com/google-research/google-research/tree/master/capsule_em. Its constants are
+        here $\lambda = 2 I / O$ times `final_beta`, $\beta_u = (1 + \ln 2 \pi) / 2$ times `sigma_biases`, and
+        $\beta_a = -2500\, O / I$ times `activation_biases`; I counts the input capsules of one output capsule. Unlike
+        here, that code moves the means by only 0.9 of the way, and divides `final_beta` of the last layer by 4. In its
+        convolutional layers, positions compete for an input capsule, separately for each type of output capsule, and
+        types do not compete. Here all parents do, as in https://github.com/IBM/matrix-capsules-with-em-routing.
     """
     check_arguments("em", votes, activations, num_iterations=num_iterations, positions=1)
     num_inputs, num_outputs, size = votes.shape[-3:]

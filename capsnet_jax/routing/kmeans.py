@@ -22,7 +22,8 @@ def kmeans(votes: Float[Array, "i o h"], activations: Float[Array, " i"], *, num
     Args:
         votes: $u_{io}$ of one example.
         activations: not used.
-        num_iterations: number of times the output capsules are computed. 1 is the same as `uniform`.
+        num_iterations: number of times the output capsules are computed, one more than the authors' code counts. 1 is
+            the same as `uniform`.
 
     Returns:
         The squashed output capsules, their norms as activations, and the couplings of the last iteration.
