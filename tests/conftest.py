@@ -2,8 +2,10 @@
 
 import gzip
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -33,12 +35,21 @@ def idx_folder(tmp_path: Path) -> Path:
     return write_idx_folder(tmp_path / "idx", make_small_dataset())
 
 
+@pytest.fixture
+def without_type_checks() -> Iterator[None]:
+    """Let wrong arguments reach the code that checks them for users, past the type checks of tests."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """A finished run, trained once; see `TinyRun`."""
     here = tmp_path_factory.mktemp("tiny")
     data_dir = write_idx_folder(here / "idx", make_small_dataset())
-    return TinyRun(here / "run", data_dir, printed(*options_of(data_dir, here / "run")))
+    folder = here / "[/run] $x_{$"  # printed and drawn as it is, although it looks like markup and a formula
+    return TinyRun(folder, data_dir, printed(*options_of(data_dir, folder)))
 
 
 def make_small_dataset() -> Dataset:

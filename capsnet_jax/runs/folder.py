@@ -6,6 +6,7 @@ import operator
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,13 +107,20 @@ class Run(NamedTuple):
         Raises:
             UsageError: the folder has another run, cannot be read, is a file, or its name is not text.
         """
+        path = self.folder.absolute()
         try:
-            str(self.folder.absolute()).encode()
+            str(path).encode()
         except UnicodeEncodeError as error:  # Orbax could not write the checkpoints
             raise UsageError(
-                f"The run folder {str(self.folder.absolute())!a} has a name that is not text in this locale; "
-                "expected ASCII letters, or a UTF-8 locale, such as LC_ALL=C.UTF-8."
+                f"The run folder {str(path)!a} has a name that is not text in this locale; expected ASCII letters, "
+                "or a UTF-8 locale, such as LC_ALL=C.UTF-8."
             ) from error
+        # Orbax takes a name as a pattern when it reads a checkpoint, and a backslash as the separator of folders.
+        if not all(fnmatchcase(name, name) and "\\" not in name for name in path.relative_to(path.anchor).parts):
+            raise UsageError(
+                f"The checkpoints in the run folder {path} could not be read again; expected names without \\ and "
+                "without a pair of [ and ]."
+            )
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"The run folder {self.folder} is a file; give another name.")
         if (self.folder / CONFIG).exists():

@@ -6,7 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-import jaxtyping
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -16,6 +15,8 @@ from capsnet_jax import UsageError
 from capsnet_jax.cli.main import main
 from capsnet_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
 from capsnet_jax.runs.folder import Run, read_run, saved_options
+
+pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 MODEL = ModelConfig(
     (8, 8, 1), 3, stem_channels=4, stem_kernel=3, primary_groups=2, primary_kernel=3, class_dim=4, decoder_hidden=None
@@ -99,14 +100,6 @@ WRONG_FILES = [
     ("\x00\x01", "cannot be read"),
     (b"\xff\xfe\x00", "cannot be read"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _without_type_checks_of_tests():
-    """Let wrong values reach the code that checks them for users."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")
@@ -380,3 +373,10 @@ def test_an_unreadable_run_is_read_again_once_it_is_mended(folder):
         read_run(folder)
     (folder / "config.json").write_text(before)
     assert read_run(folder).config.model == MODEL
+
+
+@pytest.mark.parametrize("name", ["runs/[r]", "runs/back\\slash", "runs/[ab]/x", "\udcc3"])
+def test_run_folders_whose_checkpoints_could_not_be_read_are_refused(name, folder, capsys):
+    error = error_of(["train", "--run-dir", name], capsys)
+    assert "The checkpoints in the run folder" in error or "is not text in this locale" in error
+    assert not Path("runs").exists()

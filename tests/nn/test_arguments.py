@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -19,13 +18,7 @@ from capsnet_jax import (
     spread_loss,
 )
 
-
-@pytest.fixture(autouse=True)
-def _without_type_checks_of_tests():
-    """Let wrong arguments reach the code that checks them for users."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 
 def of_layer(**sizes):

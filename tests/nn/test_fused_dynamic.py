@@ -248,6 +248,7 @@ def test_no_iteration_is_an_error(num_iterations):
         ({"routing_implementation": "fused", "routing": "em"}, "Routing em has no .*without votes.*dynamic"),
     ],
 )
+@pytest.mark.usefixtures("without_type_checks")
 def test_an_unknown_implementation_is_refused(options, message):
     with pytest.raises(UsageError, match=message):
         CapsNet(IMAGE_SHAPE, 10, **SMALL, **options, rngs=nnx.Rngs(0))
