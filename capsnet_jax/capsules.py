@@ -1,10 +1,8 @@
 """The two named tuples that layers and routing algorithms exchange."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxtyping import Array, Float
-
-from capsnet_jax.errors import UsageError
 
 
 class Capsules(NamedTuple):
@@ -25,20 +23,6 @@ class Capsules(NamedTuple):
 
     poses: Float[Array, "*batch capsules dim"]
     activations: Float[Array, "*batch capsules"]
-
-
-def check_capsules(capsules: Any, number: int, dim: int) -> None:
-    """Check that a layer gets a batch of as many capsules, of the pose size, as it was made for.
-
-    Raises:
-        UsageError: it does not.
-    """
-    expected = f"expected Capsules(poses, activations) of shapes (b, {number}, {dim}) and (b, {number})"
-    if not isinstance(capsules, Capsules):
-        raise UsageError(f"The layer got {type(capsules).__name__}; {expected}.")
-    poses, activations = capsules.poses.shape, capsules.activations.shape
-    if poses[1:] != (number, dim) or activations != poses[:2]:
-        raise UsageError(f"The layer got capsules of shapes {poses} and {activations}; {expected}.")
 
 
 class Routed(NamedTuple):

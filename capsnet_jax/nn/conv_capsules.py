@@ -12,11 +12,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from capsnet_jax.capsules import Capsules, Routed, check_capsules
+from capsnet_jax.capsules import Capsules, Routed
 from capsnet_jax.errors import UsageError, check_sizes
 from capsnet_jax.nn.fast.choice import Choice
 from capsnet_jax.nn.initializers import TORCH, Scheme, new_param
-from capsnet_jax.nn.layers import is_captured, new_routing_weights
+from capsnet_jax.nn.layers import check_capsules, is_captured, new_routing_weights
 from capsnet_jax.ops import at_least_float32, positions_after
 from capsnet_jax.routing import get_routing
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from capsnet_jax.capsules import Capsules, Routed, check_capsules
+from capsnet_jax.capsules import Capsules, Routed
 from capsnet_jax.errors import UsageError, check_sizes
 from capsnet_jax.nn.fast.choice import Choice, Size, choose_convolution, choose_routing
 from capsnet_jax.nn.fast.convolution import convolve, depthwise
@@ -243,6 +244,20 @@ class PrimaryCapsules(nnx.Module):
             return Capsules(squash(poses), jax.nn.sigmoid(logits))
         poses = squash(poses)
         return Capsules(poses, capsule_norm(poses))
+
+
+def check_capsules(capsules: Any, number: int, dim: int) -> None:
+    """Check that a layer gets a batch of as many capsules, of the pose size, as it was made for.
+
+    Raises:
+        UsageError: it does not.
+    """
+    expected = f"expected Capsules(poses, activations) of shapes (b, {number}, {dim}) and (b, {number})"
+    if not isinstance(capsules, Capsules):
+        raise UsageError(f"The layer got {type(capsules).__name__}; {expected}.")
+    poses, activations = capsules.poses.shape, capsules.activations.shape
+    if poses[1:] != (number, dim) or activations != poses[:2]:
+        raise UsageError(f"The layer got capsules of shapes {poses} and {activations}; {expected}.")
 
 
 class CapsuleLayer(nnx.Module):
