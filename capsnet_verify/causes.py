@@ -75,13 +75,12 @@ def _shown(name: str, actual: Array, expected: Array) -> Iterator[str]:
     sides = {"JAX": actual, "PyTorch": expected}
     if name.startswith("couplings"):
         for side, couplings in sides.items():
-            if np.ptp(couplings) < CLOSE:
-                yield f"routing that does nothing in {side}: its couplings are all the same"
-        for side, couplings in sides.items():
-            sums = [couplings.sum(axis) for axis in (-2, -1)]
-            over_inputs, over_outputs = (np.ptp(total) < CLOSE * total.max() for total in sums)
+            over_inputs, over_outputs = (_off_by(couplings.sum(axis), np.ones(1)) < CLOSE for axis in (-2, -1))
             if over_inputs and not over_outputs:
                 yield f"the softmax axis: couplings of {side} sum to one over input capsules, not over output capsules"
+        for side, couplings in sides.items():
+            if np.ptp(couplings) < CLOSE * couplings.max():  # relative, as couplings over many inputs are small
+                yield f"routing that does nothing in {side}: its couplings are all the same"
     if expected.ndim > 1 and len(expected) > 1 and not name.startswith(("weight", "gradient")):
         same = {side: np.ptp(array, axis=0).max() < CLOSE * np.abs(array).max() for side, array in sides.items()}
         if same["JAX"] != same["PyTorch"]:

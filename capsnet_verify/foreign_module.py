@@ -1,6 +1,7 @@
 """Run any PyTorch module on the weights of a JAX model, and return its values under the names of `capsnet_torch`."""
 
 import importlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -17,7 +18,7 @@ from capsnet_jax.interchange.weights import StateDict, to_torch
 from capsnet_torch.ops import is_label
 from capsnet_verify.pair import Pair
 from capsnet_verify.proposal import tensors_in
-from capsnet_verify.weight_map import OUTPUTS, Part, Shape, WeightMap, to_toml
+from capsnet_verify.weight_map import OUTPUTS, Part, Shape, WeightMap, members, to_toml
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 LISTED = 8  # largest number of names in a message
@@ -99,6 +100,13 @@ class ForeignModule:
         self.weights = weights = {name: array.shape for name, array in to_torch(pair.jax_model).items()}
         state = module.state_dict(keep_vars=True)
         self.entries = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+        self.members = {part.source: members(part.source, self.entries) for part in weight_map.weights}
+        for part in weight_map.weights:
+            tensors = [self.entries[name] for name in self.members[part.source]]
+            if len({tensor.shape for tensor in tensors}) > 1:
+                raise UsageError(f"{part.where} has weights of several shapes; expected one shape to stack.")
+            if "*" in part.source and tensors:
+                self.entries[part.source] = torch.stack(tensors)
         submodules = [name for name, _ in module.named_modules() if name]
         others = [name for name in values if name not in OUTPUTS]
         without = "" if "reconstructions" in values else " (without a decoder, as [outputs] lacks reconstructions)"
@@ -112,7 +120,8 @@ class ForeignModule:
                 if part.name not in names:
                     has = f"the JAX model{without} has {listed(names)}"
                     raise UsageError(f"{part.where} is {part.name!r}; {has}.")
-        mapped, used = ({getattr(part, side) for part in weight_map.weights} for side in ("name", "source"))
+        mapped = {part.name for part in weight_map.weights}
+        used = {*itertools.chain(*self.members.values(), self.members)}
         missing = [name for name in weights if name not in mapped]
         if missing:
             raise UsageError(
@@ -160,11 +169,12 @@ class ForeignModule:
         Raises:
             UsageError: the module raises, or does not return or call what is in the map.
         """
-        sources = {}
+        sources: dict[str, Tensor] = {}
         for part in self.map.weights if parts is None else parts:
             entry = self.entries[part.source]
             weight = part.to_source(weights[part.name], tuple(entry.shape)).clone()  # running means change in place
-            sources[part.source] = weight if entry.requires_grad else weight.detach()
+            weight = weight if entry.requires_grad else weight.detach()
+            sources |= dict(zip(self.members[part.source], weight if "*" in part.source else [weight], strict=True))
         inputs = {"images": self.images}
         if self.map.labels is not None:
             hot = is_label(self.labels, self.config.num_classes).to(self.images.dtype)

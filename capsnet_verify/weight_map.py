@@ -3,13 +3,15 @@
 import itertools
 import json
 import math
+import re
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import einops
+import numpy as np
 from einops.parsing import ParsedExpression
 
 from capsnet_jax.errors import UsageError
@@ -30,8 +32,9 @@ class Part:
     """A weight, output or intermediate value of a PyTorch module, and its name in `capsnet_torch`.
 
     Attributes:
-        source: name of a weight in the module's state_dict, or of a submodule; for an output, its index, key or
-            attribute in what `forward` returns, or None if that is a single tensor.
+        source: name of a weight in the module's state_dict, or of a submodule; a name with `*` for a number stands for
+            all such weights, stacked along a new first axis. For an output, its index, key or attribute in what
+            `forward` returns, or None if that is a single tensor.
         name: name in `capsnet_torch`.
         axes: einops pattern, "axes of the module -> axes of capsnet_torch"; empty if they are the same.
         sizes: sizes of axes in the pattern that cannot be inferred from the shapes.
@@ -57,6 +60,14 @@ class Part:
     def to_source(self, array: Any, shape: Shape) -> Any:
         """Invert `to_twin`; `shape` is the shape of the weight in the module."""
         return self._rearrange(array, " -> ".join(reversed(self.axes.split("->"))) if self.axes else "", shape)
+
+    def fits(self, source: Shape, target: Shape) -> bool:
+        """Return whether an array of the shape `source` in the module has the shape `target` in `capsnet_torch`."""
+        try:
+            self.to_twin(np.empty(source, bool), target)
+        except UsageError:
+            return False
+        return True
 
     def _rearrange(self, array: Any, pattern: str, shape: Shape) -> Any:
         arranged, reason = array, ""
@@ -156,6 +167,13 @@ def patterns(shape: Shape, name: str, target: Shape, *, groups: int = 0) -> list
         else:
             found.append("" if source_axes == target_axes.split() else f"{' '.join(source_axes)} -> {target_axes}")
     return found
+
+
+def members(source: str, names: Iterable[str]) -> list[str]:
+    """List the weights that the source of a line stands for, in the order of their numbers."""
+    pattern = re.compile(re.escape(source).replace(r"\*", "([0-9]+)"))
+    found = [(list(map(int, match.groups())), name) for name in names if (match := pattern.fullmatch(name))]
+    return [name for _, name in sorted(found)]
 
 
 def toml_line(key: str, **fields: Any) -> str:

@@ -42,6 +42,7 @@ class Lengths(nn.Module):
     """Capsules in the order (groups height width), a weight of shape [1 i o h d]; returns activations only."""
 
     softmax_dim = 2
+    iterations = 3
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,16 +50,18 @@ class Lengths(nn.Module):
         self.primary = nn.Conv2d(12, 12, 3, stride=2)
         self.W = nn.Parameter(torch.randn(1, 18, 5, 6, 4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def capsules(self, x: Tensor) -> Tensor:
         x = self.primary(F.relu(self.conv1(x)))
-        x = x.view(x.size(0), 3, 4, 3, 2).permute(0, 1, 3, 4, 2).reshape(x.size(0), 18, 4)
-        u = squash(x)[:, :, None, :, None]
+        return x.view(x.size(0), 3, 4, 3, 2).permute(0, 1, 3, 4, 2).reshape(x.size(0), 18, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = squash(self.capsules(x))[:, :, None, :, None]
         u_hat = (self.W @ u).squeeze(-1)
         b = torch.zeros(x.size(0), 18, 5, 1)
-        for iteration in range(3):
+        for iteration in range(self.iterations):
             c = F.softmax(b, dim=self.softmax_dim)
             v = squash((c * u_hat).sum(dim=1, keepdim=True))
-            if iteration < 2:
+            if iteration < self.iterations - 1:
                 b = b + (u_hat * v).sum(dim=-1, keepdim=True)
         return v.squeeze(1).norm(dim=-1)
 
@@ -67,6 +70,32 @@ class LengthsOverInputs(Lengths):
     """The same with a frequent mistake: the softmax is over input capsules."""
 
     softmax_dim = 1
+
+
+class OneMoreIteration(Lengths):
+    """Another frequent mistake: the number of iterations counts the updates of the logits."""
+
+    iterations = 4
+
+
+class NeighbouringPixels(Lengths):
+    """Another frequent mistake: a view of `[b channels height width]` makes capsules of neighbouring pixels."""
+
+    def capsules(self, x: Tensor) -> Tensor:
+        return self.primary(F.relu(self.conv1(x))).view(x.size(0), -1, 4)
+
+
+class StackedConvolutions(Lengths):
+    """A convolution for each component of a pose, whose channels are the groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.primary
+        self.primary = nn.ModuleList(nn.Conv2d(12, 3, 3, stride=2) for _ in range(4))
+
+    def capsules(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv1(x))
+        return torch.stack([convolution(x).view(x.size(0), -1) for convolution in self.primary], dim=-1)
 
 
 class DigitCaps(nn.Module):
@@ -164,6 +193,13 @@ activations = {{}}
 [values]
 conv1 = {{ name = "stem 0", relu = true }}
 """
+STACKED = LENGTHS.replace(
+    '"primary.weight" = "encoder.image2primary_capsules.2.weight"',
+    '"primary.*.weight" = { name = "encoder.image2primary_capsules.2.weight", axes = "d g c y x -> (g d) c y x" }',
+).replace(
+    '"primary.bias" = "encoder.image2primary_capsules.2.bias"',
+    '"primary.*.bias" = { name = "encoder.image2primary_capsules.2.bias", axes = "d g -> (g d)" }',
+)
 DECODER = f"""{CONVOLUTIONS}
 "digits.weight" = {{ name = "{VOTES}", axes = "o i h d -> i d o h" }}
 "decoder.0.weight" = {{ name = "decoder.0.weight", axes = "f (o h) -> o h f" }}

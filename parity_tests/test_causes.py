@@ -9,6 +9,8 @@ from capsnet_verify.checks import AGREES, DIFFERS, NO_POWER, compare
 RNG = np.random.default_rng(0)
 VALUES = RNG.normal(size=(3, 4, 4, 5))
 COUPLINGS = RNG.dirichlet(np.ones(5), size=(3, 11))
+OVER_INPUTS = COUPLINGS / COUPLINGS.sum(1, keepdims=True)
+OVER_MANY_INPUTS = (1 + 0.01 * RNG.random((2, 1200, 5))) / 1206
 
 
 @pytest.mark.parametrize(
@@ -26,11 +28,15 @@ COUPLINGS = RNG.dirichlet(np.ones(5), size=(3, 11))
         ("votes 0", -0.25 * VALUES, VALUES, "JAX has -0.25 times the values of PyTorch"),
         ("poses 0", np.broadcast_to(VALUES[:1], VALUES.shape), VALUES, "averaged over the batch in JAX"),
         ("couplings 0", np.full((3, 11, 5), 0.2), COUPLINGS, "routing that does nothing in JAX"),
+        ("couplings 0", OVER_INPUTS, COUPLINGS, "couplings of JAX sum to one over input"),
+        # As after one iteration, and of so many input capsules that differences are small.
+        ("couplings 0", np.full((3, 11, 5), 1 / 11), COUPLINGS, "couplings of JAX sum to one over input"),
+        ("couplings 0", COUPLINGS, np.full((3, 11, 5), 1 / 11), "couplings of PyTorch sum to one over input"),
         (
             "couplings 0",
-            COUPLINGS / COUPLINGS.sum(1, keepdims=True),
-            COUPLINGS,
-            "couplings of JAX sum to one over input",
+            RNG.dirichlet(np.ones(5), size=(2, 1200)),
+            OVER_MANY_INPUTS / OVER_MANY_INPUTS.sum(1, keepdims=True),
+            "couplings of PyTorch sum to one over input",
         ),
         ("poses 0", VALUES * (1 + 1e-6 * RNG.normal(size=VALUES.shape)), VALUES, "an epsilon, or less precision"),
         ("poses 0", VALUES + RNG.normal(size=VALUES.shape), VALUES, "the squash or its axis"),
