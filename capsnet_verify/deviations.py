@@ -20,6 +20,7 @@ from capsnet_torch.layers import SQUASHES
 from capsnet_torch.ops import capsule_norm, squash
 from capsnet_torch.routing import ROUTINGS
 from capsnet_verify.pair import Pair
+from capsnet_verify.subjects import as_settings
 from capsnet_verify.values import in_torch
 
 VALUES = ("primary", "votes", "couplings", "poses", "activations")
@@ -43,8 +44,7 @@ class Deviation(NamedTuple):
     changes: str | tuple[str, ...] = VALUES
 
     def __str__(self) -> str:
-        options = " ".join(f"{name}={str(value).lower()}" for name, value in self.options.items())
-        return f"{self.words} in PyTorch" + (f" (--set {options})" if options else "")
+        return f"{self.words} in PyTorch" + (f" (--set {as_settings(self.options)})" if self.options else "")
 
     def values(self, pair: Pair, weights: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Compute all values of `in_torch` with this change.

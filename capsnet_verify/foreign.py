@@ -14,21 +14,24 @@ from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from capsnet_jax.config import ModelConfig
 from capsnet_jax.errors import UsageError, in_words
 from capsnet_jax.interchange.weights import StateDict, from_torch, to_torch
+from capsnet_jax.routing import get_routing
+from capsnet_torch import CapsNet
 from capsnet_torch.losses import margin_loss, reconstruction_loss, spread_loss, spread_margin
 from capsnet_torch.ops import Images
 from capsnet_verify.causes import VISIBLE, cause, usual_cause
 from capsnet_verify.checks import AGREES, DIFFERS, Check, compare, tolerance_of
 from capsnet_verify.deviations import Deviation, deviations
-from capsnet_verify.foreign_module import ForeignModule, run
+from capsnet_verify.foreign_module import ForeignModule, named_inputs, run
 from capsnet_verify.heat import heat
 from capsnet_verify.pair import Pair, add_noise, both_on, new_pair
-from capsnet_verify.proposal import propose_map, propose_outputs
-from capsnet_verify.subjects import Settings, Subject
+from capsnet_verify.proposal import ALONE, propose_map, propose_outputs
+from capsnet_verify.subjects import Settings, Subject, as_settings
 from capsnet_verify.values import AT_REST, in_jax, in_torch
 from capsnet_verify.verification import Verification
-from capsnet_verify.weight_map import OUTPUTS, Part, Shape, WeightMap, patterns, toml_line
+from capsnet_verify.weight_map import LABELS, OUTPUTS, Part, Shape, WeightMap, patterns, toml_line
 
 NAMES = {"encoded poses": "poses", "encoded activations": "activations"}  # in a map
 CHANNELS_FIRST = ("stem", "reconstructions")
@@ -103,15 +106,41 @@ def propose(module: nn.Module, subject: Subject, settings: Settings) -> str:
     """
     with both_on(settings.device, settings.dtype):
         pair, shapes = _new_pair(subject, settings, decoder=subject.run.config.model.decoder_hidden is not None)
-        images, _ = pair.torch_batch
-        try:
-            with torch.no_grad():
-                returned = run(module.to(images).eval(), [images], {})
-        except Exception as error:  # the user's code may raise anything
-            returned = error
-        weights = {name: array.shape for name, array in to_torch(pair.jax_model).items()}
+        images, labels = pair.torch_batch
+        config = pair.jax_model.config
+        module.to(images).eval()
+        errors: list[Exception] = []
+        for kind in (None, *LABELS):
+            inputs = named_inputs(images, labels, kind, config.num_classes)
+            try:
+                with torch.no_grad():
+                    returned = run(module, [*inputs.values()], {})
+                break
+            except Exception as error:  # the user's code may raise anything
+                errors.append(error)
+        else:
+            kind, returned = None, errors[0]
+    maps = {}
+    for options in ({}, *_other_weights(config)):
+        with torch.device("meta"):
+            state = CapsNet.from_config({**vars(config), **options}).state_dict()
+        weights = {name: tuple(tensor.shape) for name, tensor in state.items() if tensor.is_floating_point()}
+        maps[as_settings(options)] = propose_map(module, weights, kind)
+    alone = {options: text.count(ALONE) for options, text in maps.items()}
+    best = min(alone, key=alone.__getitem__)
+    hint = f"# With --set {best}, {alone[best]} weights have no partner, instead of {alone['']}.\n" if best else ""
     outputs = {name: shapes[name] for name in OUTPUTS if name in shapes}
-    return f"{propose_map(module, weights)}\n{propose_outputs(returned, outputs)}"
+    return f"{hint}{maps['']}\n{propose_outputs(returned, outputs)}"
+
+
+def _other_weights(config: ModelConfig) -> Iterator[dict[str, Any]]:
+    """Yield options with which the JAX model would have other weights."""
+    for name in ("decoder_bias", "batch_norm"):
+        yield {name: not getattr(config, name)}
+    yield {"primary_activation": "sigmoid" if config.primary_activation == "norm" else "norm"}
+    yield {"decoder_hidden": None if config.decoder_hidden else (512, 1024)}
+    if get_routing(config.routing).name == "dynamic":
+        yield from ({"routing": f"{config.routing},{name}=0"} for name in ("prior_logits", "capsule_bias"))
 
 
 def _new_pair(subject: Subject, settings: Settings, *, decoder: bool) -> tuple[Pair, dict[str, Shape]]:

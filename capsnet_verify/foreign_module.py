@@ -2,8 +2,9 @@
 
 import importlib
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from capsnet_jax.errors import UsageError, in_words
 from capsnet_jax.interchange.weights import StateDict, to_torch
@@ -33,7 +35,7 @@ def load_module(spec: str) -> nn.Module:
     Raises:
         UsageError: it cannot be imported, raises, or is not a module.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), WithoutCuda():
         torch.manual_seed(0)
         module = import_by_name("model", spec)
         if not isinstance(module, nn.Module):
@@ -66,14 +68,35 @@ def import_by_name(kind: str, spec: str) -> Any:
         raise UsageError(f"The torch {kind} {spec!r} cannot be imported: {in_words(error)}.") from error
 
 
+class WithoutCuda(TorchFunctionMode):
+    """Context in which `.cuda()` and the device "cuda" mean the CPU, because public models often name them."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function == Tensor.cuda:
+            return args[0]
+        named = {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
+        return function(*map(_on_cpu, args), **named)
+
+
 def run(module: nn.Module, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]) -> Any:
-    """Call a module with other weights; tensors that `forward` creates get the dtype of the images by default."""
+    """Call a module with other weights; tensors that `forward` creates get dtype and device of the images."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(inputs[0].dtype)
     try:
-        return functional_call(module, dict(weights), tuple(inputs))
+        with nullcontext() if inputs[0].is_cuda else WithoutCuda():
+            return functional_call(module, dict(weights), tuple(inputs))
     finally:
         torch.set_default_dtype(before)
+
+
+def named_inputs(images: Tensor, labels: Tensor, kind: str | None, num_classes: int) -> dict[str, Tensor]:
+    """Return what `forward` takes: images and, if the kind is "indices" or "one-hot", labels."""
+    if kind is None:
+        return {"images": images}
+    hot = is_label(labels, num_classes).to(images.dtype)
+    return {"images": images, "labels": hot if kind == "one-hot" else labels}
 
 
 class ForeignModule:
@@ -175,10 +198,7 @@ class ForeignModule:
             weight = part.to_source(weights[part.name], tuple(entry.shape)).clone()  # running means change in place
             weight = weight if entry.requires_grad else weight.detach()
             sources |= dict(zip(self.members[part.source], weight if "*" in part.source else [weight], strict=True))
-        inputs = {"images": self.images}
-        if self.map.labels is not None:
-            hot = is_label(self.labels, self.config.num_classes).to(self.images.dtype)
-            inputs["labels"] = hot if self.map.labels == "one-hot" else self.labels
+        inputs = named_inputs(self.images, self.labels, self.map.labels, self.config.num_classes)
         seen: dict[str, list[Any]] = {part.source: [] for part in self.map.values}
         with ExitStack() as hooks:
             for name, calls in seen.items():
@@ -187,7 +207,9 @@ class ForeignModule:
                 returned = run(self.module, [*inputs.values()], sources)
             except (Exception, SystemExit) as error:  # the user's code may raise anything
                 shown = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
-                raise UsageError(f"The torch model, called with {shown}, raises {in_words(error)}.") from error
+                lacks = isinstance(error, TypeError) and "missing" in str(error) and self.map.labels is None
+                hint = '; if that is the label, the map needs labels = "one-hot" or labels = "indices"' if lacks else ""
+                raise UsageError(f"The torch model, called with {shown}, raises {in_words(error)}{hint}.") from error
         values = {}
         for part in self.map.outputs:
             values[part.name] = part.to_twin(pick(part, returned), self.values[part.name])
@@ -225,6 +247,10 @@ def listed(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
+
+
+def _on_cpu(value: Any) -> Any:
+    return "cpu" if isinstance(value, str | torch.device) and re.fullmatch(r"cuda(:\d+)?", str(value)) else value
 
 
 def _record(calls: list[Any], module: nn.Module, inputs: Any, output: Any) -> None:

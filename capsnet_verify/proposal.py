@@ -9,11 +9,17 @@ from torch import Tensor, nn
 from capsnet_jax.errors import in_words
 from capsnet_verify.weight_map import Shape, patterns, toml_line
 
+LABELS = {
+    None: '# labels = "one-hot"  # or "indices"',
+    "one-hot": 'labels = "one-hot"  # or "indices"',
+    "indices": 'labels = "indices"  # or "one-hot"',
+}
 KINDS = ("weight", "bias", "running_mean", "running_var")
+ALONE = "has no partner"
 HEAD = """\
 # Proposed from names and shapes. Check every line; comments are guesses, or have no partner.
 # Shapes do not show in which order channels become capsules: axes and sizes can change the order.
-# labels = "one-hot"  # or "indices": how labels follow the images, if forward takes them
+%s: how labels follow the images, if forward takes them
 [weights]  # name in your module = name in capsnet_torch
 """
 
@@ -39,7 +45,7 @@ class Array(NamedTuple):
         return [""] if same else patterns(self.shape, target.name, target.shape)
 
 
-def propose_map(module: nn.Module, shapes: Mapping[str, Shape]) -> str:
+def propose_map(module: nn.Module, shapes: Mapping[str, Shape], labels: str | None = None) -> str:
     """Propose the table [weights] of a map.
 
     A line is certain if the two weights fit only each other, with one order of axes. Weights of PyTorch's own layers
@@ -48,6 +54,7 @@ def propose_map(module: nn.Module, shapes: Mapping[str, Shape]) -> str:
     Args:
         module: module of the user.
         shapes: shapes of the weights in the state_dict of `capsnet_torch`.
+        labels: how labels must follow the images, if they must.
     """
     targets = [Array(*item) for item in shapes.items()]
     sources = [
@@ -82,9 +89,9 @@ def propose_map(module: nn.Module, shapes: Mapping[str, Shape]) -> str:
         targets.remove(target)
         sources.remove(source)
         layers += [(target.layer, source.layer)] if source.standard else []
-    lines |= {name: f"# {json.dumps(name)} of capsnet_torch, {shape}, has no partner" for name, shape, _ in targets}
-    rest = [f"# {json.dumps(name)} of your module, {shape}, has no partner" for name, shape, _ in sources]
-    return HEAD + "\n".join([*(lines[name] for name in shapes), *rest, ""])
+    lines |= {name: f"# {json.dumps(name)} of capsnet_torch, {shape}, {ALONE}" for name, shape, _ in targets}
+    rest = [f"# {json.dumps(name)} of your module, {shape}, {ALONE}" for name, shape, _ in sources]
+    return HEAD % LABELS[labels] + "\n".join([*(lines[name] for name in shapes), *rest, ""])
 
 
 def propose_outputs(returned: Any, shapes: Mapping[str, Shape]) -> str:

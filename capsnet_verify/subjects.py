@@ -1,5 +1,6 @@
 """Models that can be verified, and settings: a preset, a run, a file of weights, or a small model."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from capsnet_jax.config import Config, ModelConfig
-from capsnet_jax.errors import UsageError
+from capsnet_jax.errors import UsageError, in_words
 from capsnet_jax.interchange.architecture import infer_architecture
 from capsnet_jax.interchange.state_files import CONFIG, read_state
 from capsnet_jax.interchange.weights import StateDict
@@ -112,6 +113,44 @@ def with_routing(subject: Subject, routing: str) -> Subject:
     config = subject.run.config
     config = replace(config, model=replace(config.model, routing=routing))
     return subject._replace(title=f"{subject.title} with {routing}", run=subject.run._replace(config=config))
+
+
+def with_fields(subject: Subject, settings: Sequence[str]) -> Subject:
+    """Replace fields of the config of a model.
+
+    Args:
+        subject: the model; its weights, if any, stay.
+        settings: texts "name=value", with values as in JSON; quotes can be left out.
+
+    Raises:
+        UsageError: a text has no "=", there is no such field, or its value is wrong.
+    """
+    run, fields = subject.run, dict[str, Any]()
+    known = vars(run.config.model)
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--set is {setting!r}; expected a field of the model and its value, as in num_classes=5.")
+        try:
+            fields[name] = json.loads(text)
+        except json.JSONDecodeError:
+            fields[name] = text
+        if isinstance(known.get(name), float) and isinstance(fields[name], int):
+            fields[name] = float(text)
+    try:
+        model = ModelConfig.of(**known | fields)
+    except TypeError as error:
+        raise UsageError(f"--set is {' '.join(settings)}: {in_words(error)}.") from error
+    classes = run.class_names if model.num_classes == len(run.class_names) else _classes(model.num_classes)
+    return subject._replace(run=run._replace(config=replace(run.config, model=model), class_names=classes))
+
+
+def as_settings(fields: Mapping[str, Any]) -> str:
+    """Format fields of a config as `with_fields` takes them."""
+    return " ".join(
+        f"{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
+        for name, value in fields.items()
+    )
 
 
 def of_files(

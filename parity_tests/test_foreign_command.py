@@ -5,9 +5,10 @@ import json
 import pytest
 
 from capsnet_jax.cli.main import main
-from parity_tests.foreign_models import LENGTHS, SUBJECT
+from parity_tests.foreign_models import LENGTHS, MODEL, SUBJECT
 
-MODEL = ["verify", "run", "--torch-model", "my_capsnet:Lengths"]
+MODEL_OPTIONS = ["--torch-model", "my_capsnet:Lengths"]
+RUN = ["verify", "run", *MODEL_OPTIONS]
 # The input capsules of this module are in another order than those of capsnet_torch.
 PROPOSED = """\
 [weights]  # name in your module = name in capsnet_torch
@@ -31,20 +32,20 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_without_a_map_one_is_proposed_that_can_be_read_and_whose_mistake_is_found(folder, capsys):
-    assert main(MODEL) == 2
+    assert main(RUN) == 2
     said = capsys.readouterr()
     assert PROPOSED in said.out
     assert '"activations" = {}' in said.out
     assert "nothing was compared" in said.err
     (folder / "proposed.toml").write_text(said.out)
-    assert main([*MODEL, "--map", "proposed.toml"]) == 1
+    assert main([*RUN, "--map", "proposed.toml"]) == 1
     said = capsys.readouterr().out
     assert "differ, first in activations" in said
     assert 'axes = "1 (g p) o h d -> (p g) d o h", sizes = { g = 3 } }, this agrees' in said
 
 
 def test_the_right_map_agrees_in_both_precisions(folder, capsys):
-    assert main([*MODEL, "--map", "map.toml", "--json", "out.json", "--dtype", "float64", "float32"]) == 0
+    assert main([*RUN, "--map", "map.toml", "--json", "out.json", "--dtype", "float64", "float32"]) == 0
     said = capsys.readouterr()
     assert said.err.count("| run ") == 2
     results = json.loads((folder / "out.json").read_text())["verifications"]
@@ -52,6 +53,15 @@ def test_the_right_map_agrees_in_both_precisions(folder, capsys):
     assert [check["name"] for check in results[0]["checks"]][:3] == ["stem 0", "activations", "total loss"]
     assert max(check["error"] for check in results[0]["checks"]) < 1e-13
     assert 1e-8 < max(check["error"] for check in results[1]["checks"]) < 2e-5
+
+
+def test_a_preset_with_other_sizes_needs_no_folder(folder, capsys):
+    sizes = [f"{name}={json.dumps(getattr(MODEL, name))}" for name in ("num_classes", "stem_channels", "stem_kernel")]
+    sizes += [f"{name}={json.dumps(getattr(MODEL, name))}" for name in ("primary_groups", "primary_dim", "class_dim")]
+    sizes += ["primary_kernel=3", "primary_scale=1", "primary_squash=squash"]
+    model = ["verify", "--preset", "readable", "--image-shape", "9", "8", "2", "--set", *sizes, *MODEL_OPTIONS]
+    assert main([*model, "--map", "map.toml"]) == 0
+    assert "JAX and PyTorch agree in all 8 checks of preset readable: " in capsys.readouterr().out
 
 
 def test_a_difference_is_exit_status_1(folder, capsys):
@@ -64,17 +74,27 @@ def test_a_difference_is_exit_status_1(folder, capsys):
     [
         (["--map", "map.toml"], "--map is given without --torch-model; expected both."),
         (
-            [*MODEL[1:], "--torch-weights", "a.pt"],
+            [*RUN[1:], "--torch-weights", "a.pt"],
             "--torch-model and --torch-weights are given; expected one of them.",
         ),
         (
-            [*MODEL[2:], "--preset", "digits", "--all-routings"],
+            [*RUN[2:], "--preset", "digits", "--all-routings"],
             "--all-routings and --torch-model are given; expected one of them.",
         ),
-        ([*MODEL[1:], "--map", "nowhere.toml"], "nowhere.toml does not exist; expected a map of weights."),
-        ([*MODEL[1:-1], "my_capsnet:nothing"], "'my_capsnet:nothing' cannot be imported: AttributeError"),
-        (["nowhere", *MODEL[2:]], "nowhere"),
-        (MODEL[2:], "--torch-model is given without a model or --preset; expected both."),
+        ([*RUN[1:], "--map", "nowhere.toml"], "nowhere.toml does not exist; expected a map of weights."),
+        ([*RUN[1:-1], "my_capsnet:nothing"], "'my_capsnet:nothing' cannot be imported: AttributeError"),
+        (
+            ["--preset", "digits", "--set", "num_classes"],
+            "--set is 'num_classes'; expected a field of the model and its value, as in",
+        ),
+        (
+            ["--preset", "digits", "--set", "classes=3"],
+            "The model has no field 'classes'; the nearest is 'num_classes'.",
+        ),
+        (["--preset", "digits", "--set", "class_dim=a"], "class_dim"),
+        (["--set", "class_dim=3"], "--set is given without a model or --preset; expected both."),
+        (["nowhere", *RUN[2:]], "nowhere"),
+        (RUN[2:], "--torch-model is given without a model or --preset; expected both."),
     ],
 )
 def test_wrong_options_are_refused_in_a_sentence(folder, capsys, arguments, sentence):

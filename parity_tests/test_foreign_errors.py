@@ -1,6 +1,7 @@
 """Error messages for modules and maps that do not fit, and for names that are not modules."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +10,14 @@ from torch import nn
 from capsnet_jax.errors import UsageError
 from capsnet_verify.foreign import propose, verify_module
 from capsnet_verify.foreign_module import load_module
-from capsnet_verify.subjects import Settings
+from capsnet_verify.subjects import Settings, of_model
 from capsnet_verify.weight_map import read_map
 from parity_tests.foreign_models import (
     ENCODER,
     ENCODER_GRADIENTS,
     LENGTHS,
     LENGTHS_AND_IMAGES,
+    MODEL,
     NORMALIZED,
     SUBJECT,
     Lengths,
@@ -39,6 +41,25 @@ class Twice(Lengths):
     def forward(self, x):
         self.conv1(x)
         return super().forward(x)
+
+
+class NeedsTarget(Lengths):
+    def forward(self, x, target):
+        return super().forward(x) + 0 * target[:, :5]
+
+
+class OnCuda(Lengths):
+    """As in public code that was written for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.W = nn.Parameter(self.W.data.cuda())
+        self.cuda()
+        self.to("cuda")
+
+    def forward(self, x):
+        zeros = torch.zeros(5, device=torch.device("cuda:0")).cuda() + torch.zeros(5).to("cuda")
+        return super().forward(x.cuda()) + zeros
 
 
 class Square(torch.autograd.Function):
@@ -71,6 +92,7 @@ class NoDerivative(Lengths):
         (Lengths, "activations = {}", "poses = {}", '[outputs] "poses" is (3, 5); expected (3, 5, 6), as poses.'),
         (Lengths, "[weights]", 'labels = "indices"\n[weights]', "called with images (3, 2, 9, 8) and labels (3,), rai"),
         (Raises, "", "", "called with images (3, 2, 9, 8), raises ValueError: no such thing."),
+        (NeedsTarget, "", "", "'target'; if that is the label, the map needs labels = \"one-hot\" or labels"),
         (NoDerivative, "", "", "The gradient of the torch model raises NotImplementedError: no derivative."),
     ],
 )  # fmt: skip
@@ -93,6 +115,20 @@ def test_a_proposal_without_guesses_can_be_verified(tmp_path):
     assert verification.status == 0
     assert names_of(verification) == ["poses", "total loss", *ENCODER_GRADIENTS]
     assert verification.notes[0].startswith("Not in the map, and so not compared by themselves: temperature, decoder.0")
+
+
+def test_a_model_for_a_gpu_runs_on_the_cpu(verify_foreign):
+    assert isinstance(load_module(f"{HERE}:OnCuda"), OnCuda)
+    assert verify_foreign(lambda: load_module(f"{HERE}:OnCuda"), LENGTHS).status == 0
+
+
+def test_a_proposal_says_which_labels_forward_needs_and_which_option_gives_partners():
+    without_bias = of_model("a model", replace(MODEL, decoder_bias=False))
+    proposed = propose(LengthsAndImages(), without_bias, Settings())
+    assert proposed.startswith("# With --set decoder_bias=true, 1 weights have no partner, instead of 3.\n")
+    assert '\n# labels = "one-hot"  # or "indices": how labels follow the images' in proposed
+    assert "--set" not in propose(Lengths(), ENCODER, Settings())
+    assert '\nlabels = "one-hot"  # or "indices": how labels' in propose(NeedsTarget(), ENCODER, Settings())
 
 
 def test_a_proposal_says_what_forward_raises():

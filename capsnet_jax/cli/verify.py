@@ -35,7 +35,11 @@ class Verify:
     preset: str | None = None
     """Preset to verify at full size; for a file of weights without a config.json, the preset of its model."""
     image_shape: tuple[int, int, int] | None = None
-    """Height, width and number of channels, for weights without a decoder and without a config.json."""
+    """Height, width and number of channels: of another size of a preset, or for weights without a decoder and without
+    a config.json."""
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """Fields of the model (as in its config.json) that differ from the preset or run, such as num_classes=5
+    primary_squash=squash decoder_bias=true."""
     all_presets: bool = False
     """Verify every preset."""
     routing: Annotated[str | None, tyro.conf.arg(aliases=["--jax-routing"])] = None
@@ -167,7 +171,8 @@ class Verify:
             ("torch_routing", "routing"),
             ("map", "torch_model"),
             ("torch_weights", "model"),
-            ("image_shape", "model"),
+            ("image_shape", "model", "preset"),
+            ("set", "model", "preset"),
             ("torch_model", "model", "preset"),
         ):
             if one in given and not set(needed) & set(given):
@@ -195,6 +200,9 @@ class Verify:
             found = [subjects.of_preset(self.preset), *found]
         elif not found:
             return [subjects.of_routing(self.routing or "dynamic")]
+        settings = [f"image_shape={[*self.image_shape]}"] if self.image_shape else []
+        settings += self.set
+        found = [subjects.with_fields(subject, settings) for subject in found] if settings else found
         return [subjects.with_routing(subject, self.routing) for subject in found] if self.routing else found
 
     def _write(self, verifications: list["capsnet_verify.verification.Verification"]) -> None:
