@@ -98,6 +98,12 @@ def test_the_validation_split_is_stratified_and_disjoint_from_the_training_image
     np.testing.assert_array_equal(split.test_labels, dataset.test_labels)
 
 
+def test_the_choice_of_validation_images_never_changes():
+    """Or else a run that is resumed with another version would be validated on images that it was trained on."""
+    dataset = numbered_dataset(np.repeat([0, 1, 2], [9, 6, 3]), 3)
+    assert dataset.with_validation(1 / 3).validation_images[:, 0, 0, 0].tolist() == [0, 2, 6, 11, 14, 17]
+
+
 def test_held_out_images_are_chosen_at_random():
     held_out = numbered_dataset(np.repeat([0, 1], 30), 2).with_validation(0.2).validation_images[:, 0, 0, 0]
     assert len(set(np.diff(held_out.astype(int)))) > 3
