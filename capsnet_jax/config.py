@@ -313,6 +313,8 @@ class TrainingConfig:
     """Decay of a moving average of the weights, which is evaluated and saved; 0 for none."""
     loss: Literal["margin", "spread"] = "margin"
     """Loss of the class capsules."""
+    freeze: tuple[str, ...] = ()
+    """Layers whose weights stay fixed, such as stem primary_capsules; a wrong name lists all."""
     reconstruction_weight: float = 10.0
     """Weight of the reconstruction loss. The paper uses 0.0005 x sum = 0.392 x mean on MNIST."""
     reconstruction_error: Literal["mean", "sum"] = "mean"
@@ -361,6 +363,8 @@ class Config:
         """Convert to a dictionary that `json.dumps` accepts."""
         fields = dataclasses.asdict(self)
         fields["data"]["data_dir"] = None if self.data.data_dir is None else str(self.data.data_dir)
+        if not self.training.freeze:  # an option that checkpoints and comparisons of earlier versions do not have
+            del fields["training"]["freeze"]
         return fields
 
     @classmethod

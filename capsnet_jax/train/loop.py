@@ -118,13 +118,15 @@ class Trainer:
 
     Attributes:
         num_params: number of weights of a model.
+        num_frozen: number of those in frozen layers.
         steps_per_epoch: number of training steps in an epoch.
         graphdef: static definition of a model in training mode, for `nnx.merge`.
         snapshot: the current state of training; assign another one to resume from it.
 
     Raises:
         UsageError: the model cannot be built, has no decoder although it should reconstruct, or does not fit the
-            images; an augmentation is unknown; or a batch is larger than the data set, or not divisible by the devices.
+            images; an augmentation is unknown; there is no such layer to freeze; or a batch is larger than the data
+            set, or not divisible by the devices.
     """
 
     def __init__(
@@ -148,8 +150,9 @@ class Trainer:
         self._learning_rate = jax.jit(learning_rate(config, self.steps_per_epoch))
         self._optimizer = create_optimizer(config, self.steps_per_epoch)
         self.graphdef, self._shapes = jax.eval_shape(lambda: self._create_state(self.seeds[0]))  # without weights
-        self.num_params = sum(int(np.prod(param.shape)) for param in jax.tree.leaves(self._shapes.params))
-        model = nnx.merge(self.graphdef, self._shapes.params, self._shapes.batch_stats)
+        model = nnx.merge(self.graphdef, self._shapes.weights)
+        self.num_params, num_trained = map(number_of_weights, (nnx.state(model, nnx.Param), self._shapes.params))
+        self.num_frozen = self.num_params - num_trained
         if model.decoder is None and config.reconstruction_weight:
             raise UsageError(
                 f"reconstruction_weight is {config.reconstruction_weight}, and must be 0 for a model without a decoder."
@@ -282,10 +285,10 @@ class Trainer:
 
     def implementations(self) -> dict[str, Choice]:
         """Implementation of each layer in training, and why it was chosen; see `CapsNet.implementations`."""
-        params = self._shapes.params
+        weights = self._shapes.weights
         if self.config.precision == "bfloat16":
-            params = jax.eval_shape(lambda params: for_products(params, jnp.bfloat16), params)
-        model = nnx.merge(self.graphdef, params, self._shapes.batch_stats)
+            weights = jax.eval_shape(lambda weights: for_products(weights, jnp.bfloat16), weights)
+        model = nnx.merge(self.graphdef, weights)
         return model.implementations(self.config.batch_size // self.config.accumulate)
 
     def _arguments(self, length: int) -> tuple[Any, ...]:
@@ -323,7 +326,8 @@ class Trainer:
         return rearrange(whole_batches, "(steps b) -> steps b", b=self.config.batch_size)
 
     def _create_state(self, seed: int) -> tuple[nnx.GraphDef, TrainState]:
-        return create_state(self._new_model(seed), self._optimizer, average=self.config.ema_decay > 0)
+        average, freeze = self.config.ema_decay > 0, self.config.freeze
+        return create_state(self._new_model(seed), self._optimizer, average=average, freeze=freeze)
 
 
 def make_train_chunk(
@@ -384,6 +388,11 @@ def check_finite(metrics: Float[np.ndarray, "metrics seeds steps"], seeds: Seque
         if steps.size:
             place, step = places[0], steps[0]
             raise NonFiniteLossError(what, seeds[place], first_step + int(step), float(numbers[place, step]))
+
+
+def number_of_weights(state: nnx.State) -> int:
+    """Count the numbers in a tree of arrays, or of their shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state))
 
 
 @jax.jit

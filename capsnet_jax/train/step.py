@@ -1,6 +1,6 @@
 """One training step: loss, gradient, update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,29 +16,32 @@ from capsnet_jax.nn.losses import margin_loss, reconstruction_loss, spread_loss,
 from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.nn.precision import for_products
 from capsnet_jax.ops import answers_right
+from capsnet_jax.train.freezing import freeze_layers, is_frozen
 
 
 class TrainState(NamedTuple):
     """Everything that a training step updates.
 
     Attributes:
-        params: weights.
-        average: exponential moving average of the weights; empty if none is kept.
-        batch_stats: running means and variances of batch normalization.
+        params: weights that are trained.
+        average: exponential moving average of these weights; empty if none is kept.
+        frozen: weights, running means and variances of frozen layers.
+        batch_stats: running means and variances of batch normalization in all other layers.
         opt_state: state of the optimizer.
         step: number of training steps done.
     """
 
     params: nnx.State
     average: nnx.State
+    frozen: nnx.State
     batch_stats: nnx.State
     opt_state: optax.OptState
     step: Int[Array, "*seeds"]
 
     @property
     def weights(self) -> nnx.State:
-        """Weights to evaluate and save: the moving average if there is one, and the batch statistics."""
-        return nnx.merge_state(self.average or self.params, self.batch_stats)
+        """Weights to evaluate and save, the moving average if there is one, and all batch statistics."""
+        return nnx.merge_state(self.average or self.params, self.frozen, self.batch_stats)
 
 
 class StepMetrics(NamedTuple):
@@ -99,7 +102,7 @@ def compute_losses(
 
 
 def create_state(
-    model: CapsNet, optimizer: optax.GradientTransformation, *, average: bool = False
+    model: CapsNet, optimizer: optax.GradientTransformation, *, average: bool = False, freeze: Sequence[str] = ()
 ) -> tuple[nnx.GraphDef, TrainState]:
     """Split a model into its static graph definition and the initial training state.
 
@@ -107,12 +110,19 @@ def create_state(
         model: initial weights; they are copied, because training donates its state.
         optimizer: the optimizer, as for `make_train_step`.
         average: whether to keep a moving average of the weights.
+        freeze: layers that are not trained, as in `TrainingConfig`.
+
+    Raises:
+        UsageError: there is no such layer to freeze, or no weight is left to train.
     """
     model = nnx.clone(model)
     model.train()
-    params, batch_stats = (jax.tree.map(jnp.copy, nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
+    freeze_layers(model, freeze)
+    kinds = (nnx.All((nnx.Param, nnx.BatchStat), is_frozen(freeze)), nnx.Param, nnx.BatchStat)
+    frozen, params, batch_stats = jax.tree.map(jnp.copy, nnx.state(model, *kinds))
     means = jax.tree.map(jnp.copy, params) if average else nnx.State({})
-    return nnx.graphdef(model), TrainState(params, means, batch_stats, optimizer.init(params), jnp.zeros((), jnp.int32))
+    state = TrainState(params, means, frozen, batch_stats, optimizer.init(params), jnp.zeros((), jnp.int32))
+    return nnx.graphdef(model), state
 
 
 def make_train_step(
@@ -123,17 +133,21 @@ def make_train_step(
     Args:
         graphdef: static definition of the model, from `create_state`.
         optimizer: the optimizer.
-        config: its fields for the losses, `precision`, `accumulate` (see `in_micro_batches`) and `ema_decay` are used.
+        config: its fields for the losses, `precision`, `accumulate` (see `in_micro_batches`), `ema_decay` and `freeze`
+            are used.
 
     The decay $\beta$ of the moving average $m \leftarrow \beta m + (1 - \beta) w$ is at most $(1 + t) / (10 + t)$ in
     step $t$, so that the initial weights are soon forgotten.
     """
 
+    updated_stats = nnx.All(nnx.BatchStat, nnx.Not(is_frozen(config.freeze)))
+
     def loss(
-        params: nnx.State, batch_stats: nnx.State, images: Array, labels: Array, step: Array
+        params: nnx.State, frozen: nnx.State, batch_stats: nnx.State, images: Array, labels: Array, step: Array
     ) -> tuple[Array, tuple[StepMetrics, nnx.State]]:
-        weights = for_products(params, jnp.bfloat16) if config.precision == "bfloat16" else params
-        model = nnx.merge(graphdef, weights, batch_stats, copy=True)
+        if config.precision == "bfloat16":
+            params, frozen = (for_products(weights, jnp.bfloat16) for weights in (params, frozen))
+        model = nnx.merge(graphdef, params, frozen, batch_stats, copy=True)
         metrics = compute_losses(
             model,
             images,
@@ -143,7 +157,7 @@ def make_train_step(
             loss=config.loss,
             step=step,
         )
-        return metrics.total, (metrics, nnx.state(model, nnx.BatchStat))
+        return metrics.total, (metrics, nnx.state(model, updated_stats))
 
     gradient = jax.grad(loss, has_aux=True)
     if config.accumulate > 1:
@@ -152,7 +166,8 @@ def make_train_step(
     gradient = without_axis_of_one(gradient)
 
     def train_step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, StepMetrics]:
-        grads, (metrics, batch_stats) = gradient(state.params, state.batch_stats, images, labels, state.step)
+        fixed = state.frozen, state.batch_stats
+        grads, (metrics, batch_stats) = gradient(state.params, *fixed, images, labels, state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average
@@ -160,7 +175,7 @@ def make_train_step(
             decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
             average = optax.incremental_update(params, average, 1 - decay)
         metrics = metrics._replace(gradient_norm=optax.tree.norm(grads))
-        return TrainState(params, average, batch_stats, opt_state, state.step + 1), metrics
+        return TrainState(params, average, state.frozen, batch_stats, opt_state, state.step + 1), metrics
 
     return train_step
 
@@ -172,23 +187,26 @@ def in_micro_batches(gradient: Callable[..., Any], number: int) -> Callable[...,
     batch.
 
     Args:
-        gradient: a function `(params, batch_stats, images, labels, step) -> (gradient, (metrics, batch_stats))`.
+        gradient: a function `(params, frozen, batch_stats, images, labels, step)` that returns
+            `(gradient, (metrics, batch_stats))`.
         number: number of micro-batches, which divides the batch size.
 
     Returns:
         A function of the same arguments that returns mean gradient and metrics, and the last batch statistics.
     """
 
-    def mean_gradient(params: nnx.State, batch_stats: nnx.State, images: Array, labels: Array, step: Array) -> Any:
+    def mean_gradient(
+        params: nnx.State, frozen: nnx.State, batch_stats: nnx.State, images: Array, labels: Array, step: Array
+    ) -> Any:
         # Every `number`-th image, so that each device has its share of every micro-batch.
         parts = [rearrange(array, "(b parts) ... -> parts b ...", parts=number) for array in (images, labels)]
 
         def add_part(carry: tuple[Any, nnx.State], part: list[Array]) -> tuple[tuple[Any, nnx.State], None]:
             sums, batch_stats = carry
-            grads, (metrics, batch_stats) = gradient(params, batch_stats, *part, step)
+            grads, (metrics, batch_stats) = gradient(params, frozen, batch_stats, *part, step)
             return (jax.tree.map(jnp.add, sums, (grads, metrics)), batch_stats), None
 
-        grads, (metrics, _) = jax.eval_shape(gradient, params, batch_stats, *(part[0] for part in parts), step)
+        grads, (metrics, _) = jax.eval_shape(gradient, params, frozen, batch_stats, *(part[0] for part in parts), step)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (grads, metrics))
         (sums, batch_stats), _ = jax.lax.scan(add_part, (zeros, batch_stats), parts)
         grads, metrics = jax.tree.map(lambda leaf: leaf / number, sums)
