@@ -28,6 +28,8 @@ _TEXT: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
 """Read a routing from the command line as text. Functions are accepted in Python only."""
 
 
+# Options that configs, checkpoints and comparisons of earlier versions do not have; they are left out if they are off.
+LATER = {"data": ("transpose",), "training": ("freeze",)}
 MAX_SIZE = 1_000_000  # of anything: larger ones come from typing errors or damaged files
 MAX_PIXELS = 100_000_000  # values of one image, 400 MB
 MAX_SEED = 2**32 - 1  # JAX makes keys from 32 bits
@@ -363,8 +365,10 @@ class Config:
         """Convert to a dictionary that `json.dumps` accepts."""
         fields = dataclasses.asdict(self)
         fields["data"]["data_dir"] = None if self.data.data_dir is None else str(self.data.data_dir)
-        if not self.training.freeze:  # an option that checkpoints and comparisons of earlier versions do not have
-            del fields["training"]["freeze"]
+        for section, names in LATER.items():
+            for name in names:
+                if not fields[section][name]:
+                    del fields[section][name]
         return fields
 
     @classmethod

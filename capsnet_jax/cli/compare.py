@@ -10,7 +10,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from capsnet_jax.cli.train import prepare
+from capsnet_jax.cli.train import describe_weights, prepare
 from capsnet_jax.cli.training_options import TrainingOptions, is_given, read_defaults
 from capsnet_jax.data import configured_dataset, with_absolute_paths
 from capsnet_jax.data.augmentation import Augmentation
@@ -26,6 +26,7 @@ from capsnet_jax.runs.comparison import (
     write_results,
 )
 from capsnet_jax.runs.folder import Run, SeedFolders
+from capsnet_jax.runs.origin import Source
 from capsnet_jax.runs.session import train_runs
 from capsnet_jax.train.evaluation import mean_coupling_entropy
 from capsnet_jax.train.loop import Trainer
@@ -61,7 +62,8 @@ class Compare(TrainingOptions):
     def default(cls, argv: Sequence[str]) -> "Compare":
         if is_given(argv, "--routing"):
             raise UsageError("compare has no --routing; expected --routings, with all or any number of names.")
-        return cls.of_config(read_defaults(argv)[0])
+        config, _ = read_defaults(argv, trust_code=True)  # its routing is replaced by those that are compared
+        return cls.of_config(config)
 
     def run(self) -> None:
         options, data = self.comparison, with_absolute_paths(self.data)
@@ -69,6 +71,7 @@ class Compare(TrainingOptions):
             if getattr(options, name) < smallest:
                 raise UsageError(f"{name} is {getattr(options, name)}, and must be at least {smallest}.")
         routings = expand(options.routings)
+        source = None if self.from_ is None else Source.read(self.from_)
         dataset = configured_dataset(data).cropped(Augmentation.parse(data.augment).crop)
         stem = Path(self.data.dataset).stem
         folder = options.output or Path("runs") / f"compare-{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -76,8 +79,8 @@ class Compare(TrainingOptions):
         for routing in routings:
             config = replace(self.config, data=data, model=replace(self.model, routing=routing))
             run = Run.of(folder / folder_of_routing(routing), config, dataset)
-            trainings[routing] = prepare(run, dataset, options.seeds)
-        results = open_folder(folder, self.depends_on())
+            trainings[routing] = prepare(run, dataset, options.seeds, source)
+        results = open_folder(folder, self.depends_on(source))
         for routing, (_, folders) in trainings.items():
             if routing not in results:
                 folders.check(resume=True)
@@ -96,6 +99,8 @@ class Compare(TrainingOptions):
                 console.print(f"{progress}: done before", soft_wrap=True)
             else:
                 console.print(f"{progress}: {trainer.num_params:,} parameters", soft_wrap=True)
+                for line in describe_weights(trainer, folders):
+                    console.print(line, soft_wrap=True)
                 results[routing] = self.train(routing, trainer, folders, console)
             write_results(folder, results.values())
             folders.delete_checkpoints()
@@ -128,12 +133,13 @@ class Compare(TrainingOptions):
             seeds=outcomes,
         )
 
-    def depends_on(self) -> dict[str, Any]:
+    def depends_on(self, source: Source | None) -> dict[str, Any]:
         """Return what the result of a routing depends on, other than the routing."""
         fields = self.config.to_json()
         for name in ("routing", "image_shape", "num_classes"):  # the latter two are set by the data set
             del fields["model"][name]
-        return fields | {"seeds": self.comparison.seeds, "device": jax.devices()[0].device_kind}
+        fields |= {"seeds": self.comparison.seeds, "device": jax.devices()[0].device_kind}
+        return fields if source is None else fields | {"from": source.path, "sha256": source.sha256}
 
 
 def expand(routings: Iterable[str]) -> list[str]:

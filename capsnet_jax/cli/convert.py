@@ -77,6 +77,7 @@ class Convert:
                 num_weights=num_weights,
                 dtype=dtype,
                 epochs=self._epochs(),
+                started_from="" if run.origin is None else run.origin.sentence(),
             )
             replace_file(target / CARD, card)
             print(f"{target / CARD}: model card")

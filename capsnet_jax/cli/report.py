@@ -145,7 +145,8 @@ def runs_of(folder: Path) -> list[Path]:
 def differing_options(histories: Sequence[History]) -> list[str]:
     """Return the names of options that differ between runs and have no column yet, in the order of their configs."""
     names = dict.fromkeys(name for run in histories for name in run.options)
-    return [name for name in names if name not in HEADINGS and len({run.option(name) for run in histories}) > 1]
+    without = (*HEADINGS, "sha256", "anew", "unused")  # details of where weights come from
+    return [name for name in names if name not in without and len({run.option(name) for run in histories}) > 1]
 
 
 def mean_cells(folder: Path, group: Sequence[History]) -> list[str]:

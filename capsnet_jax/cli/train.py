@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -23,8 +23,9 @@ from capsnet_jax.errors import NonFiniteLossError, StoppedBySignalError, UsageEr
 from capsnet_jax.figures import reconstructions_figure
 from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.ops import to_unit_range
-from capsnet_jax.runs.folder import Run, SeedFolders, saved_options
+from capsnet_jax.runs.folder import Run, SeedFolders, saved_runs
 from capsnet_jax.runs.metrics import event_writer_class
+from capsnet_jax.runs.origin import Source
 from capsnet_jax.runs.session import train_runs
 from capsnet_jax.train.evaluation import Evaluation, final_line, most_active
 from capsnet_jax.train.loop import Trainer
@@ -78,12 +79,12 @@ class Train(TrainingOptions):
         Raises:
             UsageError: there is no such preset, or the run cannot be read.
         """
-        config, resumed = read_defaults(argv)
         trust_code = is_given(argv, "--routing")  # then only the routing that is given can be imported
-        saved = None if resumed is None else saved_options(resumed, trust_code=trust_code)
+        config, resumed = read_defaults(argv, trust_code=trust_code)
+        saved = None if resumed is None else saved_runs(resumed, trust_code=trust_code)
         if saved is None:
             return cls.of_config(config)
-        return cls.of_config(saved[0], folder=RunOptions(seeds=saved[1]))
+        return cls.of_config(saved[0].config, folder=RunOptions(seeds=saved[1]))
 
     def run(self) -> None:
         self._check()
@@ -94,15 +95,20 @@ class Train(TrainingOptions):
         config = replace(self.config, data=data)
         dataset = configured_dataset(data).cropped(Augmentation.parse(data.augment).crop)
         folder = options.run_dir or Path("runs") / f"{Path(data.dataset).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        trainer, folders = prepare(Run.of(folder, config, dataset), dataset, options.seeds)
+        source = self._source(folder)
+        trainer, folders = prepare(Run.of(folder, config, dataset), dataset, options.seeds, source)
         with failing_together():
             folders.check(resume=options.resume)
             trainer.trace()
         with failing_together():
             if jax.process_index() == 0:
+                if source is not None:
+                    source.copy_to(folder)  # first, because a folder with a config is the folder of a run
                 folders.create()
         console = Console(highlight=False, markup=False, emoji=False, quiet=jax.process_index() > 0)
         console.print(describe(trainer, dataset), f"Run folder: {folder}", sep="\n", soft_wrap=True)
+        for line in describe_weights(trainer, folders):
+            console.print(line, soft_wrap=True)
         for layer, choice in trainer.implementations().items():
             console.print(f"{layer}: {choice}", soft_wrap=True)
 
@@ -127,6 +133,13 @@ class Train(TrainingOptions):
         if not console.quiet:
             print(lines_of_seeds(folders.seeds, tests) if options.seeds > 1 else final_line(tests[0]))
 
+    def _source(self, folder: Path) -> Source | None:
+        """Read the weights to start from: those of --from or, with --resume, those that the runs started from."""
+        saved = saved_runs(folder, trust_code=True) if self.folder.resume else None  # nothing of it is imported
+        origin = None if saved is None else saved[0].origin
+        path = Path(origin.path) if self.from_ is None and origin is not None else self.from_
+        return None if path is None else Source.read(path, started=None if origin is None else folder)
+
     def _check(self) -> None:
         if self.folder.seeds < 1:
             raise UsageError(f"seeds is {self.folder.seeds}, and must be at least 1.")
@@ -140,16 +153,26 @@ class Train(TrainingOptions):
             event_writer_class()  # raises before a run folder exists
 
 
-def prepare(run: Run, dataset: Dataset, num_seeds: int) -> tuple[Trainer, SeedFolders]:
+def prepare(run: Run, dataset: Dataset, num_seeds: int, source: Source | None = None) -> tuple[Trainer, SeedFolders]:
     """Create the trainer of a run and the folders of its seeds. Nothing is compiled or written yet.
 
+    Args:
+        run: the run from the first seed, without an origin.
+        dataset: its data set.
+        num_seeds: number of seeds.
+        source: weights to start from; None to start from random ones.
+
     Raises:
-        UsageError: the model cannot be built, or config and data set do not fit each other.
+        UsageError: the model cannot be built, or config, data set and weights to start from do not fit each other.
     """
     first, data = run.config.training.seed, run.config.data
     seeds = range(first, first + num_seeds)
+    new_model: Callable[[int], CapsNet] = run.new_model
+    if source is not None:
+        run = run._replace(origin=source.origin_of(run.new_model))
+        new_model = source.starting(run.new_model)
     trainer = Trainer(
-        run.new_model, dataset, run.config.training, augment=data.augment, stream=data.stream, seeds=seeds[:1]
+        new_model, dataset, run.config.training, augment=data.augment, stream=data.stream, seeds=seeds[:1]
     )
     return trainer, SeedFolders(run, seeds)
 
@@ -162,6 +185,15 @@ def describe(trainer: Trainer, dataset: Dataset) -> str:
         f"CapsNet of {trainer.num_params:,} parameters; {', '.join(others)} and {last} images of "
         f"{' x '.join(map(str, dataset.image_shape))} in {dataset.num_classes} classes"
     )
+
+
+def describe_weights(trainer: Trainer, folders: SeedFolders) -> list[str]:
+    """Return lines about weights that are not random at first or that are not trained; none for an ordinary run."""
+    origin, frozen = folders.run(folders.seeds[0]).origin, trainer.config.freeze
+    lines = [] if origin is None else origin.describe()
+    if frozen:
+        lines.append(f"Frozen: {', '.join(frozen)}, {trainer.num_frozen:,} of {trainer.num_params:,} parameters")
+    return lines
 
 
 def lines_of_seeds(seeds: Sequence[int], tests: list[Evaluation]) -> str:

@@ -4,7 +4,7 @@ import argparse
 import shutil
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +12,11 @@ import tyro
 
 from capsnet_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
 from capsnet_jax.data.augmentation import describe_augmentations
+from capsnet_jax.interchange.state_files import CONFIG
 from capsnet_jax.presets import get_preset
 from capsnet_jax.routing import ROUTINGS
 from capsnet_jax.routing.registry import describe_options
+from capsnet_jax.runs.folder import read_run
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class TrainingOptions:
     ] = None
     """Preset that the defaults of all other options come from:
     readable (the reference model), digits (small and quick), official, paper, efficient, em."""
+    from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="PATH")] = None
+    """Start from the weights of a run folder, a converted folder, or a .safetensors or .pt file.
+    Without --preset, a config.json there provides the defaults of the model."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -49,18 +54,23 @@ class TrainingOptions:
         return "\n".join(_table("Routings", about_routings, routings) + _table("Changes", about_changes, changes))
 
 
-def read_defaults(argv: Sequence[str]) -> tuple[Config, Path | None]:
-    """Find the defaults of all options from --preset, --dataset, --run-dir and --resume.
+def read_defaults(argv: Sequence[str], *, trust_code: bool) -> tuple[Config, Path | None]:
+    """Find the defaults of all options from --preset, --from, --dataset, --run-dir and --resume.
+
+    Args:
+        argv: arguments of the command.
+        trust_code: whether the config of the weights to start from may name a routing of another package.
 
     Returns:
-        The config of the preset, by default of the one that suits the data set; and the folder of the run to resume,
-        whose options replace it, or None.
+        The config of the preset, by default of the one that suits the data set, with the model that --from is of; and
+        the folder of the run to resume, whose options replace it, or None.
 
     Raises:
-        UsageError: there is no such preset.
+        UsageError: there is no such preset, or the config of --from cannot be read.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset")
+    parser.add_argument("--from", type=Path, dest="source")
     parser.add_argument("--dataset", default=DataConfig.dataset)
     parser.add_argument("--run-dir", type=Path)
     parser.add_argument("--resume", action="store_true")
@@ -69,7 +79,13 @@ def read_defaults(argv: Sequence[str]) -> tuple[Config, Path | None]:
     except argparse.ArgumentError:  # an option without its value, which the real parser reports
         options = parser.parse_args([])
     config = get_preset(options.preset or ("digits" if options.dataset == "digits" else "readable"))
-    return config, options.run_dir if options.resume and options.preset is None else None
+    if options.preset is not None:
+        return config, None
+    if options.source is not None:
+        folder = options.source if options.source.is_dir() else options.source.parent
+        if (folder / CONFIG).exists():
+            config = replace(config, model=read_run(folder, trust_code=trust_code).config.model)
+    return config, options.run_dir if options.resume else None
 
 
 def _table(name: str, about: str, rows: Sequence[Sequence[str]]) -> list[str]:

@@ -37,6 +37,7 @@ def model_card(
     num_weights: int,
     dtype: str,
     epochs: Sequence[Mapping[str, Any]] = (),
+    started_from: str = "",
 ) -> str:
     """Write the model card of a run in Markdown, with the YAML header that Hugging Face reads.
 
@@ -50,6 +51,7 @@ def model_card(
         num_weights: number of weights, including running averages.
         dtype: dtype of the weights.
         epochs: metrics of the epochs after which these weights were saved, as in the metrics file; empty if unknown.
+        started_from: a sentence about the weights that training started from; empty if they were random.
 
     Returns:
         The text of the card.
@@ -60,7 +62,7 @@ def model_card(
         "A capsule network: the capsule of each class has an activation, which says how present the class is, and a "
         "pose, which says what it looks like.",
         f"## Model\n\n{_model(config.model, image_shape, class_names, num_weights, dtype)}",
-        f"## Training\n\n{_training(config) if known_data else UNKNOWN}",
+        f"## Training\n\n{_training(config, started_from) if known_data else UNKNOWN}",
         f"## Results\n\n{_results(epochs, config.training.epochs) if known_data and epochs else NOTHING}",
         f"## Use\n\n{_use(config.model, image_shape, len(class_names), known_data)}",
     ]
@@ -125,13 +127,15 @@ def _model(
     )
 
 
-def _training(config: Config) -> str:
+def _training(config: Config, started_from: str) -> str:
     options = {name: getattr(config.data, name) for name in DATA_OPTIONS}
     options["dataset"] = Path(config.data.dataset).name  # without the folders of this machine
     options |= {name: getattr(config.training, name) for name in TRAINING_OPTIONS}
     options["augment"] = " ".join(config.data.augment) or None
+    options |= {"freeze": " ".join(config.training.freeze)} if config.training.freeze else {}
     rows = [("option", "value"), *((name, "none" if value is None else str(value)) for name, value in options.items())]
-    return f"Trained by `capsnet train` with these options; `{CONFIG}` has all of them.\n\n{markdown_table(rows)}"
+    about = f"Trained by `capsnet train` with these options; `{CONFIG}` has all of them. {started_from}"
+    return f"{about.rstrip()}\n\n{markdown_table(rows)}"
 
 
 def _results(epochs: Sequence[Mapping[str, Any]], total: int) -> str:

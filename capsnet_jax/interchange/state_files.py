@@ -12,7 +12,15 @@ import safetensors.numpy
 from jaxtyping import Shaped
 
 from capsnet_jax.errors import UsageError
-from capsnet_jax.interchange.weights import UNUSED, StateDict, check_values, read_safetensors
+from capsnet_jax.interchange.weights import (
+    UNUSED,
+    StateDict,
+    Transfer,
+    check_values,
+    read_safetensors,
+    take_weights,
+)
+from capsnet_jax.nn.model import CapsNet
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # in the folder of a run
 SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth")
@@ -47,6 +55,42 @@ def read_state(paths: Sequence[Path]) -> StateDict:
             f"{dtype}; expected one type for all."
         )
     return state
+
+
+def start_from(model: CapsNet, source: str | Path) -> Transfer:
+    """Set the weights of a model that fit those of a trained one by name and shape, to train it further.
+
+    With other classes, images of another size or another routing, the layers that depend on them keep their values. If
+    the shapes of one weight of a layer differ, none of that layer is taken.
+
+    Args:
+        model: any model, changed in place.
+        source: a run folder, a folder that `capsnet convert` wrote, or a .safetensors, .pt or .pth file. Only weights
+            are read; no code is executed.
+
+    Returns:
+        The names of the weights that were taken, that start anew, and that are not used; see `capsnet convert`.
+
+    Raises:
+        UsageError: the source cannot be read, no weight fits, or a value is not finite; then the model is unchanged.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from flax import nnx
+        >>> from capsnet_jax import CapsNet, start_from
+        >>> from capsnet_jax.interchange.weights import save_weights
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "digits.safetensors"
+        >>> save_weights(path, CapsNet.from_preset("digits", rngs=nnx.Rngs(0)))  # `capsnet train` does this
+        >>> model = CapsNet.from_preset("digits", num_classes=26, rngs=nnx.Rngs(1))
+        >>> taken, anew, unused = start_from(model, path)
+        >>> anew
+        ('encoder.primary2digit_capsules.input_caps2U.weight', 'decoder.0.weight')
+    """
+    state = read_state([Path(source)])
+    try:
+        return take_weights(model, state)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from error
 
 
 def write_state(state: Mapping[str, Shaped[np.ndarray, "..."]], paths: Sequence[Path]) -> dict[Path, StateDict]:
@@ -119,7 +163,9 @@ def is_folder(path: Path) -> bool:
 def _read_file(path: Path) -> StateDict:
     if path.is_dir():
         if not (path / WEIGHTS).exists():
-            raise UsageError(f"{path} has no {WEIGHTS}; expected the folder of a run, or a file of weights.")
+            seeds = sorted(part.parent.name for part in path.glob(f"*/{WEIGHTS}"))
+            hint = f"its folder {seeds[0]} does" if seeds else "expected the folder of a run, or a file of weights"
+            raise UsageError(f"{path} has no {WEIGHTS}; {hint}.")
         path = path / WEIGHTS
     if not path.is_file():
         raise UsageError(f"{path} does not exist; expected a file or folder of weights.")

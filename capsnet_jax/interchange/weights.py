@@ -20,6 +20,20 @@ from capsnet_jax.nn.model import CapsNet
 StateDict = dict[str, Shaped[np.ndarray, "..."]]
 
 
+class Transfer(NamedTuple):
+    """Names, in the PyTorch model's state_dict, of weights that were taken from another model, and of all others.
+
+    Attributes:
+        taken: weights that were taken.
+        anew: weights that fit none of the other model, and keep their values.
+        unused: weights of the other model that fit none of this one.
+    """
+
+    taken: tuple[str, ...]
+    anew: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
 class Row(NamedTuple):
     """One weight: its name in the state_dict, its path in the JAX model, and the order of its axes in both."""
 
@@ -127,23 +141,40 @@ def from_torch(model: CapsNet, state: Mapping[str, Shaped[np.ndarray, "..."]]) -
         >>> bool((model.capsule_layers[0].weight[...] == trained.capsule_layers[0].weight[...]).all())
         True
     """
-    flat = dict(nnx.to_flat_state(nnx.state(model)))
-    table = weight_table(model)
     state = {name: np.asarray(array) for name, array in state.items() if not name.endswith(UNUSED)}
-    shapes = {
-        row.name: rearrange(np.empty(flat[row.path].shape, bool), f"{row.jax_axes} -> {row.torch_axes}").shape
-        for row in table
-    }
+    shapes = _shapes(model)
     _check_names(state, shapes)
     for name, array in state.items():
         if array.shape != shapes[name]:
             raise UsageError(f"The weight {name} is {array.shape}; this model expects {shapes[name]}.")
     check_values(state)
-    new: dict[Any, Any] = {}
-    for row in table:
-        value = rearrange(state[row.name], f"{row.torch_axes} -> {row.jax_axes}")
-        new[row.path] = flat[row.path].replace(jnp.asarray(value, flat[row.path].dtype))
-    nnx.update(model, nnx.from_flat_state(new))
+    _set_weights(model, state)
+
+
+def take_weights(model: CapsNet, state: Mapping[str, Shaped[np.ndarray, "..."]]) -> Transfer:
+    """Set the weights of a model that fit those of another one by name and shape; all others keep their values.
+
+    Names are numbered by layer. So if the shapes of one weight of a layer differ, none of that layer is taken.
+
+    Args:
+        model: any model, changed in place. Its weights keep their dtype.
+        state: an array for each name of the other model's state_dict.
+
+    Raises:
+        UsageError: no weight fits, or one is not floating-point or not finite; then none is set.
+    """
+    check_values(state)
+    shapes = _shapes(model)
+    both = {name: shapes[name] == state[name].shape for name in shapes if name in state}
+    other_layers = {_layer(name) for name, fits in both.items() if not fits}
+    taken = tuple(name for name in both if _layer(name) not in other_layers)
+    if not taken:
+        raise UsageError(
+            f"None of the {len(state)} weights fits this model in name and shape; expected the sizes of the model that "
+            "they are of."
+        )
+    _set_weights(model, {name: state[name] for name in taken})
+    return Transfer(taken, *(tuple(name for name in names if name not in taken) for names in (shapes, state)))
 
 
 def save_weights(path: Path, model: CapsNet) -> None:
@@ -195,6 +226,38 @@ def check_values(state: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
             raise UsageError(f"The entry {name} is {array.dtype}; expected {FLOATS}.")
         if not np.isfinite(array).all():
             raise UsageError(f"The entry {name} has values that are not finite; expected numbers only.")
+
+
+def _shapes(model: CapsNet) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each weight in the state_dict of the PyTorch model."""
+    flat = dict(nnx.to_flat_state(nnx.state(model)))
+    return {
+        row.name: rearrange(np.empty(flat[row.path].shape, bool), f"{row.jax_axes} -> {row.torch_axes}").shape
+        for row in weight_table(model)
+    }
+
+
+def _set_weights(model: CapsNet, state: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
+    """Set weights, which must fit, in the dtype of the model.
+
+    Raises:
+        UsageError: a value is too large for that dtype; then none is set.
+    """
+    flat = dict(nnx.to_flat_state(nnx.state(model)))
+    new: dict[Any, Any] = {}
+    for row in weight_table(model):
+        if row.name in state:
+            dtype = flat[row.path].dtype
+            with np.errstate(over="ignore"):
+                value = np.asarray(rearrange(state[row.name], f"{row.torch_axes} -> {row.jax_axes}"), dtype)
+            if not np.isfinite(value).all():
+                raise UsageError(f"The entry {row.name} has values that are too large for {dtype}.")
+            new[row.path] = flat[row.path].replace(jnp.asarray(value))
+    nnx.update(model, nnx.from_flat_state(new))
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _check_names(state: Mapping[str, Shaped[np.ndarray, "..."]], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -21,6 +21,7 @@ from capsnet_jax.files import replace_file
 from capsnet_jax.interchange.state_files import CONFIG, WEIGHTS
 from capsnet_jax.interchange.weights import load_weights, save_weights
 from capsnet_jax.nn.model import CapsNet
+from capsnet_jax.runs.origin import Origin
 from capsnet_jax.train.memory import available_memory
 
 SEEDS = "seeds.json"  # in the folder of several runs: their seeds, and how many of them train side by side
@@ -38,6 +39,7 @@ class Run(NamedTuple):
         class_names: names of the classes, in order.
         labels_per_image: number of classes that each image shows.
         data_checksum: checksum of all images and labels; 0 if they are not known.
+        origin: where the initial weights come from; None if they are random.
     """
 
     folder: Path
@@ -45,6 +47,7 @@ class Run(NamedTuple):
     class_names: tuple[str, ...]
     labels_per_image: int = 1
     data_checksum: int = 0
+    origin: Origin | None = None
 
     @classmethod
     def of(cls, folder: Path, config: Config, dataset: Dataset) -> "Run":
@@ -85,11 +88,12 @@ class Run(NamedTuple):
 
     def fields(self) -> dict[str, Any]:
         """Return the content of `config.json`."""
-        return self.config.to_json() | {
+        fields = self.config.to_json() | {
             "class_names": list(self.class_names),
             "labels_per_image": self.labels_per_image,
             "data_checksum": self.data_checksum,
         }
+        return fields if self.origin is None else fields | {"origin": self.origin.to_json()}
 
     def depends_on(self) -> dict[str, Any]:
         """Return the part of `fields` that must not change on resume."""
@@ -297,7 +301,8 @@ def _run_of_fields(folder: Path, fields: Any, *, trust_code: bool) -> Run:
             f"Its routing {routing} would import the module {module}, which runs the code in it; if you trust that, "
             "add --trust-code (trust_code=True in Python, and --routing with this name to resume a training)."
         )
-    return Run(folder, config, tuple(names), labels_per_image, checksum)
+    origin = Origin.from_json(fields["origin"]) if "origin" in fields else None
+    return Run(folder, config, tuple(names), labels_per_image, checksum, origin)
 
 
 def load_run(folder: Path, *, best: bool = False, trust_code: bool = False) -> tuple[Run, CapsNet]:
@@ -386,8 +391,8 @@ def read_seeds(folder: Path) -> tuple[list[int], int] | None:
     return seeds, at_once
 
 
-def saved_options(folder: Path, *, trust_code: bool = False) -> tuple[Config, int] | None:
-    """Read config and number of seeds of the run or runs in a folder; None if there are none.
+def saved_runs(folder: Path, *, trust_code: bool = False) -> tuple[Run, int] | None:
+    """Read the first run in a folder and the number of its seeds; None if there are none.
 
     Raises:
         UsageError: they cannot be read, or their routing is not to be trusted.
@@ -395,5 +400,5 @@ def saved_options(folder: Path, *, trust_code: bool = False) -> tuple[Config, in
     before = read_seeds(folder)
     if before is not None:
         seeds, _ = before
-        return read_run(folder / folder_of_seed(seeds[0]), trust_code=trust_code).config, len(seeds)
-    return (read_run(folder, trust_code=trust_code).config, 1) if (folder / CONFIG).exists() else None
+        return read_run(folder / folder_of_seed(seeds[0]), trust_code=trust_code), len(seeds)
+    return (read_run(folder, trust_code=trust_code), 1) if (folder / CONFIG).exists() else None

@@ -15,7 +15,7 @@ from capsnet_jax import UsageError
 from capsnet_jax.cli.main import main
 from capsnet_jax.config import Config
 from capsnet_jax.runs import session
-from capsnet_jax.runs.folder import Run, SeedFolders, read_seeds, saved_options
+from capsnet_jax.runs.folder import Run, SeedFolders, read_seeds, saved_runs
 from capsnet_jax.runs.metrics import MetricsLog
 from tests.conftest import IMAGE_SHAPE, make_small_dataset, write_idx_folder
 from tests.tiny_run import contents, metrics, printed
@@ -194,8 +194,8 @@ def test_how_many_train_side_by_side_is_known_when_they_are_resumed(run):
     folders.create()
     # A crash before it is known loses nothing, not even the number of seeds.
     assert read_seeds(run.folder) == ([5, 6, 7], 0)
-    config, num_seeds = saved_options(run.folder)
-    assert (config.training.seed, num_seeds) == (5, 3)
+    saved, num_seeds = saved_runs(run.folder)
+    assert (saved.config.training.seed, num_seeds) == (5, 3)
     for before, found in ((0, 2), (2, 2)):
         folders = SeedFolders(run, (5, 6, 7))
         folders.check(resume=True)
