@@ -169,7 +169,7 @@ def prepare(run: Run, dataset: Dataset, num_seeds: int, source: Source | None = 
     seeds = range(first, first + num_seeds)
     new_model: Callable[[int], CapsNet] = run.new_model
     if source is not None:
-        run = run._replace(origin=source.origin_of(run.new_model))
+        run = run._replace(origin=source.origin_of(run.new_model, freeze=run.config.training.freeze))
         new_model = source.starting(run.new_model)
     trainer = Trainer(
         new_model, dataset, run.config.training, augment=data.augment, stream=data.stream, seeds=seeds[:1]

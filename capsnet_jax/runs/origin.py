@@ -1,7 +1,7 @@
 """The weights that a run starts from: a copy in its folder, so that it can be resumed, and a record in its config."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,9 @@ from flax import nnx
 from capsnet_jax.errors import UsageError
 from capsnet_jax.files import replace_file
 from capsnet_jax.interchange.state_files import read_state
-from capsnet_jax.interchange.weights import StateDict, take_weights
+from capsnet_jax.interchange.weights import StateDict, take_weights, weight_table
 from capsnet_jax.nn.model import CapsNet
+from capsnet_jax.train.freezing import is_frozen
 
 ORIGIN = "origin.safetensors"  # in the folder of a run or of several seeds
 
@@ -85,8 +86,10 @@ class Source(NamedTuple):
             started: folder of runs that have started from them.
 
         Raises:
-            UsageError: they cannot be read, or are not finite numbers.
+            UsageError: they cannot be read, are not finite numbers, or the path cannot be recorded.
         """
+        if not str(path.absolute()).isprintable():
+            raise UsageError(f"from is {str(path)!a}; expected a path of printable characters.")
         copy = None if started is None else started / ORIGIN
         state = read_state([path if copy is None or not copy.exists() else copy])
         return cls(str(path.absolute()), state, safetensors.numpy.save(state))
@@ -107,16 +110,24 @@ class Source(NamedTuple):
         except OSError as error:
             raise UsageError(f"{folder / ORIGIN} cannot be written: {error.strerror}.") from error
 
-    def origin_of(self, new_model: Callable[[], CapsNet]) -> Origin:
-        """Return the record of a run that starts from these weights.
+    def origin_of(self, new_model: Callable[[], CapsNet], *, freeze: Sequence[str] = ()) -> Origin:
+        """Return the record of a run that starts from these weights, and keeps some layers frozen.
 
         Raises:
-            UsageError: none of them fits its model, or one is not a finite number.
+            UsageError: none of them fits its model, one is too large, or a frozen layer would stay random.
         """
+        model = nnx.eval_shape(new_model)  # shapes only
         try:
-            transfer = take_weights(nnx.eval_shape(new_model), self.state)  # shapes only
+            transfer = take_weights(model, self.state)
         except UsageError as error:
             raise UsageError(f"{self.path}: {error}") from error
+        selects = is_frozen(freeze)
+        for row in weight_table(model):
+            if row.name in transfer.anew and selects(row.path, None):
+                raise UsageError(
+                    f"freeze is {' '.join(freeze)}, and {row.name} in it does not fit {self.path} and would stay as it "
+                    "starts; expected only layers that fit."
+                )
         return Origin(self.path, self.sha256, transfer.anew, transfer.unused)
 
     def starting(self, new_model: Callable[[int], CapsNet]) -> Callable[[int], CapsNet]:

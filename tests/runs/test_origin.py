@@ -135,16 +135,30 @@ def test_a_run_is_not_resumed_with_other_weights(started, tiny_run, tmp_path, ca
     assert "cannot be resumed, as sha256 was " in capsys.readouterr().err
 
 
-def test_other_classes_and_images_start_their_layers_anew_and_keep_the_model_of_the_source(tiny_run, tmp_path):
+def test_other_classes_and_images_start_their_layers_anew_and_keep_the_model_of_the_source(tiny_run, tmp_path, capsys):
     images = write_image_folder(tmp_path / "letters", "abc", 12, 13, per_class=10)
     run = tmp_path / "run"
-    training = ["--epochs", "1", "--freeze", "stem", "primary_capsules"]
     source = tiny_run.folder / "model.safetensors"
-    printed("train", "--dataset", str(images), "--from", str(source), *QUICK, *training, "--run-dir", str(run))
+    training = [
+        "train",
+        "--dataset",
+        str(images),
+        "--from",
+        str(source),
+        *QUICK,
+        "--epochs",
+        "1",
+        "--run-dir",
+        str(run),
+    ]
+    # The images are coloured, so the stem starts anew.
+    assert main([*training, "--freeze", "primary_capsules", "stem"]) == 2
+    assert f"freeze is primary_capsules stem, and {STEM} in it does not fit {source}" in capsys.readouterr().err
+    assert not run.exists()
+    printed(*training, "--freeze", "primary_capsules")
     model = read_run(run).config.model
     assert (model.stem_channels, model.primary_groups, model.primary_scale, model.class_dim) == (6, 2, 1.0, 5)
     assert (model.image_shape, model.num_classes) == ((12, 13, 3), 3)
-    # The images are coloured, so the stem starts anew, although it is frozen.
     assert json.loads((run / "config.json").read_text())["origin"]["anew"] == [
         "encoder.image2primary_capsules.0.weight",
         "encoder.image2primary_capsules.0.bias",
@@ -168,6 +182,7 @@ WRONG = {
     "nowhere": (["nowhere"], "nowhere does not exist; expected a file or folder of weights."),
     "another kind": (["notes.txt"], "notes.txt ends in '.txt'; expected .safetensors, .pt, .pth."),
     "no weights": (["empty"], "empty has no model.safetensors; expected the folder of a run, or a file of weights."),
+    "unprintable": (["a\nb"], r"from is 'a\nb'; expected a path of printable characters."),
     "seeds": (["seeds"], "seeds has no model.safetensors; its folder seed-3 does."),
     "not finite": (["nan.safetensors"], f"The entry {STEM} has values that are not finite; expected numbers only."),
     "none fits": (
