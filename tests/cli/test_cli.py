@@ -227,7 +227,7 @@ def test_the_options_of_training_are_in_groups_with_everyday_ones_first(command,
         names = [name.replace("_", "-") for name in vars(getattr(config, section))]
         hidden = {"image-shape", "num-classes"}  # set by the data set
         assert options[f"{section} options"] == [name for name in names if name not in hidden]
-    assert options["options"] == ["preset"]
+    assert options["options"] == ["preset", "from"]
     assert options["data options"][:3] == ["dataset", "data-dir", "augment"]
     assert options["model options"][:2] == ["routing", "num-iterations"]
     assert options["training options"][:4] == ["epochs", "batch-size", "learning-rate", "seed"]

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from capsnet_jax import CapsNet, UsageError, fit
-from capsnet_jax.config import Config, TrainingConfig
+from capsnet_jax.config import Config, DataConfig, TrainingConfig, differences
 from capsnet_jax.train.freezing import freeze_layers
 from capsnet_jax.train.loop import Trainer
 from capsnet_jax.train.step import compute_losses, create_state, make_train_step
@@ -116,13 +116,17 @@ def test_unknown_layers_are_refused_with_a_list_of_all():
         freeze_layers(new_model(), ("decoder", "capsule_layers", "primary_capsules", "stem"))
 
 
-def test_without_frozen_layers_config_and_checkpoints_are_those_of_earlier_versions():
-    """They have no such option, and no such arrays."""
+def test_without_new_options_config_and_checkpoints_are_those_of_earlier_versions():
+    """They have no such options, and no such arrays."""
     fields = Config().to_json()
-    assert "freeze" not in fields["training"]
+    assert ("freeze" in fields["training"], "transpose" in fields["data"]) == (False, False)
     assert Config.from_json(fields) == Config()
-    frozen = Config(training=TrainingConfig(freeze=("stem",)))
-    assert Config.from_json(frozen.to_json()) == frozen
+    used = Config(data=DataConfig(transpose=True), training=TrainingConfig(freeze=("stem",)))
+    assert Config.from_json(used.to_json()) == used
+    assert differences(fields, used.to_json()) == [
+        "freeze was not there and is ['stem']",
+        "transpose was not there and is True",
+    ]
     _, state = create_state(new_model(), optax.adam(0.1))
     assert jax.tree.leaves(state.frozen) == []
     assert len(jax.tree.leaves(state.params)) == 15
