@@ -50,12 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except OSError as error:
-        # Python writes the rest of the output when it exits, which would fail again.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        place = error.filename or "a file"
+        try:
+            sys.stdout.flush()
+        except OSError:
+            place = "the output"
+            # Python writes the rest of the output when it exits, which would fail again.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 128 + 13  # SIGPIPE
-        place = "the output" if error.filename is None else error.filename
         return _fail(2, f"Cannot read or write {place}: {error.strerror}.")
 
 

@@ -162,7 +162,10 @@ class Session:
         """
         saved = time.monotonic()
         try:
-            with stop_signals() as received:
+            with ExitStack() as opened, stop_signals() as received:
+                opened.callback(self._checkpoints.close)
+                for log in self._logs:
+                    opened.callback(log.close)
                 for progress in self.trainer.run():
                     with failing_together():
                         is_best = self._record(progress)
@@ -175,15 +178,11 @@ class Session:
                     if stop:
                         self._checkpoints.wait()
                         raise StoppedBySignalError((received or [signal.SIGTERM])[0], progress.step)
-            if self.start == self.trainer.last_step:
-                self._save_weights()  # a crash may have come between the last checkpoint and the weights
+                if self.start == self.trainer.last_step:
+                    self._save_weights()  # a crash may have come between the last checkpoint and the weights
         except OSError as error:
             folder = self.runs[0].folder
             raise UsageError(f"The metrics in {folder} cannot be written; fix this, then --resume: {error}.") from error
-        finally:
-            for log in self._logs:
-                log.close()
-            self._checkpoints.close()
 
     def _record(self, progress: Progress) -> bool:
         """Write the metrics, and weights that are the best on validation images; return whether any are."""
