@@ -14,7 +14,7 @@ STEPS = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
 """Tolerances of the losses of training steps and, in float64, of the weights after them."""
 FLOOR = 1e-7  # the smallest gradients of the reference model with its initial weights are 4.5e-7
 
-AGREES, DIFFERS, NO_POWER = "agrees", "DIFFERS", "no power"
+AGREES, DIFFERS, INHERITS, NO_POWER = "agrees", "DIFFERS", "inherits", "no power"
 
 
 class Check(NamedTuple):
@@ -25,8 +25,9 @@ class Check(NamedTuple):
         scale: the largest expected absolute value.
         error: the largest difference, as a fraction of the scale; infinite if the arrays cannot be compared.
         tolerance: the largest error at which they agree.
-        verdict: "agrees", "DIFFERS", or "no power" if both are so small, or rounding errors so large, that the check
-            proves nothing.
+        verdict: "agrees"; "DIFFERS"; "inherits" if they differ, but agree if the JAX model is fed PyTorch's values of
+            the layers below; or "no power" if both are so small, or rounding errors so large, that the check proves
+            nothing.
         reason: why they differ or the check has no power; empty if they agree.
     """
 

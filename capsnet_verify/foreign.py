@@ -30,7 +30,7 @@ from capsnet_verify.pair import Pair, add_noise, both_on, new_pair
 from capsnet_verify.proposal import ALONE, propose_map, propose_outputs
 from capsnet_verify.subjects import Settings, Subject, as_settings
 from capsnet_verify.values import AT_REST, in_jax, in_torch
-from capsnet_verify.verification import Verification
+from capsnet_verify.verification import Verification, unless_inherited
 from capsnet_verify.weight_map import LABELS, OUTPUTS, Part, Shape, WeightMap, patterns, toml_line
 
 NAMES = {"encoded poses": "poses", "encoded activations": "activations"}  # in a map
@@ -90,8 +90,12 @@ def verify_module(module: nn.Module, weight_map: WeightMap, subject: Subject, se
         norms = compare("", np.linalg.norm(values["poses"], axis=2), values["activations"], tolerance=1e-2)
         if "activations" not in outputs and norms.verdict == DIFFERS:
             raise UsageError(f"{weight_map.path}: [outputs] lacks activations, which are not the norms of poses here.")
-        explain = partial(_explain, foreign, pair, weights)
-        _compare(verification, [(name, values[name], found.get(name)) for name in shapes], explain)
+        _compare(
+            verification,
+            [(name, values[name], found.get(name)) for name in shapes],
+            explain=partial(_explain, foreign, pair, weights),
+            replay=lambda: _as_in_map(in_jax(pair, given=_as_in_jax(found))),
+        )
     verification.notes = foreign.notes
     return verification
 
@@ -164,6 +168,17 @@ def _as_in_map(values: Mapping[str, Array]) -> StateDict:
     }
 
 
+def _as_in_jax(found: Mapping[str, Tensor]) -> StateDict:
+    """Undo `_as_in_map` for what layers compute."""
+    pattern = "b channels height width -> b height width channels"
+    names = {name: own for own, name in NAMES.items()}
+    arrays = {name: tensor.numpy(force=True) for name, tensor in found.items() if not name.startswith(DERIVED)}
+    return {
+        names.get(name, name): rearrange(array, pattern) if name.startswith(CHANNELS_FIRST) else array
+        for name, array in arrays.items()
+    }
+
+
 def _loss(
     activations: Float[Tensor, "b o"],
     reconstructions: Images | None,
@@ -199,10 +214,13 @@ def _gradients(total: Float[Tensor, ""], weights: Mapping[str, Tensor]) -> dict[
 def _compare(
     verification: Verification,
     values: Sequence[tuple[str, Array, Tensor | None]],
+    *,
     explain: Callable[[Check, Array, Array], str | None],
+    replay: Callable[[], StateDict],
 ) -> None:
     """Add a check for each value that the module returned, and the likely cause of the first that differs."""
     settings = verification.settings
+    alone: StateDict = {}
     unseen: list[str] = []  # checks that are not in the map, since the last one that agrees
     for name, actual, found in values:
         if found is None:
@@ -210,7 +228,11 @@ def _compare(
             continue
         expected = found.numpy(force=True)
         tolerance = tolerance_of(name, settings.dtype, settings.device)
-        check = compare(name, actual, expected, tolerance=tolerance, euclidean=settings.dtype == "bfloat16")
+        measure = partial(compare, name, tolerance=tolerance, euclidean=settings.dtype == "bfloat16")
+        check = measure(actual, expected)
+        if check.verdict == DIFFERS and verification.cause is not None:
+            alone = alone or replay()
+            check = unless_inherited(check, measure(alone[name], expected))
         verification.checks.append(check)
         if check.verdict == AGREES:
             unseen = []

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from capsnet_jax.tables import markdown_table
-from capsnet_verify.checks import Check
+from capsnet_verify.checks import DIFFERS, INHERITS, Check
+from capsnet_verify.foreign_module import listed
 from capsnet_verify.heat import Heat
 from capsnet_verify.implementations import in_words
+from capsnet_verify.values import AT_REST
 from capsnet_verify.verification import Verification
 
 GROUPS = ("values", "gradients", "steps")
@@ -27,7 +29,7 @@ def describe(verification: Verification) -> str:
         for number, found in enumerate(verification.heats)
         if found.factor != 1
     ]
-    paragraphs = ["\n".join(lines) for lines in (scaled, _compared(verification)) if lines]
+    paragraphs = ["\n".join(lines) for lines in (scaled, _compared(verification), _isolated(verification)) if lines]
     return "\n\n".join([markdown_table(rows), *paragraphs, *verification.notes, sentence(verification)])
 
 
@@ -106,6 +108,19 @@ def _compared(verification: Verification) -> list[str]:
     if unproved:
         lines.append(f"Not {verb}, as other batch sizes or platforms have them: {in_words(unproved)}.")
     return lines
+
+
+def _isolated(verification: Verification) -> list[str]:
+    """Say which values differ even if the layers below do not, and how many only inherit an error."""
+    fed = [check for check in verification.checks if not check.name.startswith(("weight", "step", AT_REST))]
+    differ = [check.name for check in fed if check.verdict == DIFFERS]
+    inherit = sum(check.verdict == INHERITS for check in fed)
+    if len(differ) + inherit < 2:
+        return []
+    values = [name for name in differ if not name.startswith("gradient")]
+    gradients = [f"{len(differ) - len(values)} gradients"] if len(differ) > len(values) else []
+    names = " and ".join([*([listed(values)] if values else []), *gradients])
+    return [f"Fed PyTorch's values of the layers below: {names} differ even so; {inherit} others agree."]
 
 
 def _number(value: float) -> str:

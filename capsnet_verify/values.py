@@ -1,7 +1,7 @@
 """Compute all values to compare, from the images to the gradients, in the order in which they depend on each other."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from capsnet_jax.train.step import compute_losses
 from capsnet_torch import step as torch_step
 from capsnet_torch.ops import mask_by_label as torch_mask_by_label
 from capsnet_verify.pair import Pair
+from capsnet_verify.replay import KINDS, feed
 
 QUICKLY_COMPILED = {"xla_backend_optimization_level": 0}
 """Compiler options that halve the time to compile; the program before code generation is the same."""
@@ -26,8 +27,13 @@ AT_REST = "poses with running means"  # in evaluation mode
 CHANNELS_LAST = "b channels height width -> b height width channels"
 
 
-def in_jax(pair: Pair) -> dict[str, np.ndarray]:
-    """Compute every intermediate, loss and gradient in JAX; float32 in place of bfloat16."""
+def in_jax(pair: Pair, given: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    """Compute every intermediate, loss and gradient in JAX; float32 in place of bfloat16.
+
+    Args:
+        pair: the model and the batch.
+        given: values to feed to the layers above them, in place of the model's own; see `feed`.
+    """
     graphdef = nnx.graphdef(pair.jax_model)
     params, batch_stats = (nnx.state(pair.jax_model, kind) for kind in (nnx.Param, nnx.BatchStat))
 
@@ -35,8 +41,11 @@ def in_jax(pair: Pair) -> dict[str, np.ndarray]:
         weights = for_products(params, jnp.bfloat16) if pair.dtype == "bfloat16" else params
         return nnx.merge(graphdef, weights, batch_stats, copy=True)
 
-    def compute(params: nnx.State, images: jax.Array, labels: jax.Array) -> tuple[dict[str, Any], nnx.State]:
+    def compute(
+        params: nnx.State, images: jax.Array, labels: jax.Array, given: Mapping[str, jax.Array]
+    ) -> tuple[dict[str, Any], nnx.State]:
         model = new_model(params)
+        alone = feed(model, given) if given else {}
         features = model.stem.features(images)
         values = {f"stem {number}": array for number, array in enumerate(features)}
         values |= _of_capsules(model.primary_capsules(features[-1]), model.capsule_layers)
@@ -53,14 +62,20 @@ def in_jax(pair: Pair) -> dict[str, np.ndarray]:
             values["reconstructions"] = model.decode(capsules.poses, labels)
 
         def loss(params: nnx.State) -> tuple[jax.Array, Any]:
-            losses = compute_losses(new_model(params), images, labels, **pair.loss)
+            model = new_model(params)
+            if given:
+                feed(model, given)
+            losses = compute_losses(model, images, labels, **pair.loss)
             return losses.total, losses
 
         gradients, losses = jax.grad(loss, has_aux=True)(params)
-        return values | _of_losses(pair, losses), gradients
+        for kind in KINDS if given else ():  # if the last layer was given as outputs of the model only
+            last = f"{kind} {len(model.capsule_layers) - 1}"
+            alone |= {} if last in given else {f"encoded {kind}": alone[last]}
+        return values | _of_losses(pair, losses) | alone, gradients
 
     compiled = jax.jit(compute, compiler_options=QUICKLY_COMPILED)
-    values, gradients = compiled(params, pair.images, pair.labels)
+    values, gradients = compiled(params, pair.images, pair.labels, given or {})
     for name, gradient in to_torch(nnx.merge(graphdef, gradients, batch_stats)).items():
         if "running" not in name:
             values[f"gradient {name}"] = gradient

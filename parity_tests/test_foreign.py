@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from capsnet_jax.errors import UsageError
+from capsnet_verify.report import describe
 from parity_tests.foreign_models import (
     DECODER_GRADIENTS,
     ENCODER_GRADIENTS,
@@ -237,6 +238,23 @@ class Tanh(LengthsAndImages):
     def __init__(self):
         super().__init__()
         self.decoder[5] = nn.Tanh()
+
+
+class TanhAndScaledStem(Tanh):
+    def __init__(self):
+        super().__init__()
+        self.conv1.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+
+
+def test_layers_that_are_wrong_are_told_from_those_that_inherit_an_error(verify_foreign):
+    verification = verify_foreign(TanhAndScaledStem, LENGTHS_AND_IMAGES, replay=True)
+    verdicts = {check.name: check.verdict for check in verification.checks}
+    inherit = [name for name, verdict in verdicts.items() if verdict == "inherits"]
+    assert inherit == ["poses 0", "activations", "total loss"]
+    assert {verdict for name, verdict in verdicts.items() if name not in inherit} == {"DIFFERS"}
+    assert verification.cause.startswith("a factor: JAX has 0.666667 times the values of PyTorch")
+    said = describe(verification)
+    assert ": stem 0, reconstructions and 11 gradients differ even so; 3 others agree.\n" in said
 
 
 def test_causes_are_sought_after_the_last_step_that_agrees(verify_foreign):
