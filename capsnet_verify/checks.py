@@ -1,6 +1,7 @@
 """Compare two arrays, relative to the largest value. Arrays that are too small to prove anything do not pass."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +14,18 @@ GRADIENTS = {"bfloat16": 0.3}  # up to 0.21 where batch normalization is over th
 STEPS = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
 """Tolerances of the losses of training steps and, in float64, of the weights after them."""
 FLOOR = 1e-7  # the smallest gradients of the reference model with its initial weights are 4.5e-7
+BINS = 50  # of a histogram
 
 AGREES, DIFFERS, INHERITS, NO_POWER = "agrees", "DIFFERS", "inherits", "no power"
+
+
+class Histogram(NamedTuple):
+    """Numbers of finite values of both sides in equal steps from the lowest to the highest value."""
+
+    low: float
+    high: float
+    actual: Sequence[int]
+    expected: Sequence[int]
 
 
 class Check(NamedTuple):
@@ -29,6 +40,7 @@ class Check(NamedTuple):
             the layers below; or "no power" if both are so small, or rounding errors so large, that the check proves
             nothing.
         reason: why they differ or the check has no power; empty if they agree.
+        histogram: values of both sides, if the report shows them.
     """
 
     name: str
@@ -37,6 +49,17 @@ class Check(NamedTuple):
     tolerance: float
     verdict: str
     reason: str = ""
+    histogram: Histogram | None = None
+
+    def with_histogram(self, actual: ArrayLike, expected: ArrayLike) -> "Check":
+        """Return the check with a histogram of both sides, if they have finite values."""
+        sides = [array[np.isfinite(array)] for array in map(np.ravel, (actual, expected))]
+        values = np.concatenate(sides)
+        if not values.size:
+            return self
+        low, high = float(values.min()), float(values.max())
+        edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
+        return self._replace(histogram=Histogram(low, high, *(np.histogram(side, edges)[0].tolist() for side in sides)))
 
 
 def tolerance_of(name: str, dtype: str, device: str = "cpu") -> float:

@@ -22,7 +22,7 @@ from capsnet_torch import CapsNet
 from capsnet_torch.losses import margin_loss, reconstruction_loss, spread_loss, spread_margin
 from capsnet_torch.ops import Images
 from capsnet_verify.causes import VISIBLE, cause, usual_cause
-from capsnet_verify.checks import AGREES, DIFFERS, Check, compare, tolerance_of
+from capsnet_verify.checks import AGREES, DIFFERS, Check, compare
 from capsnet_verify.deviations import Deviation, deviations
 from capsnet_verify.foreign_module import ForeignModule, named_inputs, run
 from capsnet_verify.heat import heat
@@ -65,6 +65,7 @@ def verify_module(module: nn.Module, weight_map: WeightMap, subject: Subject, se
     verification = Verification(subject, settings)
     with both_on(settings.device, settings.dtype):
         pair, shapes = _new_pair(subject, settings, decoder="reconstructions" in outputs)
+        settings.check_names(shapes)
         foreign = ForeignModule(module, weight_map, pair, shapes)
         rng = np.random.default_rng(settings.seed)
         from_torch(pair.jax_model, {name: add_noise(name, array, rng) for name, array in foreign.state().items()})
@@ -227,13 +228,13 @@ def _compare(
             unseen.append(name)
             continue
         expected = found.numpy(force=True)
-        tolerance = tolerance_of(name, settings.dtype, settings.device)
+        tolerance = settings.tolerance_of(name)
         measure = partial(compare, name, tolerance=tolerance, euclidean=settings.dtype == "bfloat16")
         check = measure(actual, expected)
         if check.verdict == DIFFERS and verification.cause is not None:
             alone = alone or replay()
             check = unless_inherited(check, measure(alone[name], expected))
-        verification.checks.append(check)
+        verification.checks.append(check.with_histogram(actual, expected) if settings.histograms else check)
         if check.verdict == AGREES:
             unseen = []
         elif check.verdict == DIFFERS and verification.cause is None:

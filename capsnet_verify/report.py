@@ -20,17 +20,22 @@ def describe(verification: Verification) -> str:
     """Format a table of all checks, how layers were scaled, which implementations were compared, and a verdict."""
     rows = [("check", "scale", "error", "tolerance", "verdict")]
     rows += [
-        (check.name, _number(check.scale), _number(check.error), f"{check.tolerance:.0e}", check.verdict)
+        (check.name, number(check.scale), number(check.error), f"{check.tolerance:.0e}", check.verdict)
         for check in verification.checks
     ]
+    return "\n\n".join([markdown_table(rows), *paragraphs(verification), sentence(verification)])
+
+
+def paragraphs(verification: Verification) -> list[str]:
+    """Say how layers were scaled, which implementations were compared, which values differ alone, and all notes."""
     scaled = [
-        f"The weight of capsule layer {number} was multiplied by {found.factor:g} in both models, so that routing "
+        f"The weight of capsule layer {layer} was multiplied by {found.factor:g} in both models, so that routing "
         f"matters: mean activation {found.activation:.2f}, couplings up to {100 * found.unevenness:.0f} % from even."
-        for number, found in enumerate(verification.heats)
+        for layer, found in enumerate(verification.heats)
         if found.factor != 1
     ]
-    paragraphs = ["\n".join(lines) for lines in (scaled, _compared(verification), _isolated(verification)) if lines]
-    return "\n\n".join([markdown_table(rows), *paragraphs, *verification.notes, sentence(verification)])
+    parts = (scaled, _compared(verification), _isolated(verification))
+    return ["\n".join(lines) for lines in parts if lines] + verification.notes
 
 
 def summarize(verifications: Sequence[Verification]) -> str:
@@ -47,7 +52,7 @@ def summarize(verifications: Sequence[Verification]) -> str:
 
 def row(verification: Verification) -> tuple[str, ...]:
     """Return the cells of one verification in a summary."""
-    worst = [_number(error) for error in largest_errors(verification).values()]
+    worst = [number(error) for error in largest_errors(verification).values()]
     factors = " ".join(f"{found.factor:g}" for found in verification.heats)
     verdict = ("agrees", "DIFFERS", "not seen")[verification.status]
     return verification.subject.title, verification.settings.dtype, *worst, factors, verdict
@@ -55,7 +60,7 @@ def row(verification: Verification) -> tuple[str, ...]:
 
 def sentence(verification: Verification) -> str:
     """State agreement, or the first divergence and its likely cause, or the checks that proved nothing."""
-    title, number = verification.subject.title, len(verification.checks)
+    title, total = verification.subject.title, len(verification.checks)
     first = verification.first_divergence
     if first is not None:
         return f"JAX and PyTorch differ, first in {first.name} ({first.reason}). Most likely: {verification.cause}."
@@ -65,7 +70,7 @@ def sentence(verification: Verification) -> str:
     errors = ", ".join(
         f"{name} within {error:.1e}" for name, error in largest_errors(verification).items() if not math.isnan(error)
     )
-    return f"JAX and PyTorch agree in all {number} checks of {title}: {errors}, as fractions of the largest value."
+    return f"JAX and PyTorch agree in all {total} checks of {title}: {errors}, as fractions of the largest value."
 
 
 def largest_errors(verification: Verification) -> dict[str, float]:
@@ -120,13 +125,14 @@ def _isolated(verification: Verification) -> list[str]:
     values = [name for name in differ if not name.startswith("gradient")]
     gradients = [f"{len(differ) - len(values)} gradients"] if len(differ) > len(values) else []
     names = " and ".join([*([listed(values)] if values else []), *gradients])
-    return [f"Fed PyTorch's values of the layers below: {names} differ even so; {inherit} others agree."]
+    return [f"Fed PyTorch's values of the layers below, {names} still differ; {inherit} others agree."]
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Format an error or a scale; "-" if it is not finite."""
     return f"{value:.1e}" if math.isfinite(value) else "-"
 
 
 def _in_json(found: Check | Heat) -> dict[str, Any]:
-    values = found._asdict().items()
+    values = [(name, value) for name, value in found._asdict().items() if name != "histogram"]
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values}

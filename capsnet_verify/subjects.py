@@ -1,8 +1,9 @@
 """Models that can be verified, and settings: a preset, a run, a file of weights, or a small model."""
 
+import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from capsnet_jax.interchange.weights import StateDict
 from capsnet_jax.presets import get_preset
 from capsnet_jax.routing import ROUTINGS
 from capsnet_jax.runs.folder import Run, read_run
+from capsnet_verify.checks import tolerance_of
 
 # All sizes differ, so that no transposed axis fits by chance; a primary scale of 1 gives capsules of visible length.
 SMALL = ModelConfig(
@@ -69,6 +71,8 @@ class Settings:
         seed: seed of weights and batches.
         torch_routing: routing of the PyTorch model, if another than the JAX model's.
         torch_state: weights of the PyTorch model, if others than the JAX model's.
+        tolerances: tolerances of values and gradients by the name of their check, if others than usual.
+        histograms: whether checks get histograms.
     """
 
     dtype: str = "float64"
@@ -79,6 +83,20 @@ class Settings:
     seed: int = 0
     torch_routing: str | Callable[..., Any] | None = None
     torch_state: Mapping[str, Shaped[np.ndarray, "..."]] | None = None
+    tolerances: Mapping[str, float] = field(default_factory=dict)
+    histograms: bool = False
+
+    def tolerance_of(self, name: str) -> float:
+        """Return the tolerance of a value or gradient of this name."""
+        return self.tolerances.get(name, tolerance_of(name, self.dtype, self.device))
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise a UsageError if there is a tolerance for something that is not compared."""
+        names = list(names)
+        for name in self.tolerances:
+            if name not in names:
+                nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
+                raise UsageError(f"--tolerance is for {name!r}, which is not compared; the nearest is {nearest!r}.")
 
 
 def of_model(title: str, model: ModelConfig, *, labels_per_image: int = 1) -> Subject:

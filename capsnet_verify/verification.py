@@ -19,7 +19,7 @@ from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.train.step import create_state, make_train_step
 from capsnet_torch.step import train_step as torch_train_step
 from capsnet_verify.causes import VISIBLE, cause, mixed_up, usual_cause
-from capsnet_verify.checks import AGREES, DIFFERS, INHERITS, NO_POWER, STEPS, Check, compare, tolerance_of
+from capsnet_verify.checks import AGREES, DIFFERS, INHERITS, NO_POWER, STEPS, Check, compare
 from capsnet_verify.heat import Heat, heat
 from capsnet_verify.implementations import Plan, as_on, in_words, plan
 from capsnet_verify.pair import Pair, both_on, new_pair, to_channels_first, with_batch
@@ -159,6 +159,8 @@ def worst(name: str, sides: dict[str, tuple[Any, np.ndarray]], tolerance: float)
 def _results(verification: Verification, mistake: AbstractContextManager[Any]) -> Generator[Result, None, None]:
     subject, settings = verification.subject, verification.settings
     pair = new_pair(subject, settings)
+    if settings.tolerances:
+        settings.check_names(in_torch(pair))
     plan = verification.plan = plan_of(subject, settings)
     yield from _weights(subject, settings)
     verification.heats = heat(pair)
@@ -201,7 +203,7 @@ def _on_batch(
     alone: dict[str, np.ndarray] = {}  # needed after the first difference
     differed = False
     for name in expected:
-        tolerance = tolerance_of(name, settings.dtype, settings.device)
+        tolerance = settings.tolerance_of(name)
         # In bfloat16 some ReLU units switch on or off, which changes single gradients completely.
         measure = partial(compare, name, tolerance=tolerance, euclidean=settings.dtype == "bfloat16")
         check = measure(actual[name], expected[name])
@@ -214,6 +216,7 @@ def _on_batch(
                 alone = alone or in_jax(pair, given=expected)
             check = unless_inherited(check, measure(alone[name], expected[name]))
         differed = differed or check.verdict == DIFFERS
+        check = check.with_histogram(actual[name], expected[name]) if settings.histograms else check
         yield check, cause(name, actual[name], expected[name]) if check.verdict == DIFFERS else ""
 
 

@@ -89,3 +89,12 @@ def test_a_single_wrong_number_counts_less_in_the_euclidean_norm():
     assert compare("it", actual, expected, tolerance=0.05).error == pytest.approx(0.1)
     euclidean = compare("it", actual, expected, tolerance=0.05, euclidean=True)
     assert euclidean.error == pytest.approx(0.1 * np.abs(expected).max() / np.linalg.norm(expected))
+
+
+def test_a_histogram_counts_the_finite_values_of_both_sides():
+    check = compare("it", np.array([0.0, 1.0, 4.0]), np.array([2.0, np.inf]), tolerance=1e-6)
+    low, high, actual, expected = check.with_histogram([0.0, 1.0, 4.0], [2.0, np.inf]).histogram
+    assert (low, high, sum(actual), sum(expected)) == (0, 4, 3, 1)
+    assert actual[0] == actual[-1] == expected[len(expected) // 2] == 1
+    assert check.with_histogram([np.nan], [np.inf]).histogram is None
+    assert check.with_histogram([3.0], [3.0]).histogram.actual[0] == 1

@@ -1,6 +1,8 @@
 """The command `capsnet verify --torch-model`, with a module in the user's folder and the config of a run."""
 
+import html
 import json
+import re
 
 import pytest
 
@@ -64,9 +66,19 @@ def test_a_preset_with_other_sizes_needs_no_folder(folder, capsys):
     assert "JAX and PyTorch agree in all 8 checks of preset readable: " in capsys.readouterr().out
 
 
-def test_a_difference_is_exit_status_1(folder, capsys):
-    assert main(["verify", "run", "--torch-model", "my_capsnet:LengthsOverInputs", "--map", "map.toml"]) == 1
-    assert "first in activations" in capsys.readouterr().out
+def test_a_difference_is_exit_status_1_and_shown_on_a_page_without_other_files(folder, capsys):
+    model = ["verify", "run", "--torch-model", "my_capsnet:LengthsOverInputs", "--map", "map.toml"]
+    assert main([*model, "--html", "page.html", "--tolerance", "total loss=99"]) == 1
+    said = capsys.readouterr().out
+    assert "first in activations" in said
+    rows = [line.split("|") for line in said.splitlines() if line.startswith("| ")][2:]
+    assert [row[4:6] for row in rows if row[1].strip() == "total loss"] == [["     1e+02 ", "  agrees "]]
+    page = (folder / "page.html").read_text()
+    assert html.unescape(page).count(said.splitlines()[-1]) == 1
+    assert page.count("<tr>") == len(rows) + 1
+    assert page.count('<path class="jax"') == page.count('<path class="torch"') - 1 == len(rows)  # one is in the key
+    assert not re.search("<script|<link|https?:|url\\(", page)
+    assert "prefers-color-scheme: dark" in page
 
 
 @pytest.mark.parametrize(
@@ -93,6 +105,7 @@ def test_a_difference_is_exit_status_1(folder, capsys):
         ),
         (["--preset", "digits", "--set", "class_dim=a"], "class_dim"),
         (["--set", "class_dim=3"], "--set is given without a model or --preset; expected both."),
+        ([*RUN[1:], "--map", "map.toml", "--tolerance", "pose 0=1"], "not compared; the nearest is 'poses 0'."),
         (["nowhere", *RUN[2:]], "nowhere"),
         (RUN[2:], "--torch-model is given without a model or --preset; expected both."),
     ],

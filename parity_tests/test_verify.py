@@ -207,6 +207,15 @@ def test_a_wrong_routing_is_named_with_its_cause(user, verify_command):
         (["--steps", "-1"], "steps is -1, and must be at least 0"),
         (["--batch-size", "0"], "batch_size is 0, and must be at least 1"),
         (["--dtype"], "dtype is empty"),
+        (["--html", "nowhere/x.html"], "html is nowhere/x.html, and the folder nowhere does not exist"),
+        (
+            ["--tolerance", "poses 9=1e-6"],
+            "--tolerance is for 'poses 9', which is not compared; the nearest is 'poses 0'",
+        ),
+        (
+            ["--tolerance", "poses 0=-1"],
+            "--tolerance is 'poses 0=-1'; expected the name of a check and a number, as in",
+        ),
         (["--json", "nowhere/x.json"], "the folder nowhere does not exist"),
         (["--preset", "nothing"], "Unknown preset 'nothing'; expected readable, digits"),
         (["--routing", "nothing"], "Unknown routing 'nothing'; expected dynamic, em"),

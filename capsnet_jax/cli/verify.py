@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import math
 import sys
 import traceback
 from dataclasses import dataclass
@@ -74,8 +75,12 @@ class Verify:
     """Seed of weights and images."""
     trust_code: bool = False
     """Import the routing that a run names, if it is not of this package. That runs code."""
+    tolerance: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=X")] = ()
+    """Other tolerances of values or gradients, by the names of their checks, such as "poses 0=1e-9"."""
     json: Path | None = None
     """File to write all checks to."""
+    html: Path | None = None
+    """File to write all checks to as a page, with a histogram of each value in both frameworks."""
     self_test: bool = False
     """Test the checks themselves: plant about a hundred mistakes, one at a time, which the right check must catch."""
 
@@ -117,6 +122,8 @@ class Verify:
             seed=self.seed,
             torch_routing=None if self.torch_routing is None else find_routing(self.torch_routing),
             torch_state=read_state(self.torch_weights) if self.torch_weights else None,
+            tolerances=dict(map(_tolerance, self.tolerance)),
+            histograms=self.html is not None,
         )
         if self.torch_model is not None and self.map is None:
             print(propose(load_module(self.torch_model), subjects[0], settings))
@@ -154,10 +161,12 @@ class Verify:
             raise UsageError(f"seed is {self.seed}, and must be less than {2**32}.")
         if not self.learning_rate > 0:
             raise UsageError(f"learning_rate is {self.learning_rate}, and must be more than 0.")
+        dict(map(_tolerance, self.tolerance))
         if not self.dtype:
             raise UsageError("dtype is empty; expected float64, float32 or bfloat16.")
-        if self.json is not None and not self.json.absolute().parent.is_dir():
-            raise UsageError(f"json is {self.json}, and the folder {self.json.parent} does not exist.")
+        for name, path in (("json", self.json), ("html", self.html)):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise UsageError(f"{name} is {path}, and the folder {path.parent} does not exist.")
         for one, *others in (
             ("all_presets", "model", "random_model", "routing", "torch_model"),
             ("all_routings", "model", "random_model", "routing", "torch_model"),
@@ -206,7 +215,11 @@ class Verify:
         return [subjects.with_routing(subject, self.routing) for subject in found] if self.routing else found
 
     def _write(self, verifications: list["capsnet_verify.verification.Verification"]) -> None:
-        """Replace the file of --json by the results so far."""
+        """Replace the files of --html and --json by the results so far."""
+        if self.html is not None:
+            from capsnet_verify.page import to_html
+
+            replace_file(self.html, to_html(verifications))
         if self.json is None:
             return
         from capsnet_benchmark.results import origin
@@ -224,3 +237,15 @@ class Verify:
         }
         text = json.dumps(origin(("jax", "torch-eager"), device) | results, indent=2)
         replace_file(self.json, f"{text}\n")
+
+
+def _tolerance(text: str) -> tuple[str, float]:
+    """Split "name=x"."""
+    name, _, number = text.rpartition("=")
+    try:
+        tolerance = float(number)
+    except ValueError:
+        tolerance = math.nan
+    if not (name and 0 <= tolerance < math.inf):
+        raise UsageError(f"--tolerance is {text!r}; expected the name of a check and a number, as in 'poses 0=1e-9'.")
+    return name, tolerance
