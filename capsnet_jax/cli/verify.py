@@ -25,11 +25,13 @@ if TYPE_CHECKING:  # importing these takes PyTorch, which the help can do withou
 class Verify:
     """Compare everything that a model computes in JAX and in PyTorch, on the same weights and inputs.
 
-    Prints a row for each intermediate value in forward order, the losses, the gradient of each weight and each training
-    step. Errors are fractions of the largest value. Layers whose capsules are so short that routing has no effect are
-    first scaled in both models. Every implementation that may be chosen for a layer is compared, each at a batch size
-    at which it is chosen. Exit status: 0 if everything agrees, 1 if something differs, 2 if not everything could be
-    compared. By default, a small model is verified whose sizes all differ."""
+    Prints a row for each intermediate value in forward order, the losses, the gradient of each weight and each
+    training step. Errors are fractions of the largest value. Layers whose capsules are so short that routing has no
+    effect are first scaled in both models. After the first difference, each layer is fed PyTorch's values of the
+    layers below, which tells wrong layers from those that inherit an error. Every implementation that may be chosen
+    for a layer is compared, each at a batch size at which it is chosen. Exit status: 0 if everything agrees, 1 if
+    something differs, 2 if not everything could be compared. By default, a small model is verified whose sizes all
+    differ."""
 
     model: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Folder of a run; a file of weights, .safetensors or .pt; or the two files of the reference model."""
