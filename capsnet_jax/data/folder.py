@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from capsnet_jax.data.dataset import Dataset, make_dataset
 from capsnet_jax.data.idx import find_idx, names_of
@@ -124,9 +125,7 @@ def read_header(path: Path) -> tuple[int, int, str]:
     Raises:
         UsageError: the file cannot be read, or has floating-point pixels.
     """
-    with _errors_as_usage(path), Image.open(path) as image:
-        if image.mode == "F":
-            raise UsageError(f"{path} has floating-point pixels; expected whole numbers of 8 or 16 bits.")
+    with open_image(path, path) as image:
         return image.height, image.width, image.mode
 
 
@@ -139,26 +138,48 @@ def decode(path: Path, target: UInt8[np.ndarray, "height width channels"]) -> No
         UsageError: the file cannot be read.
     """
     height, width, channels = target.shape
-    with _errors_as_usage(path), Image.open(path) as file:
-        image: Image.Image = file
-        if file.mode in SIXTEEN_BITS:
-            values = np.asarray(file)
-            if values.min() < 0 or values.max() > 65535:
-                raise UsageError(f"{path} has pixels from {values.min()} to {values.max()}; expected at most 16 bits.")
-            image = Image.fromarray(np.round(values / 257).astype(np.uint8))  # Pillow would not scale them
-        if image.mode in ALPHA_MODES or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-        image = image.convert("L" if channels == 1 else "RGB")
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        target[:] = np.atleast_3d(np.asarray(image))
+    with open_image(path, path) as file:
+        image = with_channels(file, channels)
+    target[:] = np.atleast_3d(np.asarray(resized(image, height, width)))
 
 
 @contextmanager
-def _errors_as_usage(path: Path) -> Iterator[None]:
+def open_image(source: Path | BytesIO, name: str | Path) -> Iterator[Image.Image]:
+    """Open an image file. Its pixels must be used in this block.
+
+    Args:
+        source: the file.
+        name: its name in error messages.
+
+    Raises:
+        UsageError: the file cannot be read as an image, or has floating-point pixels.
+    """
     try:
-        yield
-    except UsageError:
-        raise
+        with Image.open(source) as image:
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers; expected whole numbers of 8 or 16 bits")
+            yield image
     except Exception as error:  # Pillow raises many kinds of errors for damaged files
-        raise UsageError(f"{path} cannot be read as an image ({error}); replace or remove it.") from error
+        why = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+        raise UsageError(f"{name} cannot be read as an image ({why}); replace or remove it.") from error
+
+
+def with_channels(image: Image.Image, channels: int, background: str = "black") -> Image.Image:
+    """Convert an image to grey or RGB of 8 bits, and lay transparent pixels over a background.
+
+    Raises:
+        ValueError: it has more than 16 bits.
+    """
+    if image.mode in SIXTEEN_BITS:
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"its pixels are from {values.min()} to {values.max()}; expected at most 16 bits")
+        image = Image.fromarray(np.round(values / 257).astype(np.uint8))  # Pillow would not scale them
+    if image.mode in ALPHA_MODES or "transparency" in image.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def resized(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resize an image with antialiasing."""
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)

@@ -240,11 +240,11 @@ WRONG = {
     ),
     "32 bits": (
         lambda f: Image.fromarray(np.full((6, 5), 70000, np.int32)).save(f / "a" / "000.tif"),
-        "FOLDER/a/000.tif has pixels from 70000 to 70000; expected at most 16 bits",
+        r"FOLDER/a/000.tif cannot be read as an image \(its pixels are from 70000 to 70000; expected at most 16 bits\)",
     ),
     "floats": (
         lambda f: Image.fromarray(np.ones((6, 5), np.float32)).save(f / "a" / "000.tif"),
-        "FOLDER/a/000.tif has floating-point pixels; expected whole numbers of 8 or 16 bits",
+        r"FOLDER/a/000.tif cannot .* \(its pixels are floating-point numbers; expected whole numbers of 8 or 16 bits\)",
     ),
 }
 
