@@ -23,6 +23,7 @@ from capsnet_verify.pair import Pair
 from capsnet_verify.subjects import as_settings
 from capsnet_verify.values import in_torch
 
+ALMOST = 1e-3  # largest fraction of an error that may remain if a change explains it
 VALUES = ("primary", "votes", "couplings", "poses", "activations")
 OTHER_AXIS = {-1: -2, 1: 2}  # of the two axes of couplings
 AGREEMENT = "bioh,boh->bio"  # of votes and poses

@@ -23,7 +23,7 @@ from capsnet_torch.losses import margin_loss, reconstruction_loss, spread_loss, 
 from capsnet_torch.ops import Images
 from capsnet_verify.causes import VISIBLE, cause, usual_cause
 from capsnet_verify.checks import AGREES, DIFFERS, Check, compare
-from capsnet_verify.deviations import Deviation, deviations
+from capsnet_verify.deviations import ALMOST, Deviation, deviations
 from capsnet_verify.foreign_module import ForeignModule, named_inputs, run
 from capsnet_verify.heat import heat
 from capsnet_verify.pair import Pair, add_noise, both_on, new_pair
@@ -35,7 +35,6 @@ from capsnet_verify.weight_map import LABELS, OUTPUTS, Part, Shape, WeightMap, p
 
 NAMES = {"encoded poses": "poses", "encoded activations": "activations"}  # in a map
 CHANNELS_FIRST = ("stem", "reconstructions")
-ALMOST = 1e-3  # largest fraction of an error that may remain with another line of the map, or after a deviation
 Array = Shaped[np.ndarray, "..."]
 Change = tuple[list[Part], Array, Deviation | None, Array]
 """Other lines of the map and the value of the module with them, and a deviation and the value of the twin with it."""

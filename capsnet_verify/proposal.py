@@ -1,7 +1,9 @@
 """Propose a map for a PyTorch module, from names and shapes; lines that are guesses are commented out."""
 
 import json
+import re
 from collections.abc import Mapping
+from math import prod
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -89,9 +91,22 @@ def propose_map(module: nn.Module, shapes: Mapping[str, Shape], labels: str | No
         targets.remove(target)
         sources.remove(source)
         layers += [(target.layer, source.layer)] if source.standard else []
+    # Such as a convolution for each component of a pose.
+    alike: dict[tuple[str, Shape], list[Array]] = {}
+    for source in sources:
+        alike.setdefault((re.sub(r"\b[0-9]+\b", "*", source.name), source.shape), []).append(source)
+    for (name, shape), several in alike.items():
+        stacked = (len(several) * prod(shape[:1]), *shape[1:])
+        partner = next((target for target in targets if target.shape == stacked), None)
+        if partner is not None and len(several) > 1:
+            rest = " a b c d"[: 2 * len(shape[1:])]
+            line = toml_line(name, name=partner.name, axes=f"d g{rest} -> (g d){rest}")
+            lines[partner.name] = f'# {line}  # a guess: stacked; "g d{rest}" fits as well'
+            targets.remove(partner)
+            sources = [source for source in sources if source not in several]
     lines |= {name: f"# {json.dumps(name)} of capsnet_torch, {shape}, {ALONE}" for name, shape, _ in targets}
-    rest = [f"# {json.dumps(name)} of your module, {shape}, {ALONE}" for name, shape, _ in sources]
-    return HEAD % LABELS[labels] + "\n".join([*(lines[name] for name in shapes), *rest, ""])
+    left = [f"# {json.dumps(name)} of your module, {shape}, {ALONE}" for name, shape, _ in sources]
+    return HEAD % LABELS[labels] + "\n".join([*(lines[name] for name in shapes), *left, ""])
 
 
 def propose_outputs(returned: Any, shapes: Mapping[str, Shape]) -> str:

@@ -125,7 +125,8 @@ def _isolated(verification: Verification) -> list[str]:
     values = [name for name in differ if not name.startswith("gradient")]
     gradients = [f"{len(differ) - len(values)} gradients"] if len(differ) > len(values) else []
     names = " and ".join([*([listed(values)] if values else []), *gradients])
-    return [f"Fed PyTorch's values of the layers below, {names} still differ; {inherit} others agree."]
+    others = "1 other agrees" if inherit == 1 else f"{inherit} others agree"
+    return [f"Fed PyTorch's values of the layers below, {names} still differ; {others}."]
 
 
 def number(value: float) -> str:

@@ -1,5 +1,6 @@
 """Compare every value and gradient of a model in JAX and PyTorch, in every implementation, and then training."""
 
+import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
@@ -16,10 +17,13 @@ from flax import nnx
 from capsnet_jax.config import TrainingConfig
 from capsnet_jax.interchange.weights import to_torch
 from capsnet_jax.nn.model import CapsNet
+from capsnet_jax.routing import get_routing
 from capsnet_jax.train.step import create_state, make_train_step
+from capsnet_torch.routing import ROUTINGS
 from capsnet_torch.step import train_step as torch_train_step
 from capsnet_verify.causes import VISIBLE, cause, mixed_up, usual_cause
 from capsnet_verify.checks import AGREES, DIFFERS, INHERITS, NO_POWER, STEPS, Check, compare
+from capsnet_verify.deviations import ALMOST, deviations
 from capsnet_verify.heat import Heat, heat
 from capsnet_verify.implementations import Plan, as_on, in_words, plan
 from capsnet_verify.pair import Pair, both_on, new_pair, to_channels_first, with_batch
@@ -215,9 +219,28 @@ def _on_batch(
             with as_on(platform):
                 alone = alone or in_jax(pair, given=expected)
             check = unless_inherited(check, measure(alone[name], expected[name]))
+        why = cause(name, actual[name], expected[name]) if check.verdict == DIFFERS else ""
+        if check.verdict == DIFFERS and not differed and settings.torch_routing is not None:
+            why = _deviation(pair, check, expected[name]) or why
         differed = differed or check.verdict == DIFFERS
         check = check.with_histogram(actual[name], expected[name]) if settings.histograms else check
-        yield check, cause(name, actual[name], expected[name]) if check.verdict == DIFFERS else ""
+        yield check, why
+
+
+def _deviation(pair: Pair, check: Check, expected: np.ndarray) -> str | None:
+    """Name a deviation of the user's routing from the registered one that explains a check."""
+    config = pair.jax_model.config
+    if get_routing(config.routing).name not in ROUTINGS or not VISIBLE <= check.error < math.inf:
+        return None
+    weights = {name: torch.tensor(array) for name, array in to_torch(pair.jax_model).items()}
+    for deviation in deviations(config):
+        if check.name.startswith(deviation.changes):
+            other = compare(
+                check.name, deviation.values(pair, weights)[check.name], expected, tolerance=check.tolerance
+            )
+            if other.error <= ALMOST * check.error:
+                return f"{deviation}: with the same in capsnet_torch, this agrees"
+    return None
 
 
 def unless_inherited(check: Check, alone: Check) -> Check:

@@ -22,6 +22,7 @@ from parity_tests.foreign_models import (
     SUBJECT,
     Lengths,
     LengthsAndImages,
+    StackedConvolutions,
     names_of,
 )
 
@@ -44,6 +45,11 @@ class Twice(Lengths):
 
 
 class NeedsTarget(Lengths):
+    def forward(self, x, target):
+        return super().forward(x) + 0 * target[:, :5]
+
+
+class StackedAndNeedsTarget(StackedConvolutions):
     def forward(self, x, target):
         return super().forward(x) + 0 * target[:, :5]
 
@@ -122,13 +128,19 @@ def test_a_model_for_a_gpu_runs_on_the_cpu(verify_foreign):
     assert verify_foreign(lambda: load_module(f"{HERE}:OnCuda"), LENGTHS).status == 0
 
 
-def test_a_proposal_says_which_labels_forward_needs_and_which_option_gives_partners():
+def test_a_proposal_says_which_labels_forward_needs_and_what_gives_weights_a_partner():
     without_bias = of_model("a model", replace(MODEL, decoder_bias=False))
     proposed = propose(LengthsAndImages(), without_bias, Settings())
     assert proposed.startswith("# With --set decoder_bias=true, 1 weights have no partner, instead of 3.\n")
     assert '\n# labels = "one-hot"  # or "indices": how labels follow the images' in proposed
-    assert "--set" not in propose(Lengths(), ENCODER, Settings())
-    assert '\nlabels = "one-hot"  # or "indices": how labels' in propose(NeedsTarget(), ENCODER, Settings())
+    stacked = propose(StackedAndNeedsTarget(), ENCODER, Settings())
+    assert "--set" not in stacked
+    assert '\nlabels = "one-hot"  # or "indices": how labels' in stacked
+    primary = "encoder.image2primary_capsules.2"
+    for name, axes in (("weight", " a b c"), ("bias", "")):
+        line = f'"primary.*.{name}" = {{ name = "{primary}.{name}", axes = "d g{axes} -> (g d){axes}" }}'
+        assert f'\n# {line}  # a guess: stacked; "g d{axes}" fits as well\n' in stacked
+    assert "has no partner" not in stacked.partition("[weights]")[2]
 
 
 def test_a_proposal_says_what_forward_raises():

@@ -47,6 +47,10 @@ def theirs_over_inputs(votes, activations, *, offset=0.3):
     return poses, active, torch.einsum("bioh,boh->bio", votes, poses).softmax(1)
 
 
+def one_more(votes, activations, *, num_iterations=3):
+    return capsnet_torch.routing.dynamic(votes, activations, num_iterations=num_iterations + 1)
+
+
 def theirs_without_weight(votes, activations):
     return theirs(votes, activations)
 
@@ -199,6 +203,14 @@ def test_a_wrong_routing_is_named_with_its_cause(user, verify_command):
     last = printed.splitlines()[-1]
     assert last.startswith("JAX and PyTorch differ, first in couplings 0 (scale-relative error")
     assert "softmax axis: couplings of PyTorch sum to one over input capsules" in last
+
+
+def test_another_number_of_iterations_of_the_users_routing_is_named(user, verify_command):
+    both = ["--jax-routing", "dynamic", "--torch-routing", f"{user}:one_more"]
+    status, printed, _ = verify_command(*both, *QUICKLY)
+    assert status == 1
+    assert "first in couplings 0 " in printed
+    assert "Most likely: 4 routing iterations, not 3 in PyTorch (--set num_iterations=4): with the same in" in printed
 
 
 @pytest.mark.parametrize(
