@@ -13,7 +13,7 @@ from capsnet_jax import UsageError
 from capsnet_jax.cli.main import main
 from capsnet_jax.cli.train import Train
 from capsnet_jax.runs.folder import read_run
-from capsnet_jax.runs.origin import ORIGIN, Origin
+from capsnet_jax.runs.origin import ORIGIN, Origin, Source
 from tests.data.tiny_images import write_image_folder
 from tests.tiny_run import contents, printed
 
@@ -102,6 +102,19 @@ def test_it_resumes_to_the_last_bit_without_the_source(started, tiny_run, tmp_pa
         assert (whole / seed / "config.json").read_bytes() == (resumed / seed / "config.json").read_bytes()
 
 
+def test_the_copy_is_read_when_the_source_is_gone(started, tiny_run):
+    folder, _ = started
+    source = Source.read(folder.parent / "source", started=folder)
+    assert (source.path, source.content) == (str(folder.parent / "source"), (folder / ORIGIN).read_bytes())
+    expected = load_file(tiny_run.folder / "model.safetensors")
+    assert {name: array.tobytes() for name, array in source.state.items()} == {
+        name: array.tobytes() for name, array in expected.items()
+    }
+    with pytest.raises(UsageError, match="source does not exist"):
+        Source.read(folder.parent / "source")
+
+
+@pytest.mark.exhaustive
 def test_a_run_without_checkpoints_is_started_again_from_the_copy(started, tmp_path):
     folder, _ = started
     again = shutil.copytree(folder, tmp_path / "again", ignore=shutil.ignore_patterns("checkpoints", "*.safetensors"))
