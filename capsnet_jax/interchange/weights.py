@@ -170,8 +170,8 @@ def take_weights(model: CapsNet, state: Mapping[str, Shaped[np.ndarray, "..."]])
     taken = tuple(name for name in both if _layer(name) not in other_layers)
     if not taken:
         raise UsageError(
-            f"None of the {len(state)} weights fits this model in name and shape; expected the sizes of the model that "
-            "they are of."
+            f"None of the {len(state)} weights fits this model in name and shape; expected weights of a model that has "
+            "at least one layer of the same sizes."
         )
     _set_weights(model, {name: state[name] for name in taken})
     return Transfer(taken, *(tuple(name for name in names if name not in taken) for names in (shapes, state)))

@@ -200,7 +200,7 @@ WRONG = {
     "not finite": (["nan.safetensors"], f"The entry {STEM} has values that are not finite; expected numbers only."),
     "none fits": (
         ["run/model.safetensors", "--preset", "digits"],
-        "run/model.safetensors: None of the 9 weights fits this model in name and shape; expected the sizes of the",
+        "run/model.safetensors: None of the 9 weights fits this model in name and shape; expected weights of a",
     ),
     "code": (["code"], "Its routing evil:f would import the module evil"),
     "config": (["damaged"], "damaged/config.json: class_names is None; expected a list of printable names."),
