@@ -90,13 +90,13 @@ def verify_module(module: nn.Module, weight_map: WeightMap, subject: Subject, se
         norms = compare("", np.linalg.norm(values["poses"], axis=2), values["activations"], tolerance=1e-2)
         if "activations" not in outputs and norms.verdict == DIFFERS:
             raise UsageError(f"{weight_map.path}: [outputs] lacks activations, which are not the norms of poses here.")
+        verification.notes = foreign.notes
         _compare(
             verification,
             [(name, values[name], found.get(name)) for name in shapes],
             explain=partial(_explain, foreign, pair, weights),
             replay=lambda: _as_in_map(in_jax(pair, given=_as_in_jax(found))),
         )
-    verification.notes = foreign.notes
     return verification
 
 
@@ -218,9 +218,13 @@ def _compare(
     explain: Callable[[Check, Array, Array], str | None],
     replay: Callable[[], StateDict],
 ) -> None:
-    """Add a check for each value that the module returned, and the likely cause of the first that differs."""
+    """Add a check for each value that the module returned, and the likely cause of the first that differs.
+
+    If its error is small, as by an epsilon, a note has the likely cause of the first large error.
+    """
     settings = verification.settings
     alone: StateDict = {}
+    largest = 0.0  # error of a check that differs
     unseen: list[str] = []  # checks that are not in the map, since the last one that agrees
     for name, actual, found in values:
         if found is None:
@@ -236,8 +240,12 @@ def _compare(
         verification.checks.append(check.with_histogram(actual, expected) if settings.histograms else check)
         if check.verdict == AGREES:
             unseen = []
-        elif check.verdict == DIFFERS and verification.cause is None:
-            verification.cause = explain(check, actual, expected) or _cause(name, actual, expected, unseen)
+        elif check.verdict == DIFFERS and (verification.cause is None or largest < VISIBLE <= check.error):
+            why = explain(check, actual, expected) or _cause(name, actual, expected, unseen)
+            if verification.cause is not None:
+                verification.notes.append(f"The first large error is that of {name}. Most likely: {why}.")
+            verification.cause = verification.cause or why
+            largest = check.error
 
 
 def _explain(
