@@ -14,7 +14,7 @@ import capsnet_jax
 from capsnet_jax import UsageError
 from capsnet_jax.cli.main import main
 from capsnet_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
-from capsnet_jax.runs.folder import Run, read_run, saved_options
+from capsnet_jax.runs.folder import Run, read_run, saved_runs
 
 pytestmark = pytest.mark.usefixtures("without_type_checks")
 
@@ -228,8 +228,8 @@ def test_with_trust_code_a_command_runs_it(stranger, trained, capsys):
 
 def test_a_routing_given_on_the_command_line_may_be_resumed(stranger):
     change(stranger, "model", routing="routing_of_a_stranger:f")
-    config, _ = saved_options(stranger, trust_code=True)
-    assert config.model.routing == "routing_of_a_stranger:f"
+    run, _ = saved_runs(stranger, trust_code=True)
+    assert run.config.model.routing == "routing_of_a_stranger:f"
     assert not Path("imported").exists()
 
 
