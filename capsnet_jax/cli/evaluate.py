@@ -1,5 +1,6 @@
 """The command `capsnet evaluate`: accuracy, precision, recall and confusions of a trained model."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +58,7 @@ class Evaluate:
         data = run.config.data
         if self.dataset is not None:
             # Only folders of images are resized.
-            image_size = data.image_size if Path(self.dataset).expanduser().is_dir() else None
+            image_size = data.image_size if os.path.isdir(os.path.expanduser(self.dataset)) else None
             # The run's own data_dir is of its data set; mnist and its kin all have files of the same names.
             data = replace(data, dataset=self.dataset, image_size=image_size, data_dir=None, transpose=False)
         data = replace(data, data_dir=self.data_dir or data.data_dir, transpose=self.transpose or data.transpose)

@@ -1,5 +1,7 @@
 """The command `evaluate`: tables, the last line, the picture of confusions, and other data sets."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import matplotlib.image
@@ -17,7 +19,7 @@ from capsnet_jax.interchange.weights import save_weights
 from capsnet_jax.ops import to_unit_range
 from capsnet_jax.runs.folder import BEST, WEIGHTS, Run
 from capsnet_jax.train.evaluation import Evaluation, evaluate
-from tests.conftest import IMAGE_SHAPE, SMALL, write_idx_folder
+from tests.conftest import IMAGE_SHAPE, SMALL, write_idx, write_idx_folder
 
 TINY = Evaluation(
     num_correct=353,
@@ -184,6 +186,25 @@ def test_classes_are_matched_by_name_in_any_order(run_dir, tmp_path, small_datas
     ):
         with pytest.raises(UsageError, match=message):
             evaluated(class_names, **options)
+
+
+def test_a_run_on_transposed_files_transposes_its_own_data_set_only(
+    run_dir, idx_folder, tmp_path, small_dataset, capsys
+):
+    (tmp_path / "published").mkdir()
+    images, labels = small_dataset.test_images[..., 0], small_dataset.test_labels
+    write_idx(tmp_path / "published/emnist-mnist-test-images-idx3-ubyte.gz", images.swapaxes(1, 2))
+    write_idx(tmp_path / "published/emnist-mnist-test-labels-idx1-ubyte.gz", labels.astype(np.uint8))
+    config = Config(ModelConfig(**SMALL), DataConfig("emnist-mnist", tmp_path / "published", transpose=True))
+    run = Run.of(tmp_path / "transposed", config, small_dataset)
+    run.write_config()
+    shutil.copy(run_dir / WEIGHTS, run.folder)
+    Evaluate(run_dir).run()
+    expected = capsys.readouterr().out
+    Evaluate(run.folder).run()
+    assert capsys.readouterr().out == expected
+    Evaluate(run.folder, dataset="mnist", data_dir=idx_folder).run()
+    assert capsys.readouterr().out == expected
 
 
 def test_a_limit_uses_the_first_test_images(run_dir, small_dataset, small_model, capsys):

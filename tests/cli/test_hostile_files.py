@@ -158,7 +158,12 @@ def test_every_option_of_a_config_survives_the_file():
             stem_below=((4, 3),), conv_capsules=((2, 4, 3, 1),), hidden_capsules=((5, 4),), decoder_hidden=None
         ),
         DataConfig(
-            data_dir=Path("/data"), augment=("shift=0.2", "flip"), image_size=(9, 7), train_limit=3, stream=True
+            data_dir=Path("/data"),
+            augment=("shift=0.2", "flip"),
+            image_size=(9, 7),
+            transpose=True,
+            train_limit=3,
+            stream=True,
         ),
         TrainingConfig(learning_rate=1, clip_norm=2, seed=2**32 - 1),
     )

@@ -109,6 +109,7 @@ MISTAKES = [
     ("evaluate run --best", "run has no best.safetensors", "it was trained without --validation"),
     ("evaluate run --dataset two.npz", "'two.npz' has the classes 'cat', 'dog'", "or --match order for classes"),
     ("evaluate run --dataset two.npz --match order", "'two.npz' has 2 classes", "expected as many, or --match name"),
+    ("evaluate run --dataset ~nobody/images", "~nobody/images does not exist", "expected a folder of images"),
     ("evaluate run --limit 0", "limit is 0", "at least 1"),
     ("evaluate run --limit 5000", "limit is 5000", "with only 355 test images"),
     ("report", "no runs to report", "expected one run folder or more"),

@@ -266,6 +266,9 @@ class TestTensorflowDatasets:
             read = {(image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)}
             assert read == written
             assert len(images) == len(written)
+        test = load_dataset("tiny_images", prepared, test_only=True)
+        np.testing.assert_array_equal(test.test_images, dataset.test_images)
+        assert (len(test.train_images), test.class_names) == (0, dataset.class_names)
         assert "tensorflow" not in sys.modules
 
     def test_a_data_set_that_is_not_prepared_raises_an_error_with_the_extra(self, tmp_path):
