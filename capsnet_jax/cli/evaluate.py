@@ -56,7 +56,7 @@ class Evaluate:
             raise UsageError(f"limit is {self.limit}, and must be at least 1.")
         run, model = load_run(self.run_dir, best=self.best, trust_code=self.trust_code)
         data = run.config.data
-        if self.dataset is not None:
+        if self.dataset not in (None, data.dataset):
             # Only folders of images are resized.
             image_size = data.image_size if os.path.isdir(os.path.expanduser(self.dataset)) else None
             # The run's own data_dir is of its data set; mnist and its kin all have files of the same names.

@@ -201,10 +201,9 @@ def test_a_run_on_transposed_files_transposes_its_own_data_set_only(
     shutil.copy(run_dir / WEIGHTS, run.folder)
     Evaluate(run_dir).run()
     expected = capsys.readouterr().out
-    Evaluate(run.folder).run()
-    assert capsys.readouterr().out == expected
-    Evaluate(run.folder, dataset="mnist", data_dir=idx_folder).run()
-    assert capsys.readouterr().out == expected
+    for options in ({}, {"dataset": "emnist-mnist"}, {"dataset": "mnist", "data_dir": idx_folder}):
+        Evaluate(run.folder, **options).run()
+        assert capsys.readouterr().out == expected
 
 
 def test_a_limit_uses_the_first_test_images(run_dir, small_dataset, small_model, capsys):
