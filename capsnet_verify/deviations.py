@@ -61,8 +61,10 @@ class Deviation(NamedTuple):
 
 
 def deviations(config: ModelConfig) -> Iterator[Deviation]:
-    """List the deviations that a model of this config may have, with the same weights; the simplest ones first."""
+    """List the deviations that a model of this config may have, with the same weights; none for a user's routing."""
     routing = get_routing(config.routing)
+    if routing.name not in ROUTINGS:
+        return
     module = sys.modules[ROUTINGS[routing.name].__module__]
 
     def with_torch(**others: Any) -> Callable[[], AbstractContextManager[Any]]:

@@ -277,15 +277,16 @@ def _explain(
         for one, other in itertools.product(maps, models):
             yield *one, *other
 
+    enough = ALMOST * check.error
     best: tuple[Check, list[Part], Deviation | None] = (check, [], None)
     for changes in (single_changes, two_changes):  # the latter only if no single change explains the error
         for lines, theirs, deviation, ours in changes():
             found = compare(check.name, ours, theirs, tolerance=check.tolerance)
             if found.error < best[0].error:
                 best = found, lines, deviation
-            if found.verdict == AGREES:
+            if found.error <= min(check.tolerance, enough):
                 break
-        if best[0].error <= ALMOST * check.error and best[0] is not check:
+        if best[0].error <= enough:
             break
     else:
         return None
