@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+torch.set_num_threads(1)  # arrays are small, and several processes share the cores
 
 
 @pytest.fixture(autouse=True)
