@@ -123,10 +123,10 @@ def _isolated(verification: Verification) -> list[str]:
     if len(differ) + inherit < 2:
         return []
     values = [name for name in differ if not name.startswith("gradient")]
-    gradients = [f"{len(differ) - len(values)} gradients"] if len(differ) > len(values) else []
-    names = " and ".join([*([listed(values)] if values else []), *gradients])
+    num = len(differ) - len(values)
+    names = ([listed(values)] if values else []) + ([f"{num} gradient{'s' * (num > 1)}"] if num else [])
     others = "1 other agrees" if inherit == 1 else f"{inherit} others agree"
-    return [f"Fed PyTorch's values of the layers below, {names} still differ; {others}."]
+    return [f"Fed PyTorch's values of the layers below, these still differ: {' and '.join(names) or 'none'}; {others}."]
 
 
 def number(value: float) -> str:

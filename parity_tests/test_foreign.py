@@ -272,7 +272,7 @@ def test_layers_that_are_wrong_are_told_from_those_that_inherit_an_error(verify_
     assert {verdict for name, verdict in verdicts.items() if name not in inherit} == {"DIFFERS"}
     assert verification.cause.startswith("a factor: JAX has 0.666667 times the values of PyTorch")
     said = describe(verification)
-    assert "the layers below, stem 0, reconstructions and 11 gradients still differ; 3 others agree.\n" in said
+    assert "the layers below, these still differ: stem 0, reconstructions and 11 gradients; 3 others agree.\n" in said
 
 
 def test_causes_are_sought_after_the_last_step_that_agrees(verify_foreign):

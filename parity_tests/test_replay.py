@@ -25,6 +25,6 @@ def test_only_layers_with_other_weights_differ_if_all_are_fed_the_same_values():
         *ENCODER_GRADIENTS[1:],
     ]
     assert {verdict for name, verdict in verdicts.items() if name.startswith(("poses", "decoder"))} == {"inherits"}
-    assert "the layers below, stem 0, votes 0 and 4 gradients still differ; 20 others agree.\n" in describe(
+    assert "the layers below, these still differ: stem 0, votes 0 and 4 gradients; 20 others agree.\n" in describe(
         verification
     )
