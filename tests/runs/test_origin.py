@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from capsnet_jax import UsageError
 from capsnet_jax.cli.main import main
+from capsnet_jax.cli.report import History, differing_options
 from capsnet_jax.cli.train import Train
 from capsnet_jax.runs.folder import read_run
 from capsnet_jax.runs.origin import ORIGIN, Origin, Source
@@ -85,6 +86,15 @@ def test_the_source_is_recorded_and_copied(started, tiny_run):
     card = (folder / "converted" / "README.md").read_text()
     assert f"It started from the weights of `source` (SHA-256 `{sha256}`).\n" in card
     assert "| freeze" in card
+    histories = [History.read(run) for run in (folder / "seed-1", tiny_run.folder)]
+    columns = differing_options(histories)
+    assert ("from" in columns, "freeze" in columns, "sha256" in columns, "unused" in columns) == (
+        True,
+        True,
+        False,
+        False,
+    )
+    assert histories[0].option("from") == str(folder.parent / "source")
 
 
 def test_it_resumes_to_the_last_bit_without_the_source(started, tiny_run, tmp_path, monkeypatch):
