@@ -14,6 +14,7 @@ from capsnet_jax.errors import UsageError
 
 IDX_DATASETS = ("mnist", "fashion_mnist", "kmnist")  # whose files have no prefix
 FILE_NAME = re.compile(r"(?:(.+)-)?(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(?:\.gz)?")
+NUM_CLASSES = 10  # of these
 MAX_BYTES = 10_000_000_000  # of one file; the largest that are published have half a gigabyte
 
 Files = dict[tuple[str, str], Path]  # files by "train" or "test", and "images" or "labels"
@@ -40,7 +41,7 @@ def names_of(sets: dict[str, Files]) -> list[str]:
 
 
 def load_idx(folder: Path, sets: dict[str, Files], name: str, *, test_only: bool = False) -> Dataset:
-    """Load a data set of idx files. Its classes are the labels that occur, in ascending order.
+    """Load a data set of idx files. Its classes are the labels that occur, in ascending order; for MNIST, always 0 to 9.
 
     Args:
         folder: the folder of the files.
@@ -71,6 +72,8 @@ def load_idx(folder: Path, sets: dict[str, Files], name: str, *, test_only: bool
     if test_only:
         arrays = [array[:0] for array in arrays] + arrays
     classes = np.unique(np.concatenate(arrays[1::2]))
+    if not prefix and classes.max(initial=0) < NUM_CLASSES:  # a part of MNIST, in which not every digit may occur
+        classes = np.arange(NUM_CLASSES)
     if len(classes) < 2:
         raise UsageError(
             f"The labels of {name!r} in {folder} are all {classes.tolist()}; expected two classes or more."

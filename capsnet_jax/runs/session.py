@@ -209,7 +209,7 @@ class Session:
 def stop_signals() -> Iterator[list[signal.Signals]]:
     """Inside this block, `STOP_SIGNALS` are appended to the list that it yields; a second one interrupts.
 
-    Signals that the process ignores, such as SIGHUP under `nohup`, stay ignored.
+    Where SIGHUP is ignored, as under `nohup`, it stays ignored.
 
     Raises:
         KeyboardInterrupt: a second signal was received.
@@ -223,8 +223,9 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # only this thread can have handlers
-        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        before = {number: signal.signal(number, receive) for number in heeded}
+        for number in STOP_SIGNALS:
+            if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, receive)
     try:
         yield received
     finally:

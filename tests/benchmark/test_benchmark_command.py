@@ -87,7 +87,7 @@ def test_no_process_is_left_behind(interruption, fake_rows, monkeypatch):
         (("--batch-size", "0"), "batch_size is 0, and must be at least 1"),
         (("--batch-size", "60001"), "batch_size is 60001, and must be at most 60000"),
         (("--num-classes", "0"), "num_classes is 0, and must be at least 1"),
-        (("--image-shape", "28", "0", "1"), "image_shape is (28, 0, 1), and every size in it must be at least 1"),
+        (("--image-shape", "28", "0", "1"), "image_shape is (28, 0, 1), and must be of sizes of at least 1"),
         (("--image-shape", "16", "28", "1"), "Images of 16 x 28 are too small"),
         (("--preset", "em", "--measure", "decoder"), "measure is decoder, and the model of em has none"),
         (("--json", "nowhere/result.json"), "json is nowhere/result.json; expected a file in a folder that exists"),

@@ -307,7 +307,11 @@ def test_damaged_idx_files_are_named(content, expected, compressed, folder, caps
     assert not Path("new").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x1f\x8b", gzip.compress(idx((6, 8, 8)))[:-9], b"text"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x1f\x8b", gzip.compress(idx((6, 8, 8)))[:-9], b"text"],
+    ids=["empty", "magic", "truncated", "text"],
+)
 def test_truncated_gzip_files_are_named(content, folder, capsys):
     for name in ("train", "t10k"):
         Path(f"{name}-images-idx3-ubyte").write_bytes(idx((6, 8, 8)))
