@@ -41,7 +41,7 @@ def names_of(sets: dict[str, Files]) -> list[str]:
 
 
 def load_idx(folder: Path, sets: dict[str, Files], name: str, *, test_only: bool = False) -> Dataset:
-    """Load a data set of idx files. Its classes are the labels that occur, in ascending order; for MNIST, always 0 to 9.
+    """Load a data set of idx files. Its classes are the labels that occur, in ascending order; those of MNIST, 0 to 9.
 
     Args:
         folder: the folder of the files.
