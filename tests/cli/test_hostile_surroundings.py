@@ -79,6 +79,7 @@ def test_a_second_process_in_the_folder_is_refused_and_the_first_goes_on(idx_fol
     resumed = start(idx_folder, tmp_path / "run", *many, "--resume")  # a killed process leaves no lock behind
     lines = iter(resumed.stdout.readline, b"")
     assert any(line.startswith(b"Resuming after step ") for line in lines)
+    assert any(line.startswith(b"epoch ") for line in lines)  # from then on, it heeds signals
     resumed.send_signal(signal.SIGTERM)
     resumed.communicate(timeout=300)
     assert resumed.returncode == 128 + signal.SIGTERM
