@@ -389,3 +389,32 @@ def test_run_folders_whose_checkpoints_could_not_be_read_are_refused(name, folde
     error = error_of(["train", "--run-dir", name], capsys)
     assert "The checkpoints in the run folder" in error or "is not text in this locale" in error
     assert not Path("runs").exists()
+
+
+# Data sets that are not there, and modules that end the program.
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--dataset", ""], "dataset is , and must be the name or path of a data set"),
+        (["--dataset", "digits", "--data-dir", "run"], "but digits is not read from it; expected no data_dir"),
+        (["--dataset", "run", "--data-dir", "run"], "/run is not read from it; expected no data_dir"),
+        (["--dataset", "mnist", "--data-dir", "nowhere"], "expected the folder of the data set's files"),
+    ],
+)
+def test_data_sets_that_are_not_there_are_refused(options, expected, folder, capsys):
+    assert expected in error_of(["train", *options, "--run-dir", "new"], capsys)
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("place", ["import", "call"])
+def test_a_routing_that_ends_the_program_is_reported(place, folder, monkeypatch, capsys):
+    module = f"ends_on_{place}"
+    ending = {"import": "import sys\nsys.exit(0)\n", "call": "import sys\ndef f(votes, activations): sys.exit(0)\n"}
+    Path(f"{module}.py").write_text(ending[place])
+    monkeypatch.syspath_prepend("")
+    error = error_of(["train", "--routing", f"{module}:f", "--run-dir", "new"], capsys)
+    assert "SystemExit: 0" in error
+    assert f"{module}:f" in error
+    assert not Path("new").exists()
