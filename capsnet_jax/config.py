@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -26,7 +27,6 @@ _TEXT: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
     str_from_instance=lambda value: [value],
 )
 """Read a routing from the command line as text. Functions are accepted in Python only."""
-
 
 # Options that configs, checkpoints and comparisons of earlier versions do not have; they are left out if they are off.
 LATER = {"data": ("transpose",), "training": ("freeze",)}
@@ -73,7 +73,8 @@ def _is_of(value: Any, kind: Any) -> bool:
     if kind is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if kind is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        return is_number and bool(-sys.float_info.max <= value <= sys.float_info.max)  # unlike isfinite, of any int
     return isinstance(value, kind)
 
 

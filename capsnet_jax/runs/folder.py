@@ -284,7 +284,7 @@ def _run_of_fields(folder: Path, fields: Any, *, trust_code: bool) -> Run:
     names, labels_per_image = fields.get("class_names"), fields.get("labels_per_image", 1)
     if not isinstance(names, list) or not all(isinstance(name, str) and name.isprintable() for name in names):
         raise UsageError(f"class_names is {names!r}; expected a list of printable names.")
-    if "image_shape" in fields:  # where 0.1.0 wrote it
+    if "image_shape" in fields and isinstance(fields.get("model"), dict):  # where 0.1.0 wrote it
         fields["model"] = {"image_shape": fields["image_shape"], "num_classes": len(names)} | fields["model"]
     config = Config.from_json(fields)
     if len(names) != config.model.num_classes:

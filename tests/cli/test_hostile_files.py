@@ -60,7 +60,7 @@ WRONG_VALUES = [
     *(("data", "stream", value, BOOL) for value in ("yes", 1)),
     *(("training", "epochs", value, WHOLE) for value in ("10", 1.5, None, True)),
     *(("training", "batch_size", value, WHOLE) for value in ("64", 64.0, [64])),
-    *(("training", "learning_rate", value, NUMBER) for value in ("1e-3", None, float("nan"), float("inf"))),
+    *(("training", "learning_rate", value, NUMBER) for value in ("1e-3", None, float("nan"), float("inf"), 10**400)),
     *(("training", "seed", value, WHOLE) for value in ("0", 0.5, None)),
     *(("training", "loss", value, "expected margin, spread") for value in ("hinge", None)),
     *(("training", "precision", value, "expected float32, bfloat16") for value in ("float16", 32)),
@@ -97,6 +97,8 @@ WRONG_FILES = [
     ('{"class_names": ["a", "b", "c"]}', "model is None; expected options by name"),
     ('{"class_names": ["a", "b", "c"], "model": []}', "model is []; expected options by name"),
     ('{"class_names": ["a", "b", "c"], "model": {"num_clases": 3}}', "model has the unknown option 'num_clases'"),
+    ('{"class_names": ["a", "b"], "image_shape": [8, 8, 1]}', "model is None; expected options by name"),
+    ('{"class_names": ["a", "b"], "image_shape": [8, 8, 1], "model": [1]}', "model is [1]; expected options by name"),
     ("\x00\x01", "cannot be read"),
     (b"\xff\xfe\x00", "cannot be read"),
 ]

@@ -29,6 +29,7 @@ def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
 def test_an_error_releases_it(tmp_path):
     with pytest.raises(KeyError), locked(tmp_path):
         raise KeyError
+    assert list(tmp_path.iterdir()) == []
     with locked(tmp_path):
         pass
 
