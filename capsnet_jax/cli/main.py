@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 128 + 13  # SIGPIPE
-        return _fail(2, f"Cannot read or write {place}: {error.strerror}.")
+        return _fail(2, f"Cannot read or write {place}: {error.strerror or error}.")
 
 
 def run(argv: Sequence[str]) -> int:
