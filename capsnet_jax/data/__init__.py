@@ -34,7 +34,11 @@ def configured_dataset(data: DataConfig, *, test_only: bool = False) -> Dataset:
 
 
 def load_dataset(
-    name: str, data_dir: Path | None = None, *, image_size: tuple[int, int] | None = None, test_only: bool = False
+    name: str | Path,
+    data_dir: str | Path | None = None,
+    *,
+    image_size: tuple[int, int] | None = None,
+    test_only: bool = False,
 ) -> Dataset:
     """Load a data set by name or path.
 
@@ -69,6 +73,7 @@ def load_dataset(
         >>> digits.class_names
         ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9')
     """
+    name, data_dir = str(name), None if data_dir is None else Path(data_dir)
     if data_dir is not None and not data_dir.is_dir():
         what = "is a file" if data_dir.exists() else "does not exist"
         raise UsageError(f"The data folder {data_dir} {what}; expected the folder of the data set's files.")

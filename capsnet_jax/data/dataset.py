@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Shaped
+from numpy.typing import ArrayLike
 
 from capsnet_jax.errors import UsageError
 
@@ -137,10 +138,10 @@ class Dataset(NamedTuple):
 
 
 def make_dataset(
-    train_images: np.ndarray,
-    train_labels: np.ndarray,
-    test_images: np.ndarray,
-    test_labels: np.ndarray,
+    train_images: ArrayLike,
+    train_labels: ArrayLike,
+    test_images: ArrayLike,
+    test_labels: ArrayLike,
     *,
     num_classes: int,
     class_names: Sequence[str] | None = None,
@@ -155,18 +156,23 @@ def make_dataset(
         test_images: images of the same shape and dtype.
         test_labels: class indices, as many for each image as in `train_labels`.
         num_classes: number of classes, at least 2.
-        class_names: names of the classes; by default "0", "1" ...
+        class_names: names of the classes, of printable characters; by default "0", "1" ...
         described: names of the four arrays in error messages.
 
     Raises:
-        UsageError: shapes, dtypes or counts do not match, labels are out of range or repeated in an image, or images
-            are not in [0, 1].
+        UsageError: shapes, dtypes or counts do not match, labels are out of range or repeated in an image, images are
+            not in [0, 1], or a class name is not printable.
     """
     if num_classes < 2:
         raise UsageError(f"The number of classes is {num_classes}, and must be at least 2.")
     class_names = tuple(map(str, range(num_classes)) if class_names is None else class_names)
     if len(class_names) != num_classes or len(set(class_names)) != num_classes:
         raise UsageError(f"The class names are {', '.join(class_names)}; expected {num_classes} different ones.")
+    if odd := [name for name in class_names if not name.isprintable()]:  # would be refused in the config of a run
+        raise UsageError(f"A class is called {odd[0]!a}; expected a name of printable characters.")
+    train_images, train_labels, test_images, test_labels = map(
+        np.asarray, (train_images, train_labels, test_images, test_labels)
+    )
     splits = ((described[:2], train_images, train_labels), (described[2:], test_images, test_labels))
     for (images_name, labels_name), images, labels in splits:
         if images.ndim != 4 or images.shape[1:] != train_images.shape[1:] or 0 in images.shape[1:]:

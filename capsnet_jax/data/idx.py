@@ -27,7 +27,7 @@ def find_idx(folder: Path) -> dict[str, Files]:
         The files of each data set, by the prefix of their names, which is "" for those of MNIST.
     """
     sets: dict[str, Files] = {}
-    for path in sorted(folder.iterdir()):  # of two files with and without .gz, the latter is read
+    for path in sorted(folder.iterdir()):  # if a file is there with and without .gz, the one with .gz is read
         match = FILE_NAME.fullmatch(path.name)
         if match is not None and path.is_file():
             split = "train" if match[2] == "train" else "test"

@@ -37,7 +37,7 @@ def load_tfds(name: str, data_dir: Path | None, *, test_only: bool = False) -> D
         ) from error
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except tfds.core.DatasetNotFoundError as error:
+    except (ValueError, AssertionError) as error:  # not found, not the syntax of a name, or no such config or version
         similar = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=5)
         raise UsageError(
             f"Unknown data set {name!r}; expected {others}, or an image set of tensorflow-datasets"

@@ -195,6 +195,14 @@ def test_a_folder_that_does_not_exist_raises(tmp_path):
         load_dataset("mnist", tmp_path / "nowhere")
 
 
+def test_names_and_folders_may_be_text_or_paths(idx_folder, small_dataset, tmp_path):
+    assert load_dataset("mnist", str(idx_folder)).checksum() == small_dataset.checksum()
+    folder = write_image_folder(tmp_path / "set", "ab", 4, 3, per_class=5)
+    assert load_dataset(folder).checksum() == load_dataset(str(folder)).checksum()
+    with pytest.raises(UsageError, match=f"The data set {folder.parent}/none does not exist"):
+        load_dataset(folder.parent / "none")
+
+
 def test_train_limit_applies_before_the_validation_split(idx_folder, small_dataset):
     config = DataConfig(dataset="mnist", data_dir=idx_folder, train_limit=40, validation=0.25)
     dataset = configured_dataset(config)
@@ -278,6 +286,11 @@ class TestTensorflowDatasets:
     def test_an_unknown_name_raises_an_error_with_similar_names(self):
         with pytest.raises(UsageError, match=r"Unknown data set 'fashion_mnits'.*fashion_mnist"):
             load_dataset("fashion_mnits")
+
+    @pytest.mark.parametrize("name", ["My-Photos", "my photos", "photos:1", "a/b/c", "mnist/large", "mnist:9.9.9"])
+    def test_a_name_that_the_library_cannot_parse_is_unknown_too(self, name):
+        with pytest.raises(UsageError, match=f"Unknown data set '{name}'; expected digits, .* the path of a folder"):
+            load_dataset(name)
 
     def test_a_data_set_without_labelled_images_raises(self):
         with pytest.raises(UsageError, match="'ag_news_subset' "):

@@ -1,5 +1,7 @@
 """Data sets of arrays: checks, limits, validation splits and crops."""
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -63,6 +65,19 @@ def test_several_labels_per_image_are_kept():
     dataset = make_dataset(IMAGES, PAIRS, IMAGES, PAIRS[::-1], num_classes=3)
     np.testing.assert_array_equal(dataset.train_labels, [[0, 1], [1, 2], [2, 1], [0, 2]])
     assert dataset.test_labels.dtype == np.int32
+
+
+def test_lists_are_arrays_too():
+    expected = make_dataset(IMAGES, LABELS, IMAGES, LABELS, num_classes=3)
+    dataset = make_dataset(IMAGES.tolist(), [0, 1, 2, 1], IMAGES.tolist(), LABELS.tolist(), num_classes=3)
+    assert dataset.checksum() == expected.checksum()
+    assert dataset.train_images.dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "\udcff"])
+def test_a_class_name_that_run_folders_could_not_be_read_with_raises(name):
+    with pytest.raises(UsageError, match=rf"A class is called {re.escape(ascii(name))}; expected .* printable"):
+        make_dataset(IMAGES, LABELS, IMAGES, LABELS, num_classes=3, class_names=["ant", name, "cat"])
 
 
 def test_class_names_are_numbers_by_default():
