@@ -14,7 +14,7 @@ import tyro
 from capsnet_jax.errors import UsageError
 from capsnet_jax.figures import Curves, learning_curves_figure, save_figure
 from capsnet_jax.interchange.state_files import CONFIG
-from capsnet_jax.runs.metrics import METRICS, read_lines
+from capsnet_jax.runs.metrics import METRICS, read_metrics
 from capsnet_jax.tables import markdown_table, number_cell
 
 HEADINGS = ("run", "epochs", "steps", "train loss", "validation error %", "test error %", "images/s", "memory MB")
@@ -70,21 +70,15 @@ class History:
         Raises:
             UsageError: the folder has no config or no metrics yet, or they cannot be read.
         """
-        config, path = folder / CONFIG, folder / METRICS
+        config = folder / CONFIG
         try:
-            sections = json.loads(config.read_text()).values()
-        except (OSError, ValueError, AttributeError) as error:
+            sections = json.loads(config.read_text(encoding="utf-8")).values()
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise UsageError(f"{config} is not the config of a run: {error}.") from error
         options = {name: value for fields in sections if isinstance(fields, dict) for name, value in fields.items()}
-        try:
-            lines = read_lines(path) if path.exists() else []
-            chunks, epochs = ([line for line in lines if line["kind"] == kind] for kind in ("chunk", "epoch"))
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
-        except (KeyError, TypeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} has lines that are not the metrics of chunks and epochs ({error}).") from error
-        if not lines:
-            raise UsageError(f"{path} has no metrics yet; expected a run that has trained for some steps.")
+        chunks, epochs = (read_metrics(folder, kind) for kind in ("chunk", "epoch"))
+        if not chunks and not epochs:
+            raise UsageError(f"{folder / METRICS} has no metrics yet; expected a run that has trained for some steps.")
         return cls(folder, options, chunks, epochs)
 
     def last(self, name: str) -> float:

@@ -95,15 +95,33 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a metrics file. A last line without a line break, from a crash while it was written, is ignored.
 
     Raises:
-        UsageError: a line is not JSON.
+        UsageError: the file cannot be read, or a line is not the metrics of a chunk or an epoch.
     """
+    try:
+        texts = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}.") from error
     lines = []
-    for number, line in enumerate(path.read_text().split("\n")[:-1], 1):
+    for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path}, line {number}, is not JSON: {error}.") from error
+            lines.append(json.loads(text))
+        except (ValueError, RecursionError):
+            lines.append({})
+        if not _is_metrics(lines[-1]):
+            raise UsageError(
+                f"{path}, line {number}, begins with {text[:40]!a}; expected the metrics of a chunk or an epoch."
+            )
     return lines
+
+
+def _is_metrics(line: Any) -> bool:
+    if not isinstance(line, dict) or line.get("kind") not in ("chunk", "epoch"):
+        return False
+    counts = [line.get("epoch"), line.get("step")]
+    numbers = [value for name, value in line.items() if name != "kind" and value is not None]
+    return all(type(count) is int and count >= 1 for count in counts) and all(
+        isinstance(number, int | float) for number in numbers
+    )
 
 
 def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -114,10 +132,10 @@ def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
         kind: "chunk" or "epoch".
 
     Raises:
-        UsageError: a line is not JSON.
+        UsageError: the file cannot be read, or a line is not the metrics of a chunk or an epoch.
     """
     path = folder / METRICS
-    return [line for line in read_lines(path) if line.get("kind") == kind] if path.exists() else []
+    return [line for line in read_lines(path) if line["kind"] == kind] if path.exists() else []
 
 
 def event_writer_class() -> Any:

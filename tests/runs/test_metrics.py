@@ -156,7 +156,7 @@ def test_a_line_in_the_middle_that_is_no_json_is_named(tmp_path):
     path = tmp_path / METRICS
     first, second = path.read_text().splitlines()
     path.write_text(f"{first}\n{second[:40]}\n{second}\n")
-    with pytest.raises(UsageError, match=r"metrics.jsonl, line 2, is not JSON"):
+    with pytest.raises(UsageError, match=r"metrics.jsonl, line 2, begins with "):
         MetricsLog(tmp_path, step=4)
     assert path.read_text() == f"{first}\n{second[:40]}\n{second}\n"
 
