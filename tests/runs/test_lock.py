@@ -11,11 +11,11 @@ from rich.console import Console
 from capsnet_jax import UsageError
 from capsnet_jax.config import Config, ModelConfig
 from capsnet_jax.runs.folder import Run, SeedFolders
-from capsnet_jax.runs.lock import locked
+from capsnet_jax.runs.lock import LOCK, locked
 from capsnet_jax.runs.session import train_runs
 from capsnet_jax.train.loop import Trainer
 
-pytest.importorskip("fcntl", reason="there are no such locks on Windows")
+fcntl = pytest.importorskip("fcntl", reason="there are no such locks on Windows")
 
 
 def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
@@ -24,6 +24,21 @@ def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with locked(tmp_path):
         pass
+
+
+def test_the_lock_of_a_holder_that_ends_meanwhile_is_not_taken_for_the_new_one(tmp_path, monkeypatch):
+    """It removes its file between that the next one opens and locks it; a third one would find no file."""
+    flock, ended = fcntl.flock, []
+
+    def flock_after_the_end(file, operation):
+        if not ended:
+            ended.append((tmp_path / LOCK).unlink())
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_after_the_end)
+    with locked(tmp_path), pytest.raises(UsageError, match=f"in use by process {os.getpid()} on "), locked(tmp_path):
+        raise AssertionError("two hold the lock")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_releases_it(tmp_path):
