@@ -1,6 +1,5 @@
 """The command `capsnet evaluate`: accuracy, precision, recall and confusions of a trained model."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import tyro
 from jaxtyping import Int
 
-from capsnet_jax.data import Dataset, configured_dataset
+from capsnet_jax.data import Dataset, configured_dataset, existing_path
 from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.errors import UsageError
 from capsnet_jax.figures import confusion_figure, save_figure
@@ -40,8 +39,8 @@ class Evaluate:
     transpose: bool = False
     """Swap rows and columns of the images of --dataset."""
     match: Literal["name", "order"] = "name"
-    """How classes of the data set are found among those of the model: by their names, of which some may be missing,
-    or by their order, whatever their names are."""
+    """How classes of the data set are found among those of the model:
+    by their names, of which some may be missing, or by their order, whatever their names are."""
     limit: int | None = None
     """Use only this many test images, from the start of the set."""
     best: bool = False
@@ -57,8 +56,8 @@ class Evaluate:
         run, model = load_run(self.run_dir, best=self.best, trust_code=self.trust_code)
         data = run.config.data
         if self.dataset not in (None, data.dataset):
-            # Only folders of images are resized.
-            image_size = data.image_size if os.path.isdir(os.path.expanduser(self.dataset)) else None
+            path = existing_path(self.dataset)
+            image_size = data.image_size if path is not None and path.is_dir() else None  # only folders are resized
             # The run's own data_dir is of its data set; mnist and its kin all have files of the same names.
             data = replace(data, dataset=self.dataset, image_size=image_size, data_dir=None, transpose=False)
         data = replace(data, data_dir=self.data_dir or data.data_dir, transpose=self.transpose or data.transpose)

@@ -77,7 +77,7 @@ def load_dataset(
     if data_dir is not None and not data_dir.is_dir():
         what = "is a file" if data_dir.exists() else "does not exist"
         raise UsageError(f"The data folder {data_dir} {what}; expected the folder of the data set's files.")
-    path = _existing_path(name)
+    path = existing_path(name)
     if data_dir is not None and (path is not None or name == "digits"):
         raise UsageError(f"data_dir is {data_dir}, but {name} is not read from it; expected no data_dir.")
     if path is not None and path.is_dir():
@@ -107,13 +107,17 @@ def with_absolute_paths(data: DataConfig) -> DataConfig:
     Raises:
         UsageError: the data set is a path that does not exist.
     """
-    path = _existing_path(data.dataset)
+    path = existing_path(data.dataset)
     name = data.dataset if path is None else str(path.absolute())
     return replace(data, dataset=name, data_dir=None if data.data_dir is None else data.data_dir.absolute())
 
 
-def _existing_path(name: str) -> Path | None:
-    """Find the path that a name stands for; None if it is the name of a data set."""
+def existing_path(name: str) -> Path | None:
+    """Find the path that a name stands for; None if it is the name of a data set.
+
+    Raises:
+        UsageError: the name looks like a path, which does not exist.
+    """
     expanded = os.path.expanduser(name)  # unlike Path.expanduser, no error for an unknown user
     if name in BUILT_IN_DATASETS:
         return None

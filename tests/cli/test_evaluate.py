@@ -206,6 +206,22 @@ def test_a_run_on_transposed_files_transposes_its_own_data_set_only(
         assert capsys.readouterr().out == expected
 
 
+def test_a_folder_with_the_name_of_a_built_in_data_set_does_not_hide_it(
+    run_dir, idx_folder, tmp_path, small_dataset, monkeypatch, capsys
+):
+    """The run is of a folder of images, which were resized."""
+    config = Config(ModelConfig(**SMALL), DataConfig("photos", image_size=IMAGE_SHAPE[:2]))
+    run = Run.of(tmp_path / "resized", config, small_dataset)
+    run.write_config()
+    shutil.copy(run_dir / WEIGHTS, run.folder)
+    Evaluate(run_dir).run()
+    expected = capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mnist").mkdir()
+    Evaluate(run.folder, dataset="mnist", data_dir=idx_folder).run()
+    assert capsys.readouterr().out == expected
+
+
 def test_a_limit_uses_the_first_test_images(run_dir, small_dataset, small_model, capsys):
     Evaluate(run_dir, limit=7).run()
     first = small_dataset.test_images[:7], small_dataset.test_labels[:7]
