@@ -91,6 +91,8 @@ def run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt as error:
         print("capsnet: interrupted; folders keep what was saved before.", *_notes(error), file=sys.stderr)
         return 130
+    except MemoryError as error:  # of the host, such as for a folder of large photographs
+        return _fail(1, f"There is not enough memory: {error}; expected fewer or smaller images, or a smaller model.")
     except RuntimeError as error:
         from jax.errors import JaxRuntimeError
 

@@ -24,6 +24,8 @@ from capsnet_jax.errors import UsageError
 from capsnet_jax.runs.folder import Run, load_run
 from capsnet_jax.train.evaluation import EVALUATION_BATCH, most_active, predict
 
+MAX_BYTES = 500_000_000  # of an image from standard input or another pipe, which may have no end
+
 
 @dataclass(frozen=True)
 class Predict:
@@ -41,9 +43,9 @@ class Predict:
     run_dir: tyro.conf.Positional[Path]
     """Folder of the run."""
     paths: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH [PATH ...]")]]
-    """Image files of any format that Pillow reads; folders, for the image files in them; - for an image from standard
-    input. They have the size of the training images, unless the run resized or cropped its own (--image-size,
-    --augment crop=SIDE), or with --resize."""
+    """Image files of any format that Pillow reads; folders, for the image files in them; - for standard input.
+    They have the size of the training images, unless --resize is given here,
+    or --image-size or --augment crop=SIDE was given to the run."""
     resize: bool = False
     """Fit images of any size into that of the model: turn them upright, keep their proportions, pad with black."""
     invert: bool = False
@@ -80,7 +82,7 @@ class Predict:
         if self.csv:
             others = [f"{column}_{rank}" for rank in range(2, top + 1) for column in ("class", "activation")]
             print(csv_line(["file", "class", "activation", *others]))
-        errors: list[UsageError] = []
+        errors: list[Exception] = []
         images = self._images(run, errors)
         while batch := list(islice(images, EVALUATION_BATCH)):
             activations = predict(model, np.stack([image for _, image, _ in batch])).activations
@@ -96,7 +98,7 @@ class Predict:
         return 2 if errors else 0
 
     def _images(
-        self, run: Run, errors: list[UsageError]
+        self, run: Run, errors: list[Exception]
     ) -> Iterator[tuple[str, UInt8[np.ndarray, "height width channels"], str]]:
         """Yield name, pixels and changes of each image that can be read."""
         for path in self.paths:
@@ -107,13 +109,14 @@ class Predict:
 
 
 @contextmanager
-def _reported(errors: list[UsageError]) -> Iterator[None]:
+def _reported(errors: list[Exception]) -> Iterator[None]:
     """Print an error instead of raising it, and append it to the list."""
     try:
         yield
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         errors.append(error)
-        print(f"capsnet: error: {error}", file=sys.stderr)
+        text = f"{error.filename} cannot be read: {error.strerror}." if isinstance(error, OSError) else error
+        print(f"capsnet: error: {text}", file=sys.stderr)
 
 
 def files_of(path: str) -> list[str]:
@@ -187,15 +190,23 @@ def source_of(name: str) -> Path | BytesIO:
     """Return the file of a name, or its content if it is standard input or a pipe.
 
     Raises:
-        UsageError: it does not exist, or standard input is closed.
+        UsageError: it does not exist, is too long for a pipe, or standard input is closed.
+        OSError: it cannot be read.
     """
     if name == "-":
         if sys.stdin is None:
             raise UsageError("- is standard input, which is closed; expected an image.")
-        return BytesIO(sys.stdin.buffer.read())
-    if not os.path.exists(name):
+        content = sys.stdin.buffer.read(MAX_BYTES + 1)
+    elif not os.path.exists(name):
         raise UsageError(f"{name} does not exist; expected an image file.")
-    return Path(name) if os.path.isfile(name) else BytesIO(Path(name).read_bytes())
+    elif os.path.isfile(name):
+        return Path(name)
+    else:
+        with open(name, "rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise UsageError(f"{name} has more than {MAX_BYTES:,} bytes; expected an image.")
+    return BytesIO(content)
 
 
 def describe(classes: Sequence[tuple[str, float]], num_labels: int | None) -> str:

@@ -117,6 +117,17 @@ def test_an_out_of_memory_error_names_options_that_need_less(idx_folder, tmp_pat
     assert error.count("\n") == 1
 
 
+def test_data_that_do_not_fit_into_memory_are_answered_in_a_sentence(tmp_path, monkeypatch, capsys):
+    def no_memory(*_: object) -> None:
+        raise MemoryError("Unable to allocate 5.96 TiB for an array")
+
+    monkeypatch.setattr("capsnet_jax.cli.train.configured_dataset", no_memory)
+    assert main(["train", "--run-dir", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("capsnet: error: There is not enough memory: Unable to allocate 5.96 TiB for an array")
+    assert error.count("\n") == 1
+
+
 def test_evaluation_on_images_of_another_shape_is_an_error(tiny_run, idx_folder, capsys):
     for name, count in (("train", 50), ("t10k", 23)):
         write_idx(idx_folder / f"{name}-images-idx3-ubyte.gz", np.zeros((count, 9, 12), np.uint8))

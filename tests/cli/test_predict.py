@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import socket
 
 import jax.numpy as jnp
 import numpy as np
@@ -271,6 +272,27 @@ def test_a_wrong_file_is_named_and_the_others_are_predicted(
     assert out.splitlines() == expected_lines(files, 0)
     assert re.match(f"capsnet: error: .*{message}", error)
     assert error.count("\n") == 1
+
+
+def test_files_that_the_system_refuses_are_named_and_the_others_are_predicted(run_dir, files, monkeypatch, capsys):
+    monkeypatch.chdir(files[0].parent)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
+        assert main(["predict", str(run_dir), "socket", *map(str, files)]) == 2
+    out, error = capsys.readouterr()
+    assert out.splitlines() == expected_lines(files, 0)
+    assert error == "capsnet: error: socket cannot be read: No such device or address.\n"
+
+
+def test_an_endless_input_is_read_up_to_a_limit(run_dir, files, monkeypatch, capsys):
+    monkeypatch.setattr("capsnet_jax.cli.predict.MAX_BYTES", 4000)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(bytes(4001))))
+    assert main(["predict", str(run_dir), "/dev/zero", "-", str(files[0])]) == 2
+    out, error = capsys.readouterr()
+    assert out.splitlines() == expected_lines(files, 0)[:1]
+    assert error.splitlines() == [
+        f"capsnet: error: {name} has more than 4,000 bytes; expected an image." for name in ("/dev/zero", "-")
+    ]
 
 
 def test_a_wrong_run_or_wrong_options_are_an_error(run_dir, files, tmp_path):
