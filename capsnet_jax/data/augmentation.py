@@ -91,6 +91,7 @@ class Augmentation:
                 raise UsageError(f"Got the augmentation {option!r}; expected {_USAGE[name]}.") from None
         return cls(**settings)
 
+    @jax.named_scope("augmentation")
     def __call__(self, key: PRNGKeyArray, images: Images) -> Float[Array, "b new_height new_width channels"]:
         """Augment a batch of images.
 

@@ -126,6 +126,7 @@ class ConvCapsules(nnx.Module):
             rearrange(routed.activations, "b positions o -> b (positions o)"),
         )
 
+    @jax.named_scope("routing")
     def route(self, capsules: Capsules) -> Routed:
         """Compute the output capsules and the couplings of all votes, with an axis of positions after the batch.
 
@@ -169,6 +170,7 @@ class ConvCapsules(nnx.Module):
         values = rearrange(values, "b (places i) d -> b places i d", i=self.in_groups)
         return values[:, places_under_kernel(self.grid, self.kernel_size, self.stride)]
 
+    @jax.named_scope("votes")
     def votes(self, poses: Float[Array, "b positions taps i d"]) -> Float[Array, "b positions taps i o h"]:
         """Compute the vote of each input capsule under a kernel for each output capsule at that position."""
         matrices = rearrange(poses, "b positions taps i (rows inner) -> b positions taps i rows inner", rows=self.rows)

@@ -151,6 +151,7 @@ class Stem(nnx.Module):
     def __call__(self, images: Images) -> Features:
         return self.features(images)[-1]
 
+    @jax.named_scope("stem")
     def features(self, images: Images) -> list[Features]:
         """Compute the features after each convolution, in order."""
         features = [standardize_images(images) if self.standardize else images]
@@ -232,6 +233,7 @@ class PrimaryCapsules(nnx.Module):
             rngs=rngs,
         )
 
+    @jax.named_scope("primary_capsules")
     def __call__(self, features: Features) -> Capsules:
         product, bias = at_least_float32(self.convolution.without_bias(features)), self.convolution.bias[...]
         poses = self.scale * product + (self.scale if self.squash == "none" else 1) * bias
@@ -325,6 +327,7 @@ class CapsuleLayer(nnx.Module):
         """Drop the couplings of a routing result."""
         return Capsules(routed.poses, routed.activations)
 
+    @jax.named_scope("routing")
     def route(self, capsules: Capsules) -> Routed:
         """Compute the output capsules and the couplings of all votes; `nnx.capture` also collects both."""
         check_capsules(capsules, *self.weight.shape[:2])
@@ -343,6 +346,7 @@ class CapsuleLayer(nnx.Module):
         """Return the implementation for batches of this size."""
         return choose_routing(self.routing, self.implementation, num_examples)
 
+    @jax.named_scope("votes")
     def votes(self, poses: Float[Array, "b i d"]) -> Float[Array, "b i o h"]:
         """Compute the vote of each input capsule for each output capsule."""
         weight = self.weight[...]
@@ -407,6 +411,7 @@ class Decoder(nnx.Module):
             self.first_bias = new_param(scheme.bias(fan_in), (first,), param_dtype, rngs)
             self.pixel_bias = new_param(scheme.bias(second), image_shape, param_dtype, rngs)
 
+    @jax.named_scope("decoder")
     def __call__(self, poses: Float[Array, "b o h"]) -> Float[Array, "b height width channels"]:
         _, features = self.hidden_features(poses)
         to_pixels = self.to_pixels[...]

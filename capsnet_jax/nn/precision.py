@@ -5,6 +5,7 @@ numbers or has exponents, roots or quotients is in float32: norms, squash, softm
 dtype of the weights alone therefore sets the precision. A model of float32 or float64 weights has no casts at all.
 """
 
+import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -12,6 +13,7 @@ PRODUCTS = {"kernel", "weight", "from_capsules", "hidden_weight", "to_pixels"}
 """Names of the weights of convolutions, capsule layers and dense layers."""
 
 
+@jax.named_scope("casts")
 def for_products(params: nnx.State, dtype: DTypeLike) -> nnx.State:
     """Cast the weights of matrix products and convolutions; other parameters keep their dtype.
 

@@ -62,6 +62,7 @@ class StepMetrics(NamedTuple):
     gradient_norm: Float[Array, "..."] | None = None
 
 
+@jax.named_scope("losses")
 def compute_losses(
     model: CapsNet,
     images: Float[Array, "b height width channels"],
@@ -168,13 +169,14 @@ def make_train_step(
     def train_step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, StepMetrics]:
         fixed = state.frozen, state.batch_stats
         grads, (metrics, batch_stats) = gradient(state.params, *fixed, images, labels, state.step)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.average
-        if average:
-            decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
-            average = optax.incremental_update(params, average, 1 - decay)
-        metrics = metrics._replace(gradient_norm=optax.tree.norm(grads))
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            average = state.average
+            if average:
+                decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
+                average = optax.incremental_update(params, average, 1 - decay)
+            metrics = metrics._replace(gradient_norm=optax.tree.norm(grads))
         return TrainState(params, average, state.frozen, batch_stats, opt_state, state.step + 1), metrics
 
     return train_step
