@@ -63,7 +63,7 @@ class Benchmark:
             UsageError: an option is wrong, PyTorch is not installed, the file cannot be written, or a process failed.
         """
         config = self.validated_config()
-        flops = training_flops(config.model)
+        flops = sum(training_flops(config.model).values())
         has_decoder = config.model.decoder_hidden is not None
         names = [name for name in MEASUREMENTS if name in self.measure and (has_decoder or name != "decoder")]
         options = {name: value for name, value in vars(self).items() if name not in ("json", "measure")}

@@ -34,11 +34,12 @@ def fake_worker():
 
 
 def test_flops_of_the_reference_model():
-    flops = forward_flops(ModelConfig())
-    stem, primary, votes = 20**2 * 9**2 * 256, 6**2 * 9**2 * 256**2, 1152 * 8 * 10 * 16
-    decoder = [160 * 512, 512 * 1024, 1024 * 784]
-    assert flops == [2 * number for number in (stem, primary, votes, *decoder)]
-    assert training_flops(ModelConfig()) == 3 * sum(flops) - flops[0]
+    stem, primary, votes = 2 * 20**2 * 9**2 * 256, 2 * 6**2 * 9**2 * 256**2, 2 * 1152 * 8 * 10 * 16
+    decoder = [2 * 160 * 512, 2 * 512 * 1024, 2 * 1024 * 784]
+    flops = {"stem": [stem], "primary_capsules": [primary], "votes": [votes], "decoder": decoder}
+    assert forward_flops(ModelConfig()) == flops
+    training = {"stem": 2 * stem, "primary_capsules": 3 * primary, "votes": 3 * votes, "decoder": 3 * sum(decoder)}
+    assert training_flops(ModelConfig()) == training
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -69,7 +70,11 @@ def test_flops_of_every_kind_of_layer(shared):
     else:
         capsules = [conv_capsules, (3 * 3 * 5) * 7 * 2**3, 7 * 9 * 2**3]
         config = replace(config, hidden_capsules=((7, 4),))
-    assert forward_flops(config) == [2 * number for number in (*convolutions, *capsules, *decoder)]
+    *stem, primary = convolutions
+    expected = {"stem": stem, "primary_capsules": [primary], "votes": capsules, "decoder": decoder}
+    assert forward_flops(config) == {part: [2 * number for number in numbers] for part, numbers in expected.items()}
+    # The lowest convolution needs no gradient of the images.
+    assert training_flops(config)["stem"] == 2 * (2 * stem[0] + 3 * stem[1])
 
 
 @pytest.fixture
