@@ -115,6 +115,7 @@ class Trainer:
         augment: augmentations of the training images; see `Augmentation`.
         stream: whether to send images to the devices chunk by chunk; by default if the data set is too large for them.
         seeds: seeds to train side by side, as one program; by default the seed of the config.
+        devices: devices to train on, by default all; programs also compile for devices that are not there.
 
     Attributes:
         num_params: number of weights of a model.
@@ -138,6 +139,7 @@ class Trainer:
         augment: Sequence[str] = (),
         stream: bool | None = None,
         seeds: Sequence[int] | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ):
         self.dataset, self.config = dataset, config
         self.seeds = (config.seed,) if seeds is None else tuple(seeds)
@@ -157,7 +159,7 @@ class Trainer:
             raise UsageError(
                 f"reconstruction_weight is {config.reconstruction_weight}, and must be 0 for a model without a decoder."
             )
-        self.mesh = data_mesh(config.batch_size // config.accumulate)
+        self.mesh = data_mesh(config.batch_size // config.accumulate, devices)
         self.stream = should_stream(images) if stream is None else stream
         train_step = make_train_step(self.graphdef, self._optimizer, config)
         self._train_chunk = jax.jit(make_train_chunk(train_step, augmentation, along(self.mesh, 0)), donate_argnums=0)

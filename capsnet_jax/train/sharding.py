@@ -1,6 +1,6 @@
 """Data parallelism: each device holds all weights and its share of every batch; JAX connects the processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,16 +36,17 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
         ) from error
 
 
-def data_mesh(size: int) -> Mesh:
-    """Create a one-dimensional mesh of all devices of all processes.
+def data_mesh(size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Create a one-dimensional mesh of devices.
 
     Args:
         size: number of images in a micro-batch, of which each device gets the same share.
+        devices: by default all devices of all processes.
 
     Raises:
         UsageError: the number of devices does not divide `size`.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if size % len(devices):
         raise UsageError(
             f"batch_size / accumulate is {size}, and must be a multiple of the {len(devices)} devices that share it."
