@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> str:
         if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
             raise UsageError(f"The file is {path}; expected one in a folder that exists and can be written to.")
     gpu, config = read_gpu(options.gpu), get_preset(options.preset)
-    sys.path.insert(0, os.getcwd())  # where a routing of the user's own may be
+    sys.path.append("")  # find the user's routings in the working directory, as the command does
     model = {
         "routing": options.routing or config.model.routing,
         "routing_implementation": options.routing_implementation,

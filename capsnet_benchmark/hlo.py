@@ -259,7 +259,7 @@ def products_in(program: Program, name: str) -> Iterator[tuple[int, str]]:
 
 def product_flops(instruction: Instruction, left: Instruction) -> tuple[int, str]:
     """Count the operations of a matrix product, two per multiplication, and tell the dtype of its operands."""
-    axes = instruction.attribute(r'lhs_contracting_dim(?:ension)?s"?[=:]([{\[][\d,"]*[}\]])')
+    (axes,) = re.findall(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)', instruction.attributes)
     operand = left.arrays[0]
     summed = math.prod(operand.sizes[int(axis)] for axis in re.findall(r"\d+", axes))
     return 2 * math.prod(instruction.arrays[0].sizes) * summed, operand.dtype
@@ -285,7 +285,7 @@ def is_dilated(program: Program, computation: Computation, instruction: Instruct
     if re.search(r"window=\{[^}]*\b[lr]hs_dilate=", instruction.attributes):
         return True
     for name in instruction.operands:
-        while computation[name].opcode in ("bitcast", "copy"):
+        while computation[name].opcode in ("bitcast", "copy", "get-tuple-element"):
             (name,) = computation[name].operands
         for called in computation[name].called:
             for each in program.computations[called].values():
