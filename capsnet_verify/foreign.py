@@ -25,9 +25,9 @@ from capsnet_verify.causes import VISIBLE, cause, usual_cause
 from capsnet_verify.checks import AGREES, DIFFERS, Check, compare
 from capsnet_verify.deviations import ALMOST, Deviation, deviations
 from capsnet_verify.foreign_module import ForeignModule, named_inputs, run
-from capsnet_verify.heat import heat
 from capsnet_verify.pair import Pair, add_noise, both_on, new_pair
 from capsnet_verify.proposal import ALONE, propose_map, propose_outputs
+from capsnet_verify.scaling import scale_weights
 from capsnet_verify.subjects import Settings, Subject, as_settings
 from capsnet_verify.values import AT_REST, in_jax, in_torch
 from capsnet_verify.verification import Verification, unless_inherited
@@ -45,9 +45,9 @@ def verify_module(module: nn.Module, weight_map: WeightMap, subject: Subject, se
     """Compare a module with a JAX model that gets the module's weights.
 
     Values and outputs in the map are compared in forward order, then the loss and the gradient of each weight. Constant
-    weights get noise, and weights of capsule layers are scaled by a power of two; see `heat`. Without reconstructions
-    in the map, the JAX model has no decoder. With reconstructions but without labels, `forward` must mask by its own
-    largest activation, and those classes are the labels.
+    weights get noise, and weights of capsule layers are scaled; see `scale_weights`. Without reconstructions in the
+    map, the JAX model has no decoder. With reconstructions but without labels, `forward` must mask by its own largest
+    activation, and those classes are the labels.
 
     Args:
         module: its dtype, device and mode are changed.
@@ -68,7 +68,7 @@ def verify_module(module: nn.Module, weight_map: WeightMap, subject: Subject, se
         foreign = ForeignModule(module, weight_map, pair, shapes)
         rng = np.random.default_rng(settings.seed)
         from_torch(pair.jax_model, {name: add_noise(name, array, rng) for name, array in foreign.state().items()})
-        verification.heats = heat(pair)
+        verification.scalings = scale_weights(pair)
         weights = {name: torch.tensor(array).requires_grad_() for name, array in to_torch(pair.jax_model).items()}
         found = {}
         if AT_REST in shapes and "poses" in outputs:

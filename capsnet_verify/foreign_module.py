@@ -95,8 +95,9 @@ def named_inputs(images: Tensor, labels: Tensor, kind: str | None, num_classes: 
     """Return what `forward` takes: images and, if the kind is "indices" or "one-hot", labels."""
     if kind is None:
         return {"images": images}
-    hot = is_label(labels, num_classes).to(images.dtype)
-    return {"images": images, "labels": hot if kind == "one-hot" else labels}
+    if kind == "one-hot":
+        labels = is_label(labels, num_classes).to(images.dtype)
+    return {"images": images, "labels": labels}
 
 
 class ForeignModule:

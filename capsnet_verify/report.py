@@ -7,8 +7,8 @@ from typing import Any
 from capsnet_jax.tables import markdown_table
 from capsnet_verify.checks import DIFFERS, INHERITS, Check
 from capsnet_verify.foreign_module import listed
-from capsnet_verify.heat import Heat
 from capsnet_verify.implementations import in_words
+from capsnet_verify.scaling import Scaling
 from capsnet_verify.values import AT_REST
 from capsnet_verify.verification import Verification
 
@@ -31,7 +31,7 @@ def paragraphs(verification: Verification) -> list[str]:
     scaled = [
         f"The weight of capsule layer {layer} was multiplied by {found.factor:g} in both models, so that routing "
         f"matters: mean activation {found.activation:.2f}, couplings up to {100 * found.unevenness:.0f} % from even."
-        for layer, found in enumerate(verification.heats)
+        for layer, found in enumerate(verification.scalings)
         if found.factor != 1
     ]
     parts = (scaled, _compared(verification), _isolated(verification))
@@ -53,7 +53,7 @@ def summarize(verifications: Sequence[Verification]) -> str:
 def row(verification: Verification) -> tuple[str, ...]:
     """Return the cells of one verification in a summary."""
     worst = [number(error) for error in largest_errors(verification).values()]
-    factors = " ".join(f"{found.factor:g}" for found in verification.heats)
+    factors = " ".join(f"{found.factor:g}" for found in verification.scalings)
     verdict = ("agrees", "DIFFERS", "not seen")[verification.status]
     return verification.subject.title, verification.settings.dtype, *worst, factors, verdict
 
@@ -97,7 +97,7 @@ def to_json(verification: Verification) -> dict[str, Any]:
         "notes": verification.notes,
         "batches": [batch._asdict() | {"platform": batch.platform or settings.device} for batch in batches],
         "unproved": [] if plan is None else [list(layer) for layer in plan.unproved],
-        "capsule_layers": [_in_json(found) for found in verification.heats],
+        "capsule_layers": [_in_json(found) for found in verification.scalings],
         "checks": [_in_json(check) for check in verification.checks],
     }
 
@@ -134,6 +134,6 @@ def number(value: float) -> str:
     return f"{value:.1e}" if math.isfinite(value) else "-"
 
 
-def _in_json(found: Check | Heat) -> dict[str, Any]:
+def _in_json(found: Check | Scaling) -> dict[str, Any]:
     values = [(name, value) for name, value in found._asdict().items() if name != "histogram"]
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values}

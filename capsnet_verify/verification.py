@@ -22,9 +22,9 @@ from capsnet_torch.step import train_step as torch_train_step
 from capsnet_verify.causes import VISIBLE, cause, mixed_up, usual_cause
 from capsnet_verify.checks import AGREES, DIFFERS, INHERITS, NO_POWER, STEPS, Check, compare
 from capsnet_verify.deviations import ALMOST, deviations
-from capsnet_verify.heat import Heat, heat
 from capsnet_verify.implementations import Plan, as_on, in_words, plan
 from capsnet_verify.pair import Pair, both_on, new_pair, to_channels_first, with_batch
+from capsnet_verify.scaling import Scaling, scale_weights
 from capsnet_verify.subjects import Settings, Subject
 from capsnet_verify.values import QUICKLY_COMPILED, in_jax, in_torch, jittered
 
@@ -46,7 +46,7 @@ class Verification:
         subject: the model.
         settings: how it was verified.
         plan: batches that were compared, and the implementations that they prove; None if there is no choice.
-        heats: scaling of each capsule layer.
+        scalings: scaling of each capsule layer.
         checks: in the order in which values depend on each other.
         cause: most likely cause of the first divergence; None if there is none.
         notes: further sentences for the report.
@@ -55,7 +55,7 @@ class Verification:
     subject: Subject
     settings: Settings
     plan: Plan | None = None
-    heats: list[Heat] = field(default_factory=list)
+    scalings: list[Scaling] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     cause: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -72,8 +72,8 @@ class Verification:
         for check in self.checks:
             if check.verdict == NO_POWER:
                 found.setdefault(check.reason.partition(",")[0], []).append(check.name)
-        for number, layer in enumerate(self.heats):
-            if not (layer.hot or (layer.moderate and layer.unevenness < EVEN)):
+        for number, layer in enumerate(self.scalings):
+            if not (layer.routing_matters or (layer.moderate and layer.unevenness < EVEN)):
                 found.setdefault("no scale makes routing matter", []).append(f"capsule layer {number}")
         return found
 
@@ -165,7 +165,7 @@ def _results(verification: Verification, mistake: AbstractContextManager[Any]) -
         settings.check_names(in_torch(pair))
     plan = verification.plan = plan_of(subject, settings)
     yield from _weights(subject, settings)
-    verification.heats = heat(pair)
+    verification.scalings = scale_weights(pair)
     with mistake:
         yield from _values(pair, plan, settings)
         yield from trajectory(with_batch(pair, plan.for_training.size, seed=settings.seed), settings)

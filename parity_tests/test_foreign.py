@@ -61,7 +61,7 @@ def test_a_right_model_agrees_with_the_right_map(verify_foreign, build, text, na
     verification = verify_foreign(build, text)
     assert names_of(verification) == names
     assert verification.status == 0
-    assert all(found.hot for found in verification.heats)
+    assert all(found.routing_matters for found in verification.scalings)
     assert max(check.error for check in verification.checks) < 1e-13
     assert notes is None or verification.notes == notes
 

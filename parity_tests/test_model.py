@@ -87,7 +87,7 @@ def assert_model_agrees(name: str, dtype: str, **changes: int) -> None:
     # Batch normalization divides by deviations of the batch; over three images, PyTorch itself is off by 7e-5.
     batch_size = 12 if subject.run.config.model.batch_norm else 3
     verification = verify(subject, Settings(dtype, steps=0, batch_size=batch_size))
-    assert all(found.hot or options.get("num_iterations") == 1 for found in verification.heats)
+    assert all(found.routing_matters or options.get("num_iterations") == 1 for found in verification.scalings)
     assert verification.status == 0, sentence(verification)
 
 

@@ -1,7 +1,7 @@
 """Scale the weights of capsule layers until routing matters, because otherwise no check could detect mistakes in it.
 
 With its initial weights, the reference model has class capsules of length 4e-4. Its couplings differ from even ones by
-less than any tolerance, so a model without any routing would agree. A layer in which routing matters is called hot.
+less than any tolerance, so a model without any routing would agree.
 """
 
 from typing import NamedTuple
@@ -19,12 +19,12 @@ from capsnet_jax.nn.layers import CapsuleLayer
 from capsnet_verify.pair import Pair
 from capsnet_verify.values import QUICKLY_COMPILED
 
-ACTIVE = (0.1, 0.9)  # range of the mean activation of a hot layer
-UNEVEN = 0.2  # smallest deviation of a hot layer's most uneven coupling from the mean of its input capsule
+ACTIVE = (0.1, 0.9)  # range of the mean activation of a layer whose routing matters
+UNEVEN = 0.2  # smallest deviation of its most uneven coupling from the mean of the input capsule
 LARGEST = 30  # exponent of the largest factor 2^n of a weight, and of the smallest, 2^-n
 
 
-class Heat(NamedTuple):
+class Scaling(NamedTuple):
     """How a capsule layer was scaled.
 
     Attributes:
@@ -43,16 +43,16 @@ class Heat(NamedTuple):
         return ACTIVE[0] <= self.activation <= ACTIVE[1]
 
     @property
-    def hot(self) -> bool:
-        """Whether routing matters: activations are moderate, and couplings uneven."""
+    def routing_matters(self) -> bool:
+        """Whether activations are moderate, and couplings uneven."""
         return self.moderate and self.unevenness >= UNEVEN
 
 
-def heat(pair: Pair) -> list[Heat]:
-    """Scale the weight of each capsule layer, in both models, by the power of two closest to 1 that makes it hot.
+def scale_weights(pair: Pair) -> list[Scaling]:
+    """Scale the weight of each capsule layer in both models, by the power of two closest to 1 at which routing matters.
 
     Returns:
-        The scaling of each layer. If no factor makes a layer hot, the one with the most uneven couplings is used.
+        The scaling of each layer. If routing matters with no factor, the one with the most uneven couplings is used.
     """
     model, encoder = pair.jax_model, pair.torch_model.encoder
     graphdef, state = nnx.split(model)
@@ -63,18 +63,18 @@ def heat(pair: Pair) -> list[Heat]:
 
     capsules = jax.jit(primary_capsules, compiler_options=QUICKLY_COMPILED)(state)
     torch_layers = [*encoder.hidden_capsules, encoder.primary2digit_capsules]
-    heats = []
+    scalings = []
     for layer, torch_layer in zip(model.capsule_layers, torch_layers, strict=True):
-        found, capsules = _hottest(layer, capsules)
+        found, capsules = _best_scaling(layer, capsules)
         layer.weight[...] *= jnp.asarray(found.factor, layer.weight.dtype)
         weight = torch_layer.input_caps2U.weight if isinstance(layer, CapsuleLayer) else torch_layer.weight
         with torch.no_grad():
             weight.mul_(found.factor)
-        heats.append(found)
-    return heats
+        scalings.append(found)
+    return scalings
 
 
-def _hottest(layer: CapsuleLayer | ConvCapsules, capsules: Capsules) -> tuple[Heat, Capsules]:
+def _best_scaling(layer: CapsuleLayer | ConvCapsules, capsules: Capsules) -> tuple[Scaling, Capsules]:
     """Find the best scaling of a layer, and the capsules that it then computes."""
     graphdef, state = nnx.split(layer)
 
@@ -91,7 +91,7 @@ def _hottest(layer: CapsuleLayer | ConvCapsules, capsules: Capsules) -> tuple[He
     found = []
     for power in sorted(range(-LARGEST, LARGEST + 1), key=abs):
         activation, unevenness, above = compiled(state, capsules, jnp.asarray(2.0**power))
-        found.append((Heat(2.0**power, float(activation), float(unevenness)), above))
-        if found[-1][0].hot:
+        found.append((Scaling(2.0**power, float(activation), float(unevenness)), above))
+        if found[-1][0].routing_matters:
             return found[-1]
     return max(found, key=lambda pair: (pair[0].moderate, np.nan_to_num(pair[0].unevenness)))
