@@ -113,14 +113,14 @@ def propose(module: nn.Module, subject: Subject, settings: Settings) -> str:
         images, labels = pair.torch_batch
         config = pair.jax_model.config
         module.to(images).eval()
-        errors: list[Exception] = []
+        errors: list[BaseException] = []
         for kind in (None, *LABELS):
             inputs = named_inputs(images, labels, kind, config.num_classes)
             try:
                 with torch.no_grad():
                     returned = run(module, [*inputs.values()], {})
                 break
-            except Exception as error:  # the user's code may raise anything
+            except (Exception, SystemExit) as error:  # the user's code may raise anything
                 errors.append(error)
         else:
             kind, returned = None, errors[0]

@@ -149,7 +149,7 @@ def _new_twin(subject: Subject, settings: Settings, dtype: str, rng: np.random.G
         try:
             capsules = model.encode(to_channels_first(images))
             (capsules.poses.sum() + capsules.activations.sum()).backward()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UsageError(f"The routing of the PyTorch model raises {in_words(error)}.") from error
         model.zero_grad()
     return model

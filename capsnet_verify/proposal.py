@@ -117,7 +117,7 @@ def propose_outputs(returned: Any, shapes: Mapping[str, Shape]) -> str:
         shapes: shapes of the outputs of `capsnet_torch` for this batch.
     """
     lines = ["[outputs]  # output = index of a tuple, key of a dict or attribute; {} for a single tensor"]
-    if isinstance(returned, Exception):
+    if isinstance(returned, BaseException):
         lines.append(f"# forward(images) raises {in_words(returned)}")
     for name, shape in shapes.items():
         found = {

@@ -91,12 +91,14 @@ class Settings:
         return self.tolerances.get(name, tolerance_of(name, self.dtype, self.device))
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Raise a UsageError if there is a tolerance for something that is not compared."""
+        """Raise a UsageError if there is a tolerance for something that is not among these values and gradients."""
         names = list(names)
         for name in self.tolerances:
             if name not in names:
                 nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
-                raise UsageError(f"--tolerance is for {name!r}, which is not compared; the nearest is {nearest!r}.")
+                raise UsageError(
+                    f"--tolerance is for {name!r}, which is no value or gradient here; the nearest is {nearest!r}."
+                )
 
 
 def of_model(title: str, model: ModelConfig, *, labels_per_image: int = 1) -> Subject:
@@ -151,9 +153,9 @@ def with_fields(subject: Subject, settings: Sequence[str]) -> Subject:
             raise UsageError(f"--set is {setting!r}; expected a field of the model and its value, as in num_classes=5.")
         try:
             fields[name] = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             fields[name] = text
-        if isinstance(known.get(name), float) and isinstance(fields[name], int):
+        if isinstance(known.get(name), float) and type(fields[name]) is int:
             fields[name] = float(text)
     try:
         model = ModelConfig.of(**known | fields)

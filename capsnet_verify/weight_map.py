@@ -118,7 +118,7 @@ def read_map(path: Path) -> WeightMap:
         entries = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist; expected a map of weights.") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not a TOML file that can be read: {error}.") from error
     _check_keys(str(path), entries, ("labels", *TABLES))
     labels = entries.get("labels")

@@ -58,6 +58,7 @@ def test_mixed_up_entries_are_named():
     assert mixed_up("weight a", 2 * VALUES, others) == "entries mixed up: a of PyTorch is b of JAX"
     assert mixed_up("weight b", 2 * VALUES, others) is None
     assert mixed_up("weight a", 3 * VALUES, others) is None
+    assert mixed_up("weight a", 0 * VALUES, {"a": VALUES, "b": 0 * VALUES}) is None  # zeros have many sources
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,11 @@ class Raises(Lengths):
         raise ValueError("no such thing\nand more")
 
 
+class Ends(Lengths):
+    def forward(self, x):
+        raise SystemExit(0)
+
+
 class Integers(Lengths):
     def __init__(self):
         super().__init__()
@@ -145,6 +150,7 @@ def test_a_proposal_says_which_labels_forward_needs_and_what_gives_weights_a_par
 
 def test_a_proposal_says_what_forward_raises():
     assert "# forward(images) raises ValueError: no such thing\n" in propose(Raises(), SUBJECT, Settings())
+    assert "# forward(images) raises SystemExit: 0\n" in propose(Ends(), SUBJECT, Settings())
 
 
 HERE = __name__

@@ -56,6 +56,7 @@ WEIGHT = POSES + "[weights]\nW = %s\n"
     ("text", "message"),
     [
         ("[weights", "map.toml is not a TOML file that can be read: "),
+        ("a = " + "[" * 9000, "map.toml is not a TOML file that can be read: maximum recursion depth exceeded."),
         ("a = 1\n" + GOOD, "map.toml has the unknown entry 'a'; expected labels, weights, outputs, values."),
         ("labels = 3\n" + GOOD, "map.toml: labels is 3; expected 'indices' or 'one-hot'."),
         ("weights = 2\n", "map.toml: [weights] is 2; expected a table."),

@@ -96,7 +96,7 @@ class Verify:
             return self._run()
         except (UsageError, OSError):
             raise
-        except Exception:  # Python would exit with status 1, which means that something differs
+        except (Exception, SystemExit):  # the user's code may end with 0 or 1, which would be a verdict
             traceback.print_exc()
             return 2
 
@@ -161,8 +161,8 @@ class Verify:
                 raise UsageError(f"{name} is {value}, and must be at least {smallest}.")
         if self.seed >= 2**32:
             raise UsageError(f"seed is {self.seed}, and must be less than {2**32}.")
-        if not self.learning_rate > 0:
-            raise UsageError(f"learning_rate is {self.learning_rate}, and must be more than 0.")
+        if not 0 < self.learning_rate < math.inf:
+            raise UsageError(f"learning_rate is {self.learning_rate}, and must be a positive number.")
         dict(map(_tolerance, self.tolerance))
         if not self.dtype:
             raise UsageError("dtype is empty; expected float64, float32 or bfloat16.")
