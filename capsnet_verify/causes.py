@@ -4,9 +4,8 @@ import itertools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-from jaxtyping import Shaped
 
-Array = Shaped[np.ndarray, "..."]
+from capsnet_verify.checks import Array
 
 CLOSE = 1e-5  # of the largest value; rounding errors of float32 are smaller
 VISIBLE = 1e-3  # mistakes other than a lack of precision are larger

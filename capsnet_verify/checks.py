@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Shaped
 from numpy.typing import ArrayLike
+
+Array = Shaped[np.ndarray, "..."]
 
 VALUES = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 5e-2}
 """Tolerances of values and gradients, as fractions of the largest expected value."""

@@ -1,15 +1,15 @@
 """Frequent deviations of other people's models, as changes of `capsnet_torch` that can be tried one by one."""
 
 import itertools
+import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +19,8 @@ from capsnet_jax.routing import get_routing
 from capsnet_torch.layers import SQUASHES
 from capsnet_torch.ops import capsule_norm, squash
 from capsnet_torch.routing import ROUTINGS
+from capsnet_verify.causes import VISIBLE
+from capsnet_verify.checks import AGREES, Array, Check, compare
 from capsnet_verify.pair import Pair
 from capsnet_verify.subjects import as_settings
 from capsnet_verify.values import in_torch
@@ -27,6 +29,7 @@ ALMOST = 1e-3  # largest fraction of an error that may remain if a change explai
 VALUES = ("primary", "votes", "couplings", "poses", "activations")
 OTHER_AXIS = {-1: -2, 1: 2}  # of the two axes of couplings
 AGREEMENT = "bioh,boh->bio"  # of votes and poses
+Patched = Callable[[], AbstractContextManager[Any]]
 
 
 class Deviation(NamedTuple):
@@ -41,13 +44,13 @@ class Deviation(NamedTuple):
 
     words: str
     options: Mapping[str, Any] = {}
-    patched: Callable[[], AbstractContextManager[Any]] = nullcontext
+    patched: Patched = nullcontext
     changes: str | tuple[str, ...] = VALUES
 
     def __str__(self) -> str:
         return f"{self.words} in PyTorch" + (f" (--set {as_settings(self.options)})" if self.options else "")
 
-    def values(self, pair: Pair, weights: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    def values(self, pair: Pair, weights: Mapping[str, Tensor]) -> dict[str, Array]:
         """Compute all values of `in_torch` with this change.
 
         Args:
@@ -65,20 +68,22 @@ def deviations(config: ModelConfig) -> Iterator[Deviation]:
     routing = get_routing(config.routing)
     if routing.name not in ROUTINGS:
         return
-    module = sys.modules[ROUTINGS[routing.name].__module__]
+    function = ROUTINGS[routing.name]
+    module = sys.modules[function.__module__]
 
-    def with_torch(**others: Any) -> Callable[[], AbstractContextManager[Any]]:
-        return lambda: mock.patch.object(module, "torch", SimpleNamespace(**vars(torch) | others))
+    def with_torch(**others: Any) -> Patched:
+        return partial(mock.patch.object, module, "torch", SimpleNamespace(**vars(torch) | others))
 
-    def with_function(name: str, wrong: Callable[..., Tensor]) -> Callable[[], AbstractContextManager[Any]]:
-        return lambda: mock.patch(f"{module.__name__}.{name}", wrong)
-
-    def with_agreement(changed: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], AbstractContextManager[Any]]:
+    def with_agreement(changed: Callable[[Tensor, Tensor], Tensor]) -> Patched:
         return with_torch(einsum=partial(_einsum, changed))
 
-    flipped = {name: partial(_on_other_axis, getattr(torch, name)) for name in ("softmax", "logsumexp")}
-    yield Deviation("a softmax over input capsules, not over output capsules", patched=with_torch(**flipped))
-    if routing.takes("num_iterations"):
+    softmaxes = {name: partial(_on_other_axis, getattr(torch, name)) for name in ("softmax", "logsumexp")}
+    over_inputs = with_torch(**softmaxes)
+    if routing.takes("softmax"):
+        other = partial(function, softmax=partial(torch.softmax, dim=-2))
+        over_inputs = partial(mock.patch.dict, ROUTINGS, {routing.name: other})
+    yield Deviation("a softmax over input capsules, not over output capsules", patched=over_inputs)
+    if routing.takes("num_iterations") and "num_iterations" not in str(config.routing):
         for number in range(1, config.num_iterations + 3):
             if number != config.num_iterations:
                 words = f"{number} routing iteration{'s' * (number > 1)}, not {config.num_iterations}"
@@ -91,11 +96,11 @@ def deviations(config: ModelConfig) -> Iterator[Deviation]:
             yield Deviation(words, {"primary_squash": name, "primary_scale": scale})
     yield Deviation(
         "primary capsules of neighbouring pixels, by a view that mixes channels and positions",
-        patched=lambda: mock.patch("capsnet_torch.layers.rearrange", _of_neighbouring_pixels),
+        patched=partial(mock.patch, "capsnet_torch.layers.rearrange", _of_neighbouring_pixels),
     )
     yield Deviation(
         "a squash of primary capsules along the capsules",
-        patched=lambda: mock.patch.dict(SQUASHES, {config.primary_squash: lambda poses: squash(poses.mT).mT}),
+        patched=partial(mock.patch.dict, SQUASHES, {config.primary_squash: _squash_along_capsules}),
     )
     if routing.name == "dynamic":
         yield Deviation("a leaky softmax", {"routing": f"{config.routing},leaky=true"})
@@ -117,12 +122,36 @@ def deviations(config: ModelConfig) -> Iterator[Deviation]:
         )
         yield Deviation(
             "a squash of output capsules along the capsules",
-            patched=with_function("squash", lambda poses: squash(poses.mT).mT),
+            patched=partial(mock.patch.object, module, "squash", _squash_along_capsules),
         )
         yield Deviation(
             "a softmax of the activations",
-            patched=with_function("capsule_norm", lambda poses: capsule_norm(poses).softmax(dim=-1)),
+            patched=partial(mock.patch.object, module, "capsule_norm", lambda poses: capsule_norm(poses).softmax(-1)),
         )
+
+
+def explanation(check: Check, changes: Iterable[tuple[Any, Array, Array]]) -> tuple[Any, str] | None:
+    """Find the change after which a check agrees, or else the one that reduces its error most.
+
+    Small errors are not explained, because wrong lines of a map and deviations cause larger ones.
+
+    Args:
+        check: a check that differs.
+        changes: changes, and the values of JAX and of PyTorch with each.
+
+    Returns:
+        The change and its outcome in words; None if no change reduces the error to a thousandth.
+    """
+    if not VISIBLE <= check.error < math.inf:
+        return None
+    best, error = None, ALMOST * check.error
+    for change, actual, expected in changes:
+        found = compare(check.name, actual, expected, tolerance=check.tolerance)
+        if found.error <= error and found.verdict == AGREES:
+            return change, "agrees"
+        if found.error <= error:
+            best, error = (change, f"is off by {found.error:.1e} only"), found.error
+    return best
 
 
 def _on_other_axis(function: Callable[..., Tensor], logits: Tensor, *, dim: int, **options: Any) -> Tensor:
@@ -135,6 +164,10 @@ def _agreement(votes: Tensor, poses: Tensor) -> Tensor:
 
 def _einsum(agreement: Callable[[Tensor, Tensor], Tensor], pattern: str, *tensors: Tensor) -> Tensor:
     return agreement(*tensors) if pattern == AGREEMENT else torch.einsum(pattern, *tensors)
+
+
+def _squash_along_capsules(poses: Tensor) -> Tensor:
+    return squash(poses.mT).mT
 
 
 def _of_neighbouring_pixels(channels: Tensor, pattern: str, *, groups: int) -> Tensor:

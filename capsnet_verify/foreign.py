@@ -1,7 +1,6 @@
 """Compare any PyTorch module with a JAX model that has the module's weights."""
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsnet_jax.config import ModelConfig
@@ -22,8 +21,8 @@ from capsnet_torch import CapsNet
 from capsnet_torch.losses import margin_loss, reconstruction_loss, spread_loss, spread_margin
 from capsnet_torch.ops import Images
 from capsnet_verify.causes import VISIBLE, cause, usual_cause
-from capsnet_verify.checks import AGREES, DIFFERS, Check, compare
-from capsnet_verify.deviations import ALMOST, Deviation, deviations
+from capsnet_verify.checks import AGREES, DIFFERS, Array, Check, compare
+from capsnet_verify.deviations import Deviation, deviations, explanation
 from capsnet_verify.foreign_module import ForeignModule, named_inputs, run
 from capsnet_verify.pair import Pair, add_noise, both_on, new_pair
 from capsnet_verify.proposal import ALONE, propose_map, propose_outputs
@@ -35,9 +34,7 @@ from capsnet_verify.weight_map import LABELS, OUTPUTS, Part, Shape, WeightMap, p
 
 NAMES = {"encoded poses": "poses", "encoded activations": "activations"}  # in a map
 CHANNELS_FIRST = ("stem", "reconstructions")
-Array = Shaped[np.ndarray, "..."]
-Change = tuple[list[Part], Array, Deviation | None, Array]
-"""Other lines of the map and the value of the module with them, and a deviation and the value of the twin with it."""
+Change = tuple[list[Part], Deviation | None]  # other lines of the map, and a deviation of the module
 DERIVED = ("gradient", "margin loss", "reconstruction loss", "total loss")  # from the outputs, not returned by a module
 
 
@@ -251,47 +248,32 @@ def _compare(
 def _explain(
     foreign: ForeignModule, pair: Pair, weights: Mapping[str, Tensor], check: Check, actual: Array, expected: Array
 ) -> str | None:
-    """Find other lines of the map, a deviation of the module, or both, with which a check agrees or nearly does.
-
-    Small errors are not explained, because wrong lines and deviations cause larger ones.
-    """
-    if not VISIBLE <= check.error < math.inf or check.name == AT_REST:
+    """Find other lines of the map, a deviation of the module, or both, with which a check agrees or nearly does."""
+    if check.name == AT_REST:
         return None
+    maps: list[tuple[list[Part], Array]] = []  # other lines, and the value of the module with them
+    models: list[tuple[Deviation, Array]] = []  # deviations, and the value of the twin with each
 
-    maps: list[tuple[list[Part], Array]] = []
-    models: list[tuple[Deviation, Array]] = []
-
-    def single_changes() -> Iterator[Change]:
+    def single_changes() -> Iterator[tuple[Change, Array, Array]]:
         for lines in [] if check.name.startswith(DERIVED) else _other_lines(foreign):
             changed = {part.source: part for part in lines}
             with torch.no_grad():
                 values = foreign.call(weights, [changed.get(part.source, part) for part in foreign.map.weights])
             maps.append((lines, values[check.name].numpy(force=True)))
-            yield *maps[-1], None, actual
+            yield (lines, None), actual, maps[-1][1]
         for deviation in deviations(foreign.config):
             if check.name.startswith(deviation.changes):
                 models.append((deviation, _as_in_map(deviation.values(pair, weights))[check.name]))
-                yield [], expected, *models[-1]
+                yield ([], deviation), models[-1][1], expected
 
-    def two_changes() -> Iterator[Change]:
-        for one, other in itertools.product(maps, models):
-            yield *one, *other
+    def two_changes() -> Iterator[tuple[Change, Array, Array]]:
+        for (lines, theirs), (deviation, ours) in itertools.product(maps, models):
+            yield (lines, deviation), ours, theirs
 
-    enough = ALMOST * check.error
-    best: tuple[Check, list[Part], Deviation | None] = (check, [], None)
-    for changes in (single_changes, two_changes):  # the latter only if no single change explains the error
-        for lines, theirs, deviation, ours in changes():
-            found = compare(check.name, ours, theirs, tolerance=check.tolerance)
-            if found.error < best[0].error:
-                best = found, lines, deviation
-            if found.error <= min(check.tolerance, enough):
-                break
-        if best[0].error <= enough:
-            break
-    else:
+    found = explanation(check, single_changes()) or explanation(check, two_changes())
+    if found is None:
         return None
-    found, lines, deviation = best
-    outcome = "agrees" if found.verdict == AGREES else f"is off by {found.error:.1e} only"
+    (lines, deviation), outcome = found
     mistakes = ["a mistake in the map"] if lines else []
     remedies = [toml_line(part.source, name=part.name, axes=part.axes, sizes=part.sizes) for part in lines]
     if deviation is not None:

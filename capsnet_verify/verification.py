@@ -1,6 +1,5 @@
 """Compare every value and gradient of a model in JAX and PyTorch, in every implementation, and then training."""
 
-import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from capsnet_jax.train.step import create_state, make_train_step
 from capsnet_torch.step import train_step as torch_train_step
 from capsnet_verify.causes import VISIBLE, cause, mixed_up, usual_cause
 from capsnet_verify.checks import AGREES, DIFFERS, INHERITS, NO_POWER, STEPS, Check, compare
-from capsnet_verify.deviations import ALMOST, deviations
+from capsnet_verify.deviations import deviations, explanation
 from capsnet_verify.implementations import Plan, as_on, in_words, plan
 from capsnet_verify.pair import Pair, both_on, new_pair, to_channels_first, with_batch
 from capsnet_verify.scaling import Scaling, scale_weights
@@ -227,17 +226,10 @@ def _on_batch(
 
 def _deviation(pair: Pair, check: Check, expected: np.ndarray) -> str | None:
     """Name a deviation of the user's routing from the registered one that explains a check."""
-    if not VISIBLE <= check.error < math.inf:
-        return None
     weights = {name: torch.tensor(array) for name, array in to_torch(pair.jax_model).items()}
-    for deviation in deviations(pair.jax_model.config):
-        if check.name.startswith(deviation.changes):
-            other = compare(
-                check.name, deviation.values(pair, weights)[check.name], expected, tolerance=check.tolerance
-            )
-            if other.error <= ALMOST * check.error:
-                return f"{deviation}: with the same in capsnet_torch, this agrees"
-    return None
+    tried = (each for each in deviations(pair.jax_model.config) if check.name.startswith(each.changes))
+    found = explanation(check, ((each, each.values(pair, weights)[check.name], expected) for each in tried))
+    return found and f"{found[0]}: with the same in capsnet_torch, this {found[1]}"
 
 
 def unless_inherited(check: Check, alone: Check) -> Check:

@@ -352,3 +352,14 @@ def test_a_model_that_is_random_in_training_mode_runs_in_evaluation_mode(verify_
     assert verification.notes == ["The torch model ran in evaluation mode, as its outputs are random in training mode."]
     with pytest.raises(UsageError, match="The outputs of the torch model are random; expected the same"):
         verify_foreign(AlwaysNoisy, LENGTHS)
+
+
+class Dropped(Normalized):
+    def forward(self, x):
+        return super().forward(F.dropout(x, training=self.training))
+
+
+def test_running_means_are_used_in_both_if_a_model_runs_in_evaluation_mode(verify_foreign):
+    verification = verify_foreign(Dropped, NORM, NORMALIZED)
+    assert verification.status == 0
+    assert verification.notes[0].startswith("The torch model ran in evaluation mode")
