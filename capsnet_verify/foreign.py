@@ -74,6 +74,8 @@ def verify_module(module: nn.Module, weight_map: WeightMap, subject: Subject, se
         elif AT_REST in shapes:
             foreign.notes.append("Running means were not compared, as there are no poses among [outputs].")
         foreign.settle(weights)
+        if not foreign.module.training:
+            pair.jax_model.eval()
         found |= foreign.call(weights)
         activations = found["activations"] if "activations" in found else found["poses"].norm(dim=2)
         if weight_map.labels is None and "reconstructions" in outputs:
