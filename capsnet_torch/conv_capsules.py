@@ -54,7 +54,10 @@ class ConvCapsules(nn.Module):
         self.routing_weights = self.routing.new_weights(i=taps * in_groups, d=in_dim, o=out_groups, h=out_dim)
 
     def forward(self, capsules: Capsules) -> Capsules:
-        routed = self.route(capsules)
+        return self.capsules_of(self.route(capsules))
+
+    def capsules_of(self, routed: Routed) -> Capsules:
+        """Flatten the positions, and drop the couplings of a routing result."""
         return Capsules(routed.poses.flatten(1, 2), routed.activations.flatten(1, 2))
 
     def route(self, capsules: Capsules) -> Routed:

@@ -66,7 +66,10 @@ class CapsuleLayer(nn.Module):
         self.routing_weights = self.routing.new_weights(i=in_capsules, d=in_dim, o=out_capsules, h=out_dim)
 
     def forward(self, capsules: Capsules) -> Capsules:
-        routed = self.route(capsules)
+        return self.capsules_of(self.route(capsules))
+
+    def capsules_of(self, routed: Routed) -> Capsules:
+        """Drop the couplings of a routing result."""
         return Capsules(routed.poses, routed.activations)
 
     def route(self, capsules: Capsules) -> Routed:

@@ -1,7 +1,7 @@
 """Compare any PyTorch module with a JAX model that has the module's weights."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,12 +28,12 @@ from capsnet_verify.pair import Pair, add_noise, both_on, new_pair
 from capsnet_verify.proposal import ALONE, propose_map, propose_outputs
 from capsnet_verify.scaling import scale_weights
 from capsnet_verify.subjects import Settings, Subject, as_settings
-from capsnet_verify.values import AT_REST, in_jax, in_torch
-from capsnet_verify.verification import Verification, unless_inherited
+from capsnet_verify.values import AT_REST, CHANNELS_LAST, in_jax, in_torch
+from capsnet_verify.verification import Verification, compare_in_order
 from capsnet_verify.weight_map import LABELS, OUTPUTS, Part, Shape, WeightMap, patterns, toml_line
 
 NAMES = {"encoded poses": "poses", "encoded activations": "activations"}  # in a map
-CHANNELS_FIRST = ("stem", "reconstructions")
+HAVE_CHANNELS = ("stem", "reconstructions")  # which are the first axis after the batch in PyTorch
 Change = tuple[list[Part], Deviation | None]  # other lines of the map, and a deviation of the module
 DERIVED = ("gradient", "margin loss", "reconstruction loss", "total loss")  # from the outputs, not returned by a module
 
@@ -90,11 +90,14 @@ def verify_module(module: nn.Module, weight_map: WeightMap, subject: Subject, se
         if "activations" not in outputs and norms.verdict == DIFFERS:
             raise UsageError(f"{weight_map.path}: [outputs] lacks activations, which are not the norms of poses here.")
         verification.notes = foreign.notes
+        expected = {name: found[name].numpy(force=True) for name in shapes if name in found}
         _compare(
             verification,
-            [(name, values[name], found.get(name)) for name in shapes],
+            values,
+            expected,
+            names=shapes,
             explain=partial(_explain, foreign, pair, weights),
-            replay=lambda: _as_in_map(in_jax(pair, given=_as_in_jax(found))),
+            replay=lambda: _as_in_map(in_jax(pair, given=_as_in_jax(expected))),
         )
     return verification
 
@@ -160,21 +163,18 @@ def _new_pair(subject: Subject, settings: Settings, *, decoder: bool) -> tuple[P
 
 def _as_in_map(values: Mapping[str, Array]) -> StateDict:
     """Rename outputs as in a map, with the channels of images first."""
-    pattern = "b height width channels -> b channels height width"
+    return _renamed(values, NAMES, "b height width channels -> b channels height width")
+
+
+def _as_in_jax(values: Mapping[str, Array]) -> StateDict:
+    """Undo `_as_in_map`."""
+    return _renamed(values, {name: own for own, name in NAMES.items()}, CHANNELS_LAST)
+
+
+def _renamed(values: Mapping[str, Array], names: Mapping[str, str], axes: str) -> StateDict:
     return {
-        NAMES.get(name, name): rearrange(array, pattern) if name.startswith(CHANNELS_FIRST) else array
+        names.get(name, name): rearrange(array, axes) if name.startswith(HAVE_CHANNELS) else array
         for name, array in values.items()
-    }
-
-
-def _as_in_jax(found: Mapping[str, Tensor]) -> StateDict:
-    """Undo `_as_in_map` for what layers compute."""
-    pattern = "b channels height width -> b height width channels"
-    names = {name: own for own, name in NAMES.items()}
-    arrays = {name: tensor.numpy(force=True) for name, tensor in found.items() if not name.startswith(DERIVED)}
-    return {
-        names.get(name, name): rearrange(array, pattern) if name.startswith(CHANNELS_FIRST) else array
-        for name, array in arrays.items()
     }
 
 
@@ -212,8 +212,10 @@ def _gradients(total: Float[Tensor, ""], weights: Mapping[str, Tensor]) -> dict[
 
 def _compare(
     verification: Verification,
-    values: Sequence[tuple[str, Array, Tensor | None]],
+    actual: StateDict,
+    expected: StateDict,
     *,
+    names: Iterable[str],
     explain: Callable[[Check, Array, Array], str | None],
     replay: Callable[[], StateDict],
 ) -> None:
@@ -221,26 +223,20 @@ def _compare(
 
     If its error is small, as by an epsilon, a note has the likely cause of the first large error.
     """
-    settings = verification.settings
-    alone: StateDict = {}
+    checks = compare_in_order(actual, expected, verification.settings, replay=replay)
     largest = 0.0  # error of a check that differs
     unseen: list[str] = []  # checks that are not in the map, since the last one that agrees
-    for name, actual, found in values:
-        if found is None:
+    for name in names:
+        if name not in expected:
             unseen.append(name)
             continue
-        expected = found.numpy(force=True)
-        tolerance = settings.tolerance_of(name)
-        measure = partial(compare, name, tolerance=tolerance, euclidean=settings.dtype == "bfloat16")
-        check = measure(actual, expected)
-        if check.verdict == DIFFERS and verification.cause is not None:
-            alone = alone or replay()
-            check = unless_inherited(check, measure(alone[name], expected))
-        verification.checks.append(check.with_histogram(actual, expected) if settings.histograms else check)
+        check = next(checks)
+        verification.checks.append(check)
         if check.verdict == AGREES:
             unseen = []
         elif check.verdict == DIFFERS and (verification.cause is None or largest < VISIBLE <= check.error):
-            why = explain(check, actual, expected) or _cause(name, actual, expected, unseen)
+            sides = actual[name], expected[name]
+            why = explain(check, *sides) or _cause(name, *sides, unseen)
             if verification.cause is not None:
                 verification.notes.append(f"The first large error is that of {name}. Most likely: {why}.")
             verification.cause = verification.cause or why

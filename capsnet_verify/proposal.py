@@ -9,24 +9,18 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from capsnet_jax.errors import in_words
-from capsnet_verify.weight_map import Shape, patterns, toml_line
+from capsnet_verify.weight_map import LABELS, Shape, patterns, toml_line
 
-LABELS = {
-    None: '# labels = "one-hot"  # or "indices"',
-    "one-hot": 'labels = "one-hot"  # or "indices"',
-    "indices": 'labels = "indices"  # or "one-hot"',
-}
 KINDS = ("weight", "bias", "running_mean", "running_var")
 ALONE = "has no partner"
 HEAD = """\
 # Proposed from names and shapes. Check every line; comments are guesses, or have no partner.
 # Shapes do not show in which order channels become capsules: axes and sizes can change the order.
-%s: how labels follow the images, if forward takes them
-[weights]  # name in your module = name in capsnet_torch
-"""
+{labels}: how labels follow the images, if forward takes them
+[weights]  # name in your module = name in capsnet_torch"""
 
 
-class Array(NamedTuple):
+class Entry(NamedTuple):
     """A weight or output: its name, its shape, and whether its axes are in the order of PyTorch's own layers."""
 
     name: str
@@ -41,7 +35,7 @@ class Array(NamedTuple):
     def kind(self) -> str:
         return self.name.rpartition(".")[2]
 
-    def axes_to(self, target: "Array") -> list[str]:
+    def axes_to(self, target: "Entry") -> list[str]:
         """List the patterns that rearrange it to the axes of the target; "" if they are the same."""
         same = self.standard and self.shape == target.shape
         return [""] if same else patterns(self.shape, target.name, target.shape)
@@ -58,16 +52,16 @@ def propose_map(module: nn.Module, shapes: Mapping[str, Shape], labels: str | No
         shapes: shapes of the weights in the state_dict of `capsnet_torch`.
         labels: how labels must follow the images, if they must.
     """
-    targets = [Array(*item) for item in shapes.items()]
+    targets = [Entry(*item) for item in shapes.items()]
     sources = [
-        Array(name, tuple(tensor.shape), _is_standard(module, name))
+        Entry(name, tuple(tensor.shape), _is_standard(module, name))
         for name, tensor in module.state_dict().items()
         if tensor.is_floating_point()
     ]
     layers: list[tuple[str, str]] = []  # pairs: layer of capsnet_torch, layer of the module
     lines: dict[str, str] = {}
 
-    def axes(source: Array, target: Array) -> list[str]:
+    def axes(source: Entry, target: Entry) -> list[str]:
         pair = (target.layer, source.layer if source.standard else None)
         apart = any(other != pair and (other[0] == pair[0] or other[1] == pair[1]) for other in layers)
         return [] if apart or (source.standard and source.kind != target.kind) else source.axes_to(target)
@@ -92,7 +86,7 @@ def propose_map(module: nn.Module, shapes: Mapping[str, Shape], labels: str | No
         sources.remove(source)
         layers += [(target.layer, source.layer)] if source.standard else []
     # Such as a convolution for each component of a pose.
-    alike: dict[tuple[str, Shape], list[Array]] = {}
+    alike: dict[tuple[str, Shape], list[Entry]] = {}
     for source in sources:
         alike.setdefault((re.sub(r"\b[0-9]+\b", "*", source.name), source.shape), []).append(source)
     for (name, shape), several in alike.items():
@@ -106,7 +100,9 @@ def propose_map(module: nn.Module, shapes: Mapping[str, Shape], labels: str | No
             sources = [source for source in sources if source not in several]
     lines |= {name: f"# {json.dumps(name)} of capsnet_torch, {shape}, {ALONE}" for name, shape, _ in targets}
     left = [f"# {json.dumps(name)} of your module, {shape}, {ALONE}" for name, shape, _ in sources]
-    return HEAD % LABELS[labels] + "\n".join([*(lines[name] for name in shapes), *left, ""])
+    kind = labels or "one-hot"
+    entry = f'{"" if labels else "# "}labels = "{kind}"  # or "{LABELS[kind == LABELS[0]]}"'
+    return "\n".join([HEAD.format(labels=entry), *(lines[name] for name in shapes), *left, ""])
 
 
 def propose_outputs(returned: Any, shapes: Mapping[str, Shape]) -> str:
@@ -123,7 +119,7 @@ def propose_outputs(returned: Any, shapes: Mapping[str, Shape]) -> str:
         found = {
             source: axes
             for source, tensor in tensors_in(returned).items()
-            if (axes := Array("", tuple(tensor.shape)).axes_to(Array(name, shape)))
+            if (axes := Entry("", tuple(tensor.shape)).axes_to(Entry(name, shape)))
         }
         if found:
             (source, axes), *others = found.items()

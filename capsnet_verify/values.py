@@ -128,10 +128,10 @@ def _of_capsules(capsules: Any, layers: Iterable[Any]) -> dict[str, Any]:
     """Compute votes, couplings and capsules of every layer from the primary capsules on, in JAX or PyTorch."""
     values = {"primary poses": capsules.poses, "primary activations": capsules.activations}
     for number, layer in enumerate(layers):
-        convolutional = hasattr(layer, "under_kernel")
-        seen = layer.under_kernel(capsules.poses) if convolutional else capsules.poses
-        values |= {f"votes {number}": layer.votes(seen), f"couplings {number}": layer.route(capsules).couplings}
-        capsules = layer(capsules)
+        seen = layer.under_kernel(capsules.poses) if hasattr(layer, "under_kernel") else capsules.poses
+        routed = layer.route(capsules)
+        capsules = layer.capsules_of(routed)
+        values |= {f"votes {number}": layer.votes(seen), f"couplings {number}": routed.couplings}
         values |= {f"poses {number}": capsules.poses, f"activations {number}": capsules.activations}
     return values
 

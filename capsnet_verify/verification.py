@@ -1,9 +1,9 @@
 """Compare every value and gradient of a model in JAX and PyTorch, in every implementation, and then training."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.train.step import create_state, make_train_step
 from capsnet_torch.step import train_step as torch_train_step
 from capsnet_verify.causes import VISIBLE, cause, mixed_up, usual_cause
-from capsnet_verify.checks import AGREES, DIFFERS, INHERITS, NO_POWER, STEPS, Check, compare
+from capsnet_verify.checks import AGREES, DIFFERS, INHERITS, NO_POWER, STEPS, Array, Check, compare
 from capsnet_verify.deviations import deviations, explanation
 from capsnet_verify.implementations import Plan, as_on, in_words, plan
 from capsnet_verify.pair import Pair, both_on, new_pair, to_channels_first, with_batch
@@ -198,30 +198,61 @@ def _values(pair: Pair, plan: Plan, settings: Settings) -> Iterator[Result]:
 def _on_batch(
     pair: Pair, platform: str | None, expected: dict[str, np.ndarray], settings: Settings
 ) -> Iterator[Result]:
-    with as_on(platform):
-        actual = in_jax(pair)
-    moved: list[dict[str, np.ndarray]] = []
-    alone: dict[str, np.ndarray] = {}  # needed after the first difference
+    def compute(pair: Pair, given: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        with as_on(platform):
+            return in_jax(pair, given)
+
+    @cache
+    def moved() -> list[dict[str, np.ndarray]]:
+        return [compute(jittered(pair, seed)) for seed in range(JITTERS)]
+
+    actual, differed = compute(pair), False
+    checks = compare_in_order(actual, expected, settings, replay=partial(compute, pair, expected), moved=moved)
+    for check in checks:
+        why = ""
+        if check.verdict == DIFFERS:
+            if settings.torch_routing is not None and not differed:
+                why = _deviation(pair, check, expected[check.name]) or ""
+            why, differed = why or cause(check.name, actual[check.name], expected[check.name]), True
+        yield check, why
+
+
+def compare_in_order(
+    actual: Mapping[str, Array],
+    expected: Mapping[str, Array],
+    settings: Settings,
+    *,
+    replay: Callable[[], Mapping[str, Array]],
+    moved: Callable[[], Sequence[Mapping[str, Array]]] = list,
+) -> Iterator[Check]:
+    """Compare values and gradients in forward order, and tell those that are wrong from those that inherit an error.
+
+    Args:
+        actual: computed by JAX.
+        expected: computed by PyTorch, in forward order.
+        settings: tolerances, and whether checks get histograms.
+        replay: computes what each layer of JAX makes of PyTorch's values; called after the first difference.
+        moved: computes what JAX makes of weights and images with rounding errors, at which small differences have no
+            power; by default, all differences count.
+    """
+    alone: Mapping[str, Array] = {}
     differed = False
     for name in expected:
-        tolerance = settings.tolerance_of(name)
         # In bfloat16 some ReLU units switch on or off, which changes single gradients completely.
-        measure = partial(compare, name, tolerance=tolerance, euclidean=settings.dtype == "bfloat16")
+        euclidean = settings.dtype == "bfloat16"
+        measure = partial(compare, name, tolerance=settings.tolerance_of(name), euclidean=euclidean)
         check = measure(actual[name], expected[name])
         if check.verdict == DIFFERS and check.error < VISIBLE:
-            with as_on(platform):
-                moved = moved or [in_jax(jittered(pair, seed)) for seed in range(JITTERS)]
-            check = _unless_rounding(check, [measure(values[name], actual[name]).error for values in moved])
+            moves = max((measure(values[name], actual[name]).error for values in moved()), default=0.0)
+            if check.error <= ADDED_UP * moves:
+                reason = f"changed as much by rounding errors alone, by {moves:.1e}"
+                check = check._replace(verdict=NO_POWER, reason=reason)
         if check.verdict == DIFFERS and differed:
-            with as_on(platform):
-                alone = alone or in_jax(pair, given=expected)
-            check = unless_inherited(check, measure(alone[name], expected[name]))
-        why = cause(name, actual[name], expected[name]) if check.verdict == DIFFERS else ""
-        if check.verdict == DIFFERS and not differed and settings.torch_routing is not None:
-            why = _deviation(pair, check, expected[name]) or why
+            alone = alone or replay()
+            if measure(alone[name], expected[name]).verdict == AGREES:
+                check = check._replace(verdict=INHERITS)
         differed = differed or check.verdict == DIFFERS
-        check = check.with_histogram(actual[name], expected[name]) if settings.histograms else check
-        yield check, why
+        yield check.with_histogram(actual[name], expected[name]) if settings.histograms else check
 
 
 def _deviation(pair: Pair, check: Check, expected: np.ndarray) -> str | None:
@@ -230,16 +261,3 @@ def _deviation(pair: Pair, check: Check, expected: np.ndarray) -> str | None:
     tried = (each for each in deviations(pair.jax_model.config) if check.name.startswith(each.changes))
     found = explanation(check, ((each, each.values(pair, weights)[check.name], expected) for each in tried))
     return found and f"{found[0]}: with the same in capsnet_torch, this {found[1]}"
-
-
-def unless_inherited(check: Check, alone: Check) -> Check:
-    """Return a check that differs, as inherited if it agrees with the values of PyTorch as inputs of its layer."""
-    return check._replace(verdict=INHERITS) if alone.verdict == AGREES else check
-
-
-def _unless_rounding(check: Check, jitters: Sequence[float]) -> Check:
-    """Return the check, without power if rounding errors of weights and images alone change the values as much."""
-    if check.error > ADDED_UP * max(jitters):
-        return check
-    reason = f"changed as much by rounding errors alone, by {max(jitters):.1e}"
-    return check._replace(verdict=NO_POWER, reason=reason)

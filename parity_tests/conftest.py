@@ -78,7 +78,6 @@ def verify_foreign(
         build: Callable[[], Any], text: str, subject: Any = SUBJECT, dtype: str = "float64", *, replay: bool = False
     ) -> Any:
         if not replay:  # which takes a second
-            monkeypatch.setattr("capsnet_verify.foreign.unless_inherited", lambda check, alone: check)
             monkeypatch.setattr("capsnet_verify.foreign.in_jax", lambda pair, given=None: jax_values(pair))
         path = tmp_path / "map.toml"
         path.write_text(text)

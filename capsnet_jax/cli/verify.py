@@ -9,7 +9,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -148,7 +148,7 @@ class Verify:
 
     def _check(self) -> None:
         """Refuse wrong values, options that contradict each other, and a missing PyTorch, before anything is built."""
-        given = [name for name, value in vars(self).items() if value != getattr(Verify(), name)]
+        given = self._given()
 
         def named(option: str) -> str:
             return "a model" if option == "model" else f"--{option.replace('_', '-')}"
@@ -163,7 +163,6 @@ class Verify:
             raise UsageError(f"seed is {self.seed}, and must be less than {2**32}.")
         if not 0 < self.learning_rate < math.inf:
             raise UsageError(f"learning_rate is {self.learning_rate}, and must be a positive number.")
-        dict(map(_tolerance, self.tolerance))
         if not self.dtype:
             raise UsageError("dtype is empty; expected float64, float32 or bfloat16.")
         for name, path in (("json", self.json), ("html", self.html)):
@@ -186,10 +185,14 @@ class Verify:
             ("set", "model", "preset"),
             ("torch_model", "model", "preset"),
         ):
-            if one in given and not set(needed) & set(given):
+            if one in given and not given.keys() & needed:
                 raise UsageError(f"{named(one)} is given without {' or '.join(map(named, needed))}; expected both.")
         if importlib.util.find_spec("torch") is None:
             raise UsageError('capsnet verify needs PyTorch, which is not installed: pip install ".[torch]".')
+
+    def _given(self) -> dict[str, Any]:
+        """Return the options that do not have their default."""
+        return {name: value for name, value in vars(self).items() if value != getattr(Verify(), name)}
 
     def _subjects(self) -> list["capsnet_verify.subjects.Subject"]:
         """Return the models to verify."""
@@ -232,9 +235,8 @@ class Verify:
             import jax
 
             device = str(jax.devices("gpu")[0].device_kind)
-        options = {name: value for name, value in vars(self).items() if value != getattr(Verify(), name)}
         results = {
-            "options": json.loads(json.dumps(options, default=str)),
+            "options": json.loads(json.dumps(self._given(), default=str)),
             "verifications": [to_json(verification) for verification in verifications],
         }
         text = json.dumps(origin(("jax", "torch-eager"), device) | results, indent=2)
