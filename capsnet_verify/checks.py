@@ -65,13 +65,6 @@ class Check(NamedTuple):
         return self._replace(histogram=Histogram(low, high, *(np.histogram(side, edges)[0].tolist() for side in sides)))
 
 
-def tolerance_of(name: str, dtype: str, device: str = "cpu") -> float:
-    """Return the tolerance of a value or gradient of this name."""
-    if name.startswith("gradient") and dtype in GRADIENTS:
-        return GRADIENTS[dtype]
-    return ON_GPU.get(dtype, VALUES[dtype]) if device == "gpu" else VALUES[dtype]
-
-
 def compare(
     name: str,
     actual: ArrayLike,
@@ -111,6 +104,6 @@ def compare(
         reason = f"too small, the largest value is {scale:.1e}; a check of it has no power"
         return Check(name, scale, error, tolerance, NO_POWER, reason)
     if error > tolerance:
-        reason = f"scale-relative error {error:.1e}, tolerated {tolerance:.0e}"
+        reason = f"scale-relative error {error:.1e}, tolerated {tolerance:g}"
         return Check(name, scale, error, tolerance, DIFFERS, reason)
     return Check(name, scale, error, tolerance, AGREES)

@@ -20,7 +20,7 @@ def describe(verification: Verification) -> str:
     """Format a table of all checks, how layers were scaled, which implementations were compared, and a verdict."""
     rows = [("check", "scale", "error", "tolerance", "verdict")]
     rows += [
-        (check.name, number(check.scale), number(check.error), f"{check.tolerance:.0e}", check.verdict)
+        (check.name, number(check.scale), number(check.error), f"{check.tolerance:g}", check.verdict)
         for check in verification.checks
     ]
     return "\n\n".join([markdown_table(rows), *paragraphs(verification), sentence(verification)])

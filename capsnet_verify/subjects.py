@@ -18,7 +18,7 @@ from capsnet_jax.interchange.weights import StateDict
 from capsnet_jax.presets import get_preset
 from capsnet_jax.routing import ROUTINGS
 from capsnet_jax.runs.folder import Run, read_run
-from capsnet_verify.checks import tolerance_of
+from capsnet_verify.checks import GRADIENTS, ON_GPU, VALUES
 
 # All sizes differ, so that no transposed axis fits by chance; a primary scale of 1 gives capsules of visible length.
 SMALL = ModelConfig(
@@ -88,7 +88,9 @@ class Settings:
 
     def tolerance_of(self, name: str) -> float:
         """Return the tolerance of a value or gradient of this name."""
-        return self.tolerances.get(name, tolerance_of(name, self.dtype, self.device))
+        of_gradients = GRADIENTS if name.startswith("gradient") else {}
+        usual = VALUES | (ON_GPU if self.device == "gpu" else {}) | of_gradients
+        return self.tolerances.get(name, usual[self.dtype])
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raise a UsageError if there is a tolerance for something that is not among these values and gradients."""

@@ -68,11 +68,11 @@ def test_a_preset_with_other_sizes_needs_no_folder(folder, capsys):
 
 def test_a_difference_is_exit_status_1_and_shown_on_a_page_without_other_files(folder, capsys):
     model = ["verify", "run", "--torch-model", "my_capsnet:LengthsOverInputs", "--map", "map.toml"]
-    assert main([*model, "--html", "page.html", "--tolerance", "total loss=99"]) == 1
+    assert main([*model, "--html", "page.html", "--tolerance", "total loss=99.5"]) == 1
     said = capsys.readouterr().out
     assert "first in activations" in said
     rows = [line.split("|") for line in said.splitlines() if line.startswith("| ")][2:]
-    assert [row[4:6] for row in rows if row[1].strip() == "total loss"] == [["     1e+02 ", "  agrees "]]
+    assert [row[4:6] for row in rows if row[1].strip() == "total loss"] == [["      99.5 ", "  agrees "]]
     page = (folder / "page.html").read_text()
     assert html.unescape(page).count(said.splitlines()[-1]) == 1
     assert page.count("<tr>") == len(rows) + 1
