@@ -35,7 +35,8 @@ def to_html(verifications: Sequence[Verification]) -> str:
     area, line = '<rect class="jax" width="14" height="10" />', '<path class="torch" d="M0 5H14" />'
     key = (
         f"{_svg(14, 10, area)} JAX, {_svg(14, 10, line)} PyTorch; heights are logarithms of counts. Errors are "
-        f"fractions of the largest value, on a scale from 1e{SMALLEST} to 1e{LARGEST}; a dashed line is the tolerance."
+        f"fractions of the largest value, on a scale from 1e{SMALLEST} to 1e{LARGEST}; a dashed line is the tolerance. "
+        "What inherits an error agrees if it is computed from PyTorch's values of the layers below."
     )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -46,25 +47,23 @@ def to_html(verifications: Sequence[Verification]) -> str:
 
 
 def _section(verification: Verification, *, is_open: bool) -> str:
-    title = f"{verification.subject.title}, {verification.settings.dtype}"
-    verdict = ("agrees", "DIFFERS", "no")[verification.status]
+    title = escape(f"{verification.subject.title}, {verification.settings.dtype}")
     texts = [sentence(verification), *paragraphs(verification)]
     words = "\n".join(f"<p>{escape(text).replace(chr(10), '<br>')}</p>" for text in texts)
     rows = "\n".join(map(_row, verification.checks))
     head = "".join(f"<th>{name}</th>" for name in ("check", "verdict", "error", "", "largest value", "values"))
     return (
-        f'<details{" open" if is_open else ""}>\n<summary class="{verdict}">{escape(title)}</summary>\n{words}\n'
+        f'<details{" open" if is_open else ""}>\n<summary class="{verification.verdict}">{title}</summary>\n{words}\n'
         f"<div><table>\n<tr>{head}</tr>\n{rows}\n</table></div>\n</details>"
     )
 
 
 def _row(check: Check) -> str:
-    verdict = check.verdict.partition(" ")[0]
     cells = [
         f"{escape(check.name)}{f'<small>{escape(check.reason)}</small>' if check.reason else ''}",
-        f'<span class="{verdict}">{check.verdict}</span>',
+        f'<span class="{check.verdict}">{check.verdict}</span>',
         number(check.error),
-        f'<span class="{verdict}">{_error(check)}</span>',
+        f'<span class="{check.verdict}">{_error(check)}</span>',
         number(check.scale),
         "" if check.histogram is None else _histogram(check.histogram),
     ]
@@ -94,7 +93,7 @@ def _histogram(histogram: Histogram) -> str:
 
     def outline(counts: Sequence[int]) -> str:
         heights = [HEIGHT * (1 - math.log1p(count) / highest) for count in counts]
-        return "".join(f"V{height:.1f}H{width * (number + 1):.1f}" for number, height in enumerate(heights))
+        return "".join(f"V{height:.1f}H{width * place:.1f}" for place, height in enumerate(heights, 1))
 
     area, line = (f"M0 {HEIGHT}{outline(counts)}V{HEIGHT}" for counts in (histogram.actual, histogram.expected))
     return _svg(
@@ -107,4 +106,4 @@ def _histogram(histogram: Histogram) -> str:
 
 
 def _svg(width: int, height: int, inside: str) -> str:
-    return f'<svg width="{width}" height="{height}" role="img">{inside}</svg>'
+    return f'<svg width="{width}" height="{height}" aria-hidden="true">{inside}</svg>'

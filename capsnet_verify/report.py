@@ -54,8 +54,7 @@ def row(verification: Verification) -> tuple[str, ...]:
     """Return the cells of one verification in a summary."""
     worst = [number(error) for error in largest_errors(verification).values()]
     factors = " ".join(f"{found.factor:g}" for found in verification.scalings)
-    verdict = ("agrees", "DIFFERS", "not seen")[verification.status]
-    return verification.subject.title, verification.settings.dtype, *worst, factors, verdict
+    return verification.subject.title, verification.settings.dtype, *worst, factors, verification.verdict
 
 
 def sentence(verification: Verification) -> str:
@@ -65,8 +64,8 @@ def sentence(verification: Verification) -> str:
     if first is not None:
         return f"JAX and PyTorch differ, first in {first.name} ({first.reason}). Most likely: {verification.cause}."
     if verification.without_power:
-        names = "; ".join(f"{why}: {', '.join(of)}" for why, of in verification.without_power.items())
-        return f"JAX and PyTorch agree in what could be seen. These checks had no power. {names}."
+        names = "; ".join(f"{', '.join(of)} ({why})" for why, of in verification.without_power.items())
+        return f"JAX and PyTorch agree in what could be compared, but these checks prove nothing: {names}."
     errors = ", ".join(
         f"{name} within {error:.1e}" for name, error in largest_errors(verification).items() if not math.isnan(error)
     )

@@ -77,6 +77,11 @@ class Verification:
         return found
 
     @property
+    def verdict(self) -> str:
+        """The status in a word, as for a single check."""
+        return (AGREES, DIFFERS, NO_POWER)[self.status]
+
+    @property
     def status(self) -> int:
         """Exit status: 0 if both models agree, 1 if they differ, 2 if not everything could be compared."""
         return 1 if self.first_divergence else 2 if self.without_power or not self.checks else 0
