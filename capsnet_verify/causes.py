@@ -56,13 +56,12 @@ def cause(name: str, actual: Array, expected: Array) -> str:
     return next(_shown(name, actual, expected), usual_cause(name))
 
 
-def mixed_up(name: str, expected: Array, weights: Mapping[str, Array]) -> str | None:
-    """Return the cause if a weight of PyTorch equals another weight of JAX, or None."""
-    own = name.removeprefix("weight ")
+def cause_of_weight(name: str, actual: Array, expected: Array, weights: Mapping[str, Array]) -> str:
+    """Return the cause for a weight from a file; `weights` are all weights of JAX, one of which it may equal."""
     for other, array in weights.items():
-        if other != own and np.ptp(expected) > 0 and np.array_equal(array, expected):
-            return f"entries mixed up: {own} of PyTorch is {other} of JAX"
-    return None
+        if other != name and np.ptp(expected) > 0 and np.array_equal(array, expected):
+            return f"entries mixed up: {name} of PyTorch is {other} of JAX"
+    return cause(f"weight {name}", actual, expected)
 
 
 def _off_by(actual: Array, expected: Array) -> float:

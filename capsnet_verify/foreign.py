@@ -134,7 +134,7 @@ def propose(module: nn.Module, subject: Subject, settings: Settings) -> str:
         maps[as_settings(options)] = propose_map(module, weights, kind)
     alone = {options: text.count(ALONE) for options, text in maps.items()}
     best = min(alone, key=alone.__getitem__)
-    hint = f"# With --set {best}, {alone[best]} weights have no partner, instead of {alone['']}.\n" if best else ""
+    hint = f"# With --set {best}, fewer weights have no partner: {alone[best]}, not {alone['']}.\n" if best else ""
     outputs = {name: shapes[name] for name in OUTPUTS if name in shapes}
     return f"{hint}{maps['']}\n{propose_outputs(returned, outputs)}"
 

@@ -18,10 +18,10 @@ from capsnet_jax.interchange.weights import to_torch
 from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.train.step import create_state, make_train_step
 from capsnet_torch.step import train_step as torch_train_step
-from capsnet_verify.causes import VISIBLE, cause, mixed_up, usual_cause
+from capsnet_verify.causes import VISIBLE, cause, cause_of_weight, usual_cause
 from capsnet_verify.checks import AGREES, DIFFERS, INHERITS, NO_POWER, STEPS, Array, Check, compare
 from capsnet_verify.deviations import deviations, explanation
-from capsnet_verify.implementations import Plan, as_on, in_words, plan
+from capsnet_verify.implementations import Layer, Plan, as_on, in_words, plan
 from capsnet_verify.pair import Pair, both_on, new_pair, to_channels_first, with_batch
 from capsnet_verify.scaling import Scaling, scale_weights
 from capsnet_verify.subjects import Settings, Subject
@@ -33,8 +33,8 @@ EVEN = 1e-6  # if couplings are this close to even however long poses are, the a
 NOT_COMPARED = ("running_var", "num_batches_tracked")  # PyTorch multiplies the variance by n / (n - 1), Flax does not
 STEPS_IN_FLOAT32 = 5  # later, rounding errors have grown too large
 
-Result = tuple[Check, str]
-"""A check and, if it differs, the most likely cause."""
+Result = tuple[Check, Callable[[], str]]
+"""A check, and a function that finds the most likely cause if it is the first that differs."""
 
 
 @dataclass
@@ -111,7 +111,7 @@ def verify(
         for check, why in stream:
             verification.checks.append(check)
             if check.verdict == DIFFERS:
-                verification.cause = verification.cause or why
+                verification.cause = verification.cause or why()
                 if only_first:
                     break
     return verification
@@ -152,7 +152,7 @@ def trajectory(pair: Pair, settings: Settings) -> Iterator[Result]:
                 if not name.endswith(NOT_COMPARED):
                     sides[name] = weights[name], tensor.numpy(force=True)
         name = f"step {number + 1}"
-        yield worst(name, sides, STEPS[pair.dtype]), usual_cause(name)
+        yield worst(name, sides, STEPS[pair.dtype]), partial(usual_cause, name)
 
 
 def worst(name: str, sides: dict[str, tuple[Any, np.ndarray]], tolerance: float) -> Check:
@@ -177,12 +177,13 @@ def _results(verification: Verification, mistake: AbstractContextManager[Any]) -
 
 def _weights(subject: Subject, settings: Settings) -> Iterator[Result]:
     """Compare weights that the two models have from different files; they must be equal to the last bit."""
-    if subject.state is None or settings.torch_state is None:
+    weights = subject.state
+    if weights is None or settings.torch_state is None:
         return
     for name, expected in settings.torch_state.items():
-        actual, wanted = subject.state[name].astype("float64"), expected.astype("float64")
-        check = compare(f"weight {name}", actual, wanted, tolerance=0.0, floor=-1.0)
-        yield check, mixed_up(check.name, wanted, subject.state) or cause(check.name, actual, wanted)
+        sides = weights[name].astype("float64"), expected.astype("float64")
+        check = compare(f"weight {name}", *sides, tolerance=0.0, floor=-1.0)
+        yield check, partial(cause_of_weight, name, *sides, weights)
 
 
 def _values(pair: Pair, plan: Plan, settings: Settings) -> Iterator[Result]:
@@ -191,17 +192,14 @@ def _values(pair: Pair, plan: Plan, settings: Settings) -> Iterator[Result]:
         on_batch = with_batch(pair, batch.size, seed=settings.seed)
         if batch.size not in expected:
             expected[batch.size] = in_torch(on_batch)
-        for check, why in _on_batch(on_batch, batch.platform, expected[batch.size], settings):
-            if number == 0:
-                yield check, why
-            else:  # if all earlier batches agree, the mistake is in an implementation that only this batch uses
-                new = plan.new(batch)
-                why = f"in {in_words(new)}: {why}" if new else why
-                yield check._replace(name=f"{check.name}, {batch}"), why
+        # If all earlier batches agree, the mistake is in an implementation that only this batch uses.
+        new = plan.new(batch) if number else []
+        for check, why in _on_batch(on_batch, batch.platform, new, expected[batch.size], settings):
+            yield check._replace(name=f"{check.name}, {batch}") if number else check, why
 
 
 def _on_batch(
-    pair: Pair, platform: str | None, expected: dict[str, np.ndarray], settings: Settings
+    pair: Pair, platform: str | None, new: Sequence[Layer], expected: dict[str, np.ndarray], settings: Settings
 ) -> Iterator[Result]:
     def compute(pair: Pair, given: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         with as_on(platform):
@@ -211,15 +209,15 @@ def _on_batch(
     def moved() -> list[dict[str, np.ndarray]]:
         return [compute(jittered(pair, seed)) for seed in range(JITTERS)]
 
-    actual, differed = compute(pair), False
-    checks = compare_in_order(actual, expected, settings, replay=partial(compute, pair, expected), moved=moved)
-    for check in checks:
-        why = ""
-        if check.verdict == DIFFERS:
-            if settings.torch_routing is not None and not differed:
-                why = _deviation(pair, check, expected[check.name]) or ""
-            why, differed = why or cause(check.name, actual[check.name], expected[check.name]), True
-        yield check, why
+    def why(check: Check) -> str:
+        sides = actual[check.name], expected[check.name]
+        deviation = None if settings.torch_routing is None else _deviation(pair, check, sides[1])
+        return (f"in {in_words(new)}: " if new else "") + (deviation or cause(check.name, *sides))
+
+    actual = compute(pair)
+    replay = partial(compute, pair, expected)
+    for check in compare_in_order(actual, expected, settings, replay=replay, moved=moved):
+        yield check, partial(why, check)
 
 
 def compare_in_order(

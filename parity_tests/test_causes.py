@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from capsnet_verify.causes import cause, mixed_up, usual_cause
+from capsnet_verify.causes import cause, cause_of_weight, usual_cause
 from capsnet_verify.checks import AGREES, DIFFERS, NO_POWER, compare
 
 RNG = np.random.default_rng(0)
@@ -54,11 +54,11 @@ def test_usual_causes_depend_on_the_first_check_that_differs():
 
 
 def test_mixed_up_entries_are_named():
-    others = {"a": VALUES, "b": 2 * VALUES}
-    assert mixed_up("weight a", 2 * VALUES, others) == "entries mixed up: a of PyTorch is b of JAX"
-    assert mixed_up("weight b", 2 * VALUES, others) is None
-    assert mixed_up("weight a", 3 * VALUES, others) is None
-    assert mixed_up("weight a", 0 * VALUES, {"a": VALUES, "b": 0 * VALUES}) is None  # zeros have many sources
+    others = {"a": VALUES, "b": 2 * VALUES, "c": 0 * VALUES}
+    assert cause_of_weight("a", VALUES, 2 * VALUES, others) == "entries mixed up: a of PyTorch is b of JAX"
+    assert cause_of_weight("a", VALUES, 3 * VALUES, others).startswith("a factor: ")
+    assert cause_of_weight("b", 2 * VALUES, 2 * VALUES, others).startswith("weights of another training step")
+    assert "mixed up" not in cause_of_weight("a", VALUES, 0 * VALUES, others)  # zeros have many sources
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_a_model_for_a_gpu_runs_on_the_cpu(verify_foreign):
 def test_a_proposal_says_which_labels_forward_needs_and_what_gives_weights_a_partner():
     without_bias = of_model("a model", replace(MODEL, decoder_bias=False))
     proposed = propose(LengthsAndImages(), without_bias, Settings())
-    assert proposed.startswith("# With --set decoder_bias=true, 1 weights have no partner, instead of 3.\n")
+    assert proposed.startswith("# With --set decoder_bias=true, fewer weights have no partner: 1, not 3.\n")
     assert '\n# labels = "one-hot"  # or "indices": how labels follow the images' in proposed
     stacked = propose(StackedAndNeedsTarget(), ENCODER, Settings())
     assert "--set" not in stacked
