@@ -48,7 +48,12 @@ class Deviation(NamedTuple):
     changes: str | tuple[str, ...] = VALUES
 
     def __str__(self) -> str:
-        return f"{self.words} in PyTorch" + (f" (--set {as_settings(self.options)})" if self.options else "")
+        return f"in PyTorch, {self.words}"
+
+    @property
+    def remedy(self) -> str:
+        """With what both would agree."""
+        return f"--set {as_settings(self.options)}" if self.options else "the same in capsnet_torch"
 
     def values(self, pair: Pair, weights: Mapping[str, Tensor]) -> dict[str, Array]:
         """Compute all values of `in_torch` with this change.
@@ -148,9 +153,9 @@ def explanation(check: Check, changes: Iterable[tuple[Any, Array, Array]]) -> tu
     for change, actual, expected in changes:
         found = compare(check.name, actual, expected, tolerance=check.tolerance)
         if found.error <= error and found.verdict == AGREES:
-            return change, "agrees"
+            return change, "both agree"
         if found.error <= error:
-            best, error = (change, f"is off by {found.error:.1e} only"), found.error
+            best, error = (change, f"they differ by {found.error:.1e} only"), found.error
     return best
 
 

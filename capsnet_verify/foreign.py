@@ -276,8 +276,8 @@ def _explain(
     remedies = [toml_line(part.source, name=part.name, axes=part.axes, sizes=part.sizes) for part in lines]
     if deviation is not None:
         mistakes.append(str(deviation))
-        remedies.append("the same in capsnet_torch")
-    return f"{' and '.join(mistakes)}: with {' and '.join(remedies)}, this {outcome}"
+        remedies.append(deviation.remedy)
+    return f"{' and, '.join(mistakes)}: with {' and '.join(remedies)}, {outcome}"
 
 
 def _other_lines(foreign: ForeignModule) -> Iterator[list[Part]]:

@@ -263,4 +263,4 @@ def _deviation(pair: Pair, check: Check, expected: np.ndarray) -> str | None:
     weights = {name: torch.tensor(array) for name, array in to_torch(pair.jax_model).items()}
     tried = (each for each in deviations(pair.jax_model.config) if check.name.startswith(each.changes))
     found = explanation(check, ((each, each.values(pair, weights)[check.name], expected) for each in tried))
-    return found and f"{found[0]}: with the same in capsnet_torch, this {found[1]}"
+    return found and f"{found[0]}: with {found[0].remedy}, {found[1]}"

@@ -47,7 +47,7 @@ def test_the_change_that_explains_most_is_named():
         return explanation(check, ((error, expected + error, expected) for error in errors))
 
     assert found(0.1, 0.01) is None
-    assert found(1e-4, 1e-8, 1e-6) == (1e-8, "is off by 5.0e-09 only")
-    assert found(1e-4, 0.0, 1e-15) == (0.0, "agrees")
+    assert found(1e-4, 1e-8, 1e-6) == (1e-8, "they differ by 5.0e-09 only")
+    assert found(1e-4, 0.0, 1e-15) == (0.0, "both agree")
     assert explanation(check._replace(error=1e-6), [(None, expected, expected)]) is None
     assert explanation(check._replace(error=np.inf), [(None, expected, expected)]) is None

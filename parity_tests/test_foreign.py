@@ -129,10 +129,10 @@ def test_a_mistake_in_the_map_is_found_and_the_right_line_shown(verify_foreign, 
     verification = verify_foreign(build, text.replace(old, new))
     assert verification.status == 1
     assert verification.first_divergence.name == first
-    assert verification.cause == f"a mistake in the map: with {right}, this agrees"
+    assert verification.cause == f"a mistake in the map: with {right}, both agree"
 
 
-AGREES = "with the same in capsnet_torch, this agrees"
+AGREES = "with the same in capsnet_torch, both agree"
 WITHOUT_SIZES = LENGTHS.replace("1 (g p) o h d -> (p g) d o h", "1 i o h d -> i d o h").replace(
     ", sizes = { g = 3 }", ""
 )
@@ -149,14 +149,14 @@ WITHOUT_SIZES = LENGTHS.replace("1 (g p) o h d -> (p g) d o h", "1 i o h d -> i 
             '"primary.*.weight" = { name = "encoder.image2primary_capsules.2.weight", '
             'axes = "d g a b c -> (g d) a b c", sizes = { g = 3 } } and '
             '"primary.*.bias" = { name = "encoder.image2primary_capsules.2.bias", axes = "d g -> (g d)", '
-            "sizes = { g = 3 } }, this agrees",
+            "sizes = { g = 3 } }, both agree",
             id="stacked convolutions in another order",
         ),
         pytest.param(
             NeighbouringPixels,
             WITHOUT_SIZES,
             "activations",
-            "primary capsules of neighbouring pixels, by a view that mixes channels and positions in PyTorch: "
+            "in PyTorch, primary capsules of neighbouring pixels, by a view that mixes channels and positions: "
             + AGREES,
             id="a view that mixes channels",
         ),
@@ -164,30 +164,30 @@ WITHOUT_SIZES = LENGTHS.replace("1 (g p) o h d -> (p g) d o h", "1 i o h d -> i 
             LengthsOverInputs,
             LENGTHS,
             "activations",
-            f"a softmax over input capsules, not over output capsules in PyTorch: {AGREES}",
+            f"in PyTorch, a softmax over input capsules, not over output capsules: {AGREES}",
             id="a softmax over inputs",
         ),
         pytest.param(
             with_detach,
             LENGTHS_AND_IMAGES,
             f"gradient {VOTES}",
-            f"a detached agreement in the routing in PyTorch (--set routing=dynamic,detach=true): {AGREES}",
+            "in PyTorch, a detached agreement in the routing: with --set routing=dynamic,detach=true, both agree",
             id="a detached routing",
         ),
         pytest.param(
             OneMoreIteration,
             LENGTHS,
             "activations",
-            f"4 routing iterations, not 3 in PyTorch (--set num_iterations=4): {AGREES}",
+            "in PyTorch, 4 routing iterations, not 3: with --set num_iterations=4, both agree",
             id="one more iteration",
         ),
         pytest.param(
             OneMoreIteration,
             WITHOUT_SIZES,
             "activations",
-            "a mistake in the map and 4 routing iterations, not 3 in PyTorch (--set num_iterations=4): "
+            "a mistake in the map and, in PyTorch, 4 routing iterations, not 3: "
             f'with "W" = {{ name = "{VOTES}", axes = "1 (g p) o h d -> (p g) d o h", sizes = {{ g = 3 }} }} and '
-            "the same in capsnet_torch, this agrees",
+            "--set num_iterations=4, both agree",
             id="a wrong order and a wrong number",
         ),
     ],
@@ -209,7 +209,7 @@ def test_a_mistake_in_the_map_is_found_despite_an_epsilon(verify_foreign):
     verification = verify_foreign(WithEpsilon, LENGTHS.replace("(g p)", "(p g)"))
     assert verification.first_divergence.name == "activations"
     assert verification.cause.startswith('a mistake in the map: with "W" = ')
-    assert verification.cause.endswith("this is off by 1.0e-08 only")
+    assert verification.cause.endswith("they differ by 1.0e-08 only")
 
 
 def test_an_epsilon_is_not_taken_for_a_mistake_in_the_map(verify_foreign):
@@ -246,10 +246,10 @@ def test_a_mistake_above_an_epsilon_is_found(verify_foreign):
     assert verification.cause.startswith("an epsilon, or less precision")
     (note,) = verification.notes
     assert note.startswith(
-        "The first large error is that of activations. Most likely: a mistake in the map and 4 routing iterations, not "
-        '3 in PyTorch (--set num_iterations=4): with "W" = '
+        "The first large error is that of activations. Most likely: a mistake in the map and, in PyTorch, 4 routing "
+        'iterations, not 3: with "W" = '
     )
-    assert note.endswith(" and the same in capsnet_torch, this is off by 4.4e-08 only.")
+    assert note.endswith(" and --set num_iterations=4, they differ by 4.4e-08 only.")
 
 
 class Tanh(LengthsAndImages):

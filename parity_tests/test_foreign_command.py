@@ -43,7 +43,7 @@ def test_without_a_map_one_is_proposed_that_can_be_read_and_whose_mistake_is_fou
     assert main([*RUN, "--map", "proposed.toml"]) == 1
     said = capsys.readouterr().out
     assert "differ, first in activations" in said
-    assert 'axes = "1 (g p) o h d -> (p g) d o h", sizes = { g = 3 } }, this agrees' in said
+    assert 'axes = "1 (g p) o h d -> (p g) d o h", sizes = { g = 3 } }, both agree' in said
 
 
 def test_the_right_map_agrees_in_both_precisions(folder, capsys):
@@ -106,7 +106,7 @@ def test_a_difference_is_exit_status_1_and_shown_on_a_page_without_other_files(f
         (["--preset", "digits", "--set", "class_dim=a"], "class_dim"),
         (["--preset", "digits", "--set", "primary_scale=true"], "primary_scale"),
         (["--preset", "digits", "--set", "class_dim=" + "9" * 5000], "class_dim"),
-        (["--set", "class_dim=3"], "--set is given without a model or --preset; expected both."),
+        (["--set", "classes=3"], "The model has no field 'classes'; the nearest is 'num_classes'."),
         (
             [*RUN[1:], "--map", "map.toml", "--tolerance", "pose 0=1"],
             "which is no value or gradient here; the nearest is 'poses 0'.",

@@ -41,8 +41,8 @@ class Verify:
     """Height, width and number of channels: of another size of a preset, or for weights without a decoder and without
     a config.json."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """Fields of the model (as in its config.json) that differ from the preset or run, such as num_classes=5
-    primary_squash=squash decoder_bias=true."""
+    """Other fields of the model, under their names in a config.json, such as num_classes=5 primary_squash=squash
+    decoder_bias=true."""
     all_presets: bool = False
     """Verify every preset."""
     routing: Annotated[str | None, tyro.conf.arg(aliases=["--jax-routing"])] = None
@@ -182,7 +182,6 @@ class Verify:
             ("map", "torch_model"),
             ("torch_weights", "model"),
             ("image_shape", "model", "preset"),
-            ("set", "model", "preset"),
             ("torch_model", "model", "preset"),
         ):
             if one in given and not given.keys() & needed:
@@ -201,6 +200,7 @@ class Verify:
         from capsnet_verify import subjects
         from capsnet_verify.random_models import random_subject
 
+        routing = self.routing
         found = [subjects.of_preset(name) for name in PRESETS] if self.all_presets else []
         found += subjects.of_every_routing() if self.all_routings else []
         if self.torch_model is not None and self.model and self.model[0].is_dir():
@@ -213,11 +213,11 @@ class Verify:
         elif self.preset is not None:
             found = [subjects.of_preset(self.preset), *found]
         elif not found:
-            return [subjects.of_routing(self.routing or "dynamic")]
-        settings = [f"image_shape={[*self.image_shape]}"] if self.image_shape else []
-        settings += self.set
-        found = [subjects.with_fields(subject, settings) for subject in found] if settings else found
-        return [subjects.with_routing(subject, self.routing) for subject in found] if self.routing else found
+            found, routing = [subjects.of_routing(routing or "dynamic")], None
+        if routing is not None:
+            found = [subjects.with_routing(subject, routing) for subject in found]
+        fields = [f"image_shape={[*self.image_shape]}"] if self.image_shape else []
+        return [subjects.with_fields(subject, [*fields, *self.set]) for subject in found]
 
     def _write(self, verifications: list["capsnet_verify.verification.Verification"]) -> None:
         """Replace the files of --html and --json by the results so far."""
