@@ -12,25 +12,14 @@ import numpy as np
 import torch
 
 from capsnet_jax.nn.fast import fused_dynamic
-from capsnet_jax.routing import ROUTINGS, Routing, get_routing
+from capsnet_jax.routing import Routing, get_routing
 from capsnet_torch.routing import ROUTINGS as TORCH_ROUTINGS
 from capsnet_verify.checks import DIFFERS, VALUES, Check, compare
-from capsnet_verify.subjects import EVERY_TERM
 from capsnet_verify.values import QUICKLY_COMPILED
 
 BATCH, POSITIONS, INPUTS, OUTPUTS, INPUT_SIZE, SIZE = 3, 2, 11, 5, 4, 6
-ITERATIONS, ITERATIONS_OF_OPTIONS = [1, 2, 3, 5], [1, 3]
 CHUNK = 4 * 4 * INPUT_SIZE * OUTPUTS * (BATCH + SIZE)  # bytes: fused routing takes 4, 4 and 3 input capsules at a time
 
-OPTIONS = [
-    "dynamic,leaky=true",
-    "dynamic,detach=true",
-    "dynamic,prior_logits=0,capsule_bias=0.1",
-    f"{EVERY_TERM['dynamic']},detach=true",
-    "variational,alpha0=0.7,kappa0=0.4,psi0=1.5",
-    "self_routing,epsilon=0.2",
-    "random,seed=3",
-]
 IGNORE_ACTIVATIONS = {"dynamic", "self_attention", "inverted_attention", "kmeans", "uniform", "random"}
 
 
@@ -60,25 +49,6 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.spec}, {self.num_iterations}" + (f", {self.kind}" if self.kind != "votes" else "")
-
-
-def every_case() -> list[Case]:
-    """List cases of every routing: with all of its terms, several numbers of iterations, and other options."""
-
-    def cases(spec: str, iterations: list[int], kind: str = "votes") -> list[Case]:
-        iterative = get_routing(spec).takes("num_iterations")
-        return [Case(spec, number, kind) for number in (iterations if iterative else [1])]
-
-    specs = ["dynamic", *(EVERY_TERM.get(name, name) for name in ROUTINGS)]
-    return [
-        *(case for spec in specs for case in cases(spec, ITERATIONS)),
-        *(case for spec in OPTIONS for case in cases(spec, ITERATIONS_OF_OPTIONS)),
-        *(
-            case
-            for name in ("em", "variational")
-            for case in cases(EVERY_TERM[name], ITERATIONS_OF_OPTIONS, "positions")
-        ),
-    ]
 
 
 def make_inputs(case: Case, dtype: str) -> dict[str, np.ndarray]:

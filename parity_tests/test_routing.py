@@ -22,7 +22,6 @@ from capsnet_verify.routings import (
     SIZE,
     Case,
     check,
-    every_case,
     in_jax,
     in_torch,
     make_inputs,
@@ -31,6 +30,16 @@ from capsnet_verify.subjects import EVERY_TERM
 from parity_tests import oracle
 from parity_tests.compare import assert_close
 
+ITERATIONS, ITERATIONS_OF_OPTIONS = [1, 2, 3, 5], [1, 3]
+OPTIONS = [
+    "dynamic,leaky=true",
+    "dynamic,detach=true",
+    "dynamic,prior_logits=0,capsule_bias=0.1",
+    f"{EVERY_TERM['dynamic']},detach=true",
+    "variational,alpha0=0.7,kappa0=0.4,psi0=1.5",
+    "self_routing,epsilon=0.2",
+    "random,seed=3",
+]
 ALL = EVERY_TERM["dynamic"]
 FUSED = [
     Case("dynamic", 1, "fused"),
@@ -43,6 +52,21 @@ FUSED = [
 ORDINARY_FUSED = [FUSED[4], FUSED[5]]
 ORACLES = {"dynamic", "em", "variational"}
 compiled = functools.cache(in_jax)
+
+
+def every_case() -> list[Case]:
+    """List cases of every routing: with all of its terms, several numbers of iterations, and other options."""
+
+    def of(spec: str, iterations: list[int], kind: str = "votes") -> list[Case]:
+        iterative = get_routing(spec).takes("num_iterations")
+        return [Case(spec, number, kind) for number in (iterations if iterative else [1])]
+
+    specs = ["dynamic", *(EVERY_TERM.get(name, name) for name in ROUTINGS)]
+    return [
+        *(case for spec in specs for case in of(spec, ITERATIONS)),
+        *(case for spec in OPTIONS for case in of(spec, ITERATIONS_OF_OPTIONS)),
+        *(case for name in ("em", "variational") for case in of(EVERY_TERM[name], ITERATIONS_OF_OPTIONS, "positions")),
+    ]
 
 
 def is_ordinary(case: Case) -> bool:
