@@ -129,9 +129,11 @@ def _of_capsules(capsules: Any, layers: Iterable[Any]) -> dict[str, Any]:
     values = {"primary poses": capsules.poses, "primary activations": capsules.activations}
     for number, layer in enumerate(layers):
         seen = layer.under_kernel(capsules.poses) if hasattr(layer, "under_kernel") else capsules.poses
+        # Before routing, which may be inside of `jax.checkpoint`: `feed` keeps the first votes.
+        values[f"votes {number}"] = layer.votes(seen)
         routed = layer.route(capsules)
         capsules = layer.capsules_of(routed)
-        values |= {f"votes {number}": layer.votes(seen), f"couplings {number}": routed.couplings}
+        values[f"couplings {number}"] = routed.couplings
         values |= {f"poses {number}": capsules.poses, f"activations {number}": capsules.activations}
     return values
 
