@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import tyro
@@ -12,6 +12,7 @@ from rich.console import Console
 
 from capsnet_jax.cli.train import describe_weights, prepare
 from capsnet_jax.cli.training_options import TrainingOptions, is_given, read_defaults
+from capsnet_jax.config import Config, ModelConfig
 from capsnet_jax.data import configured_dataset, with_absolute_paths
 from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.errors import NonFiniteLossError, StoppedBySignalError, UsageError
@@ -32,6 +33,13 @@ from capsnet_jax.train.evaluation import mean_coupling_entropy
 from capsnet_jax.train.loop import Trainer
 
 COUPLED_IMAGES = 1000  # test images for the mean coupling entropy
+
+
+@dataclass(frozen=True)
+class ComparedModel(ModelConfig):
+    """Sizes and options of the network, other than its routing. The defaults are the reference model."""
+
+    routing: tyro.conf.Suppress[str] = "dynamic"  # replaced by each routing in turn
 
 
 @dataclass(frozen=True)
@@ -56,14 +64,20 @@ class Compare(TrainingOptions):
     The same command with the same --output continues where it stopped.
     Details: docs/training.md."""
 
+    model: ComparedModel = field(default_factory=ComparedModel)
     comparison: ComparisonOptions = field(default_factory=ComparisonOptions)
+    ROUTING_OPTION: ClassVar = "--routings"
 
     @classmethod
     def default(cls, argv: Sequence[str]) -> "Compare":
         if is_given(argv, "--routing"):
             raise UsageError("compare has no --routing; expected --routings, with all or any number of names.")
         config, _ = read_defaults(argv, trust_code=True)  # its routing is replaced by those that are compared
-        return cls.of_config(config)
+        return cls(data=config.data, model=ComparedModel(**vars(config.model)), training=config.training)
+
+    @property
+    def config(self) -> Config:
+        return Config(ModelConfig(**vars(self.model)), self.data, self.training)
 
     def run(self) -> None:
         options, data = self.comparison, with_absolute_paths(self.data)
@@ -77,7 +91,7 @@ class Compare(TrainingOptions):
         folder = options.output or Path("runs") / f"compare-{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         trainings = {}
         for routing in routings:
-            config = replace(self.config, data=data, model=replace(self.model, routing=routing))
+            config = replace(self.config, data=data, model=replace(self.config.model, routing=routing))
             run = Run.of(folder / folder_of_routing(routing), config, dataset)
             trainings[routing] = prepare(run, dataset, options.seeds, source)
         results = open_folder(folder, self.depends_on(source))

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -35,6 +35,7 @@ class TrainingOptions:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    ROUTING_OPTION: ClassVar = "--routing"
 
     @property
     def config(self) -> Config:
@@ -44,12 +45,13 @@ class TrainingOptions:
     def of_config(cls, config: Config, **fields: Any) -> Any:
         return cls(model=config.model, data=config.data, training=config.training, **fields)
 
-    @staticmethod
-    def epilog() -> str:
+    @classmethod
+    def epilog(cls) -> str:
         """Return the tables of routings and augmentations at the end of the help."""
         routings = [(name, describe_options(function)) for name, function in ROUTINGS.items()]
         changes = [line.split(" ", 1) for line in describe_augmentations().splitlines()]
-        about_routings = "for --routing, with options after commas: --routing em,annealing=0.9 (docs/routing.md)"
+        option = cls.ROUTING_OPTION
+        about_routings = f"for {option}, with options after commas: {option} em,annealing=0.9 (docs/routing.md)"
         about_changes = "for --augment, as in --augment shift=0.1 flip (docs/training.md)"
         return "\n".join(_table("Routings", about_routings, routings) + _table("Changes", about_changes, changes))
 

@@ -237,16 +237,26 @@ def test_the_options_of_training_are_in_groups_with_everyday_ones_first(command,
     for section in ("data", "model", "training"):
         names = [name.replace("_", "-") for name in vars(getattr(config, section))]
         hidden = {"image-shape", "num-classes"}  # set by the data set
+        hidden |= {"routing"} if command == "compare" else set()
         assert options[f"{section} options"] == [name for name in names if name not in hidden]
     assert options["options"] == ["preset", "from"]
     assert options["data options"][:3] == ["dataset", "data-dir", "augment"]
-    assert options["model options"][:2] == ["routing", "num-iterations"]
+    everyday = ["num-iterations", "stem-below"] if command == "compare" else ["routing", "num-iterations"]
+    assert options["model options"][:2] == everyday
     assert options["training options"][:4] == ["epochs", "batch-size", "learning-rate", "seed"]
     if command == "train":
         assert options["run options"] == ["run-dir", "resume", "seeds", "tensorboard"]
         assert options["device options"] == ["distributed", "coordinator", "num-processes", "process-id"]
     else:
         assert options["comparison options"] == ["routings", "seeds", "output", "seeds-at-once"]
+
+
+def test_the_table_of_routings_names_the_option_of_the_command(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    for command, option in (("train", "--routing"), ("compare", "--routings")):
+        assert main([command, "--help"]) == 0
+        heading = f"\nRoutings for {option}, with options after commas: {option} em,annealing=0.9 (docs/routing.md):\n"
+        assert heading in capsys.readouterr().out
 
 
 def test_the_help_of_training_has_defaults_and_ends_with_tables_of_routings_and_augmentations(monkeypatch, capsys):
