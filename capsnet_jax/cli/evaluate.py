@@ -51,6 +51,11 @@ class Evaluate:
     """File for a picture of the confusion matrix: .png, .pdf or .svg."""
 
     def run(self) -> None:
+        """Print the evaluation, and draw the confusion matrix.
+
+        Raises:
+            UsageError: an option is wrong, or model or data set cannot be loaded or do not fit each other.
+        """
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"limit is {self.limit}, and must be at least 1.")
         run, model = load_run(self.run_dir, best=self.best, trust_code=self.trust_code)

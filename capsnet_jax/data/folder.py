@@ -114,7 +114,7 @@ def _common_shape(paths: list[Path], size: tuple[int, int] | None, threads: Thre
         if size is None and header[:2] != (height, width):
             raise UsageError(
                 f"{path} is {header[0]} x {header[1]} pixels, height x width, but {paths[0]} is {height} x {width}; "
-                "expected images of one size, or --image-size H W, which resizes all."
+                "expected images of one size, or --image-size H W in training, which resizes all."
             )
     return *(size or (height, width)), 1 if all(mode in GREY_MODES for _, _, mode in headers) else 3
 

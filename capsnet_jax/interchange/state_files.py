@@ -69,7 +69,8 @@ def start_from(model: CapsNet, source: str | Path) -> Transfer:
             are read; no code is executed.
 
     Returns:
-        The names of the weights that were taken, that start anew, and that are not used; see `capsnet convert`.
+        The names of the weights that were taken, that start anew, and that are not used, as in the state_dict of the
+        PyTorch model.
 
     Raises:
         UsageError: the source cannot be read, no weight fits, or a value is not finite; then the model is unchanged.

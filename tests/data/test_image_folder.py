@@ -236,7 +236,7 @@ WRONG = {
     ),
     "mixed sizes": (
         lambda f: resize(f, "b/002.png"),
-        "FOLDER/b/002.png is 9 x 8 pixels, .* FOLDER/a/000.png is 6 x 5; .* --image-size H W, which resizes all",
+        "FOLDER/b/002.png is 9 x 8 pixels, .* FOLDER/a/000.png is 6 x 5; .* --image-size H W in training",
     ),
     "32 bits": (
         lambda f: Image.fromarray(np.full((6, 5), 70000, np.int32)).save(f / "a" / "000.tif"),
