@@ -27,6 +27,8 @@ from capsnet_jax.routing.self_routing import self_routing
 from capsnet_jax.routing.uniform import uniform
 from capsnet_jax.routing.variational import variational
 
+MAX_ITERATIONS = 100  # each is traced: many more take hours, and come from typing errors or damaged files
+
 ROUTINGS: dict[str, Callable[..., Routed]] = {
     function.__name__: function
     for function in (
@@ -145,10 +147,12 @@ def get_routing(routing: str | Callable[..., Routed] | Routing, *, num_iteration
         routing: a name in `ROUTINGS`, your own function as `package.module:function`, or the function itself. Options
             follow a name after commas, as in "dynamic,leaky=true,capsule_bias=0.1". Bind the options of a function with
             `functools.partial`.
-        num_iterations: number of iterations, for functions with this argument; an option of this name overrides it.
+        num_iterations: number of iterations, 1 to 100, for functions with this argument; an option of this name
+            overrides it.
 
     Raises:
-        UsageError: the name is unknown, cannot be imported or is not callable, or it has no such option.
+        UsageError: the name is unknown, cannot be imported or is not callable, it has no such option, or the number of
+            iterations is out of range.
     """
     if isinstance(routing, Routing):
         return routing
@@ -167,8 +171,11 @@ def get_routing(routing: str | Callable[..., Routed] | Routing, *, num_iteration
     options |= _parse_options(name, function, settings)
     if "num_iterations" in _parameters(function):
         options = {"num_iterations": num_iterations} | options
-        if options["num_iterations"] < 1:
-            raise UsageError(f"Routing {name}: num_iterations is {options['num_iterations']}, and must be at least 1.")
+        number = options["num_iterations"]
+        if not 1 <= number <= MAX_ITERATIONS:
+            raise UsageError(
+                f"Routing {name}: num_iterations is {number}, and must be at least 1 and at most {MAX_ITERATIONS}."
+            )
     return Routing(name, function, tuple(sorted(options.items())))
 
 

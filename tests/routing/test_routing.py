@@ -78,6 +78,16 @@ def test_no_iteration_is_an_error(num_iterations):
         dynamic(VOTES, ACTIVATIONS, num_iterations=num_iterations)
 
 
+@pytest.mark.parametrize("name", ["dynamic", "em", "variational", "inverted_attention", "kmeans"])
+def test_so_many_iterations_that_tracing_takes_hours_are_refused(name):
+    get_routing(name, num_iterations=100)
+    message = f"Routing {name}: num_iterations is 101, and must be at least 1 and at most 100"
+    with pytest.raises(UsageError, match=message):
+        get_routing(name, num_iterations=101)
+    with pytest.raises(UsageError, match=message):
+        get_routing(f"{name},num_iterations=101")
+
+
 def test_a_routing_is_a_name_or_a_module_path_or_a_function():
     for routing in ("dynamic", "capsnet_jax.routing.dynamic:dynamic", dynamic):
         found = get_routing(routing, num_iterations=2)
