@@ -102,20 +102,20 @@ class Predict:
     ) -> Iterator[tuple[str, UInt8[np.ndarray, "height width channels"], str]]:
         """Yield name, pixels and changes of each image that can be read."""
         for path in self.paths:
-            with _reported(errors):
+            with _reported(path, errors):
                 for name in files_of(path):
-                    with _reported(errors):
+                    with _reported(name, errors):
                         yield name, *read_image(name, run, resize=self.resize, invert=self.invert)
 
 
 @contextmanager
-def _reported(errors: list[Exception]) -> Iterator[None]:
-    """Print an error instead of raising it, and append it to the list."""
+def _reported(name: str, errors: list[Exception]) -> Iterator[None]:
+    """Print an error about a file instead of raising it, and append it to the list."""
     try:
         yield
     except (UsageError, OSError) as error:
         errors.append(error)
-        text = f"{error.filename} cannot be read: {error.strerror}." if isinstance(error, OSError) else error
+        text = f"{name} cannot be read: {error.strerror or error}." if isinstance(error, OSError) else error
         print(f"capsnet: error: {text}", file=sys.stderr)
 
 

@@ -1,6 +1,7 @@
 """The command `predict`: the line for each image, how files are read, and which files are refused."""
 
 import csv
+import errno
 import functools
 import io
 import json
@@ -274,14 +275,28 @@ def test_a_wrong_file_is_named_and_the_others_are_predicted(
     assert error.count("\n") == 1
 
 
+class Unreadable(io.RawIOBase):
+    """A stream as of a broken disk."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
 def test_files_that_the_system_refuses_are_named_and_the_others_are_predicted(run_dir, files, monkeypatch, capsys):
     monkeypatch.chdir(files[0].parent)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("socket")
-        assert main(["predict", str(run_dir), "socket", *map(str, files)]) == 2
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(Unreadable())))
+        assert main(["predict", str(run_dir), "socket", "-", *map(str, files)]) == 2
     out, error = capsys.readouterr()
     assert out.splitlines() == expected_lines(files, 0)
-    assert error == "capsnet: error: socket cannot be read: No such device or address.\n"
+    assert error.splitlines() == [
+        "capsnet: error: socket cannot be read: No such device or address.",
+        "capsnet: error: - cannot be read: Input/output error.",
+    ]
 
 
 def test_an_endless_input_is_read_up_to_a_limit(run_dir, files, monkeypatch, capsys):
