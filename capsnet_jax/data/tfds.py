@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from capsnet_jax.data.dataset import Dataset, make_dataset
+from capsnet_jax.data.idx import IDX_DATASETS
 from capsnet_jax.errors import UsageError
 
 EXTRA = "pip install 'capsnet-jax[tfds]'"
@@ -25,16 +26,16 @@ def load_tfds(name: str, data_dir: Path | None, *, test_only: bool = False) -> D
     Raises:
         UsageError: the data set is unknown, its images have different sizes or no class, or a package is missing.
     """
-    others = (
-        "digits, multi_mnist, affine_mnist, the path of a folder or .npz file, a data set of idx files in --data-dir"
-    )
-    others += "" if data_dir is None else f" ({data_dir} has none)"
+    idx = "idx files in --data-dir" + ("" if data_dir is None else f" ({data_dir} has none)")
+    others = f"digits, multi_mnist, affine_mnist, the path of a folder or .npz file, a data set of {idx}"
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise UsageError(
-            f"Unknown data set {name!r}; expected {others}; all others need tensorflow-datasets: {EXTRA} ({error})."
-        ) from error
+        if name in IDX_DATASETS:
+            needs = f"Data set {name!r} needs its four {idx}, or"
+        else:
+            needs = f"Unknown data set {name!r}; expected {others}; all others need"
+        raise UsageError(f"{needs} tensorflow-datasets: {EXTRA} ({error}).") from error
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except (ValueError, AssertionError) as error:  # not found, not the syntax of a name, or no such config or version

@@ -301,5 +301,14 @@ def test_without_tensorflow_datasets_the_error_names_the_extra(monkeypatch, tmp_
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(UsageError, match=r"'cifar10'.*pip install 'capsnet-jax\[tfds\]'"):
         load_dataset("cifar10")
+    for name in ("mnist", "multi_mnist"):
+        with pytest.raises(
+            UsageError, match=r"^Data set 'mnist' needs its four idx files in --data-dir, or tensorflow"
+        ):
+            load_dataset(name)
+    with pytest.raises(
+        UsageError, match=rf"needs its four idx files in --data-dir \({tmp_path} has none\), or tensorf"
+    ):
+        load_dataset("kmnist", tmp_path)
     with pytest.raises(UsageError, match=r"a data set of idx files in --data-dir \(.* has none\)"):
         load_dataset("emnist-letters", tmp_path)
