@@ -265,10 +265,11 @@ def read_run(folder: Path, *, trust_code: bool = False) -> Run:
     path = folder / CONFIG
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         parts = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
         hint = f"its folder {parts[0]} does" if parts else "expected the --run-dir of a training"
-        missing = f"it has no {CONFIG}" if folder.exists() else "it does not exist"
+        exists = f"it has no {CONFIG}" if folder.is_dir() else "it is a file"
+        missing = exists if folder.exists() else "it does not exist"
         raise UsageError(f"{folder} is not the folder of a run: {missing}; {hint}.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {error}.") from error

@@ -104,6 +104,11 @@ MISTAKES = [
         "expected the options of that run, which need not be repeated, or a new --run-dir",
     ),
     ("evaluate nowhere", "nowhere is not the folder of a run", "expected the --run-dir of a training"),
+    (
+        "evaluate run/config.json",
+        "run/config.json is not the folder of a run: it is a file",
+        "expected the --run-dir of a",
+    ),
     ("evaluate empty", "it has no config.json", "expected the --run-dir of a training"),
     ("evaluate seeds", "seeds is not the folder of a run", "its folder seed-0 does"),
     ("evaluate run --best", "run has no best.safetensors", "it was trained without --validation"),
