@@ -282,6 +282,8 @@ def read_run(folder: Path, *, trust_code: bool = False) -> Run:
 def _run_of_fields(folder: Path, fields: Any, *, trust_code: bool) -> Run:
     if not isinstance(fields, dict):
         raise UsageError(f"It holds {type(fields).__name__}; expected the options of a run, by section.")
+    if "device" in fields and "class_names" not in fields:  # written by `capsnet compare`
+        raise UsageError("It is of a comparison; expected the folder of a run in it, such as dynamic/seed-0.")
     names, labels_per_image = fields.get("class_names"), fields.get("labels_per_image", 1)
     if not isinstance(names, list) or not all(isinstance(name, str) and name.isprintable() for name in names):
         raise UsageError(f"class_names is {names!r}; expected a list of printable names.")

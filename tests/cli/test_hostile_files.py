@@ -88,6 +88,10 @@ WRONG_FILES = [
     ("[]", "It holds list; expected the options of a run"),
     ("null", "It holds NoneType; expected the options of a run"),
     ("{}", "class_names is None; expected a list of printable names"),
+    (
+        '{"model": {}, "seeds": 3, "device": "cpu"}',
+        "It is of a comparison; expected the folder of a run in it, such as",
+    ),
     ('{"class_names": "abc"}', "class_names is 'abc'; expected a list"),
     ('{"class_names": [1, 2, 3]}', "class_names is [1, 2, 3]; expected a list"),
     (
