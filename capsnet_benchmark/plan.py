@@ -30,6 +30,7 @@ from capsnet_jax.train.loop import Trainer
 GPUS = Path(__file__).parent / "gpus"
 PARTS = ("augmentation", "stem", "primary_capsules", "votes", "routing", "decoder", "losses", "casts", "optimizer")
 """Parts of a training step, the names of `jax.named_scope` in the model and the step; all else is "other"."""
+FIELD = re.compile(r"\b(\w+) *[:{]")  # of a target_config
 CONVOLUTIONS = ("stem", "primary_capsules")
 COLUMNS = {"kernels": ("kernels", 1.0, 0), "flops": ("GFLOP", 1e-9, 1), "needed_flops": ("needed", 1e-9, 1)}
 COLUMNS |= {"bytes": ("MB", 1e-6, 1), "seconds": ("bound us", 1e6, 1)}
@@ -85,17 +86,22 @@ def read_gpu(name: str) -> Gpu:
     if not path.is_file():
         raise UsageError(f"The GPU is {name!r}; expected {', '.join(known)} or a file like {GPUS / known[0]}.toml.")
     try:
-        fields = tomllib.loads(path.read_text())
+        fields, example = (tomllib.loads(file.read_text()) for file in (path, GPUS / f"{known[0]}.toml"))
         target_config = fields["target_config"]
-        bandwidth = int(re.findall(r"\bmemory_bandwidth: *(\d+)", target_config)[0])
+        # XLA crashes if it divides by a number that is missing.
+        if missing := {*FIELD.findall(example["target_config"])} - {*FIELD.findall(target_config)}:
+            raise ValueError(f"target_config has no {min(missing)}")
+        if zeros := re.findall(r"\b(?!minor\b)(\w+): *(?:0(?![.\d])|-)", target_config):
+            raise ValueError(f"{zeros[0]} is not positive")
+        (bandwidth,) = map(int, re.findall(r"\bmemory_bandwidth: *(\d+)", target_config))
         (device,) = re.findall(r'\bdevice_description_str: *"(.+)"', target_config)
         rates = {dtype: float(rate) for dtype, rate in fields["flops_per_second"].items()}
-        if min(bandwidth, *rates.values()) <= 0:
-            raise ValueError("a rate is not positive")
-    except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
+        if not all(rate > 0 for rate in rates.values()):
+            raise ValueError("flops_per_second is not positive")
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise UsageError(
-            f"{path} does not describe a GPU ({in_words(error)}); expected flops_per_second by dtype, and a "
-            f"target_config with memory_bandwidth and device_description_str, as in {GPUS / known[0]}.toml."
+            f"{path} does not describe a GPU ({in_words(error)}); expected target_config and flops_per_second, as in "
+            f"{GPUS / known[0]}.toml."
         ) from error
     return Gpu(device, target_config, bandwidth, rates)
 

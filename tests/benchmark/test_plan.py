@@ -51,10 +51,20 @@ def test_the_gpus_have_their_public_figures(name, bandwidth):
         ("h99", "The GPU is 'h99'; expected h100, h200 or a file like "),
         (lambda text: text[:40], "does not describe a GPU (KeyError"),
         (lambda text: f"{text} =", "does not describe a GPU (TOMLDecodeError"),
-        (lambda text: text.replace("memory_bandwidth", "bandwidth"), "does not describe a GPU (IndexError"),
-        (lambda text: text.replace("device_description_str", "name"), "does not describe a GPU (ValueError"),
+        (
+            lambda text: text.replace("memory_bandwidth", "bandwidth"),
+            "(ValueError: target_config has no memory_bandwidth)",
+        ),
+        (
+            lambda text: text.replace("  threads_per_warp: 32\n", ""),
+            "(ValueError: target_config has no threads_per_warp)",
+        ),
+        (lambda text: text.replace("core_count: 132", "core_count: 0"), "(ValueError: core_count is not positive)"),
+        (lambda text: text.replace("core_count: 132", "core_count: -1"), "(ValueError: core_count is not positive)"),
+        (lambda text: text.replace("3352320000000", "fast"), "does not describe a GPU (ValueError"),
         (lambda text: text.replace("989.4e12", "'fast'"), "does not describe a GPU (ValueError"),
-        (lambda text: text.replace("494.7e12", "-1"), "does not describe a GPU (ValueError: a rate is not positive)"),
+        (lambda text: text.replace("494.7e12", "-1"), "(ValueError: flops_per_second is not positive)"),
+        (lambda text: text.replace("494.7e12", "nan"), "(ValueError: flops_per_second is not positive)"),
         (lambda text: text.replace("[flops_per_second]", "[[flops_per_second]]"), "does not describe a GPU (Attribute"),
     ],
 )
@@ -71,7 +81,7 @@ def test_a_wrong_description_of_a_gpu_is_refused(wrong, message, tmp_path):
 
 def test_a_description_in_another_file_is_read(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text((plan.GPUS / "h100.toml").read_text().replace("3352320000000", "7"))
+    path.write_text((plan.GPUS / "h100.toml").read_text().replace("3352320000000", "7").replace("1.98", "0.5"))
     assert plan.read_gpu(str(path)).bytes_per_second == 7
 
 
