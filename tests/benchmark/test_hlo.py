@@ -129,6 +129,25 @@ def test_zeros_that_a_kernel_wrote_between_the_elements_of_an_operand_are_found(
     assert kernel.is_dilated == dilated
 
 
+def test_products_and_paths_are_found_in_fusions_within_fusions():
+    inner = (
+        "inner (a: f32[3,5], b: f32[5,7]) -> f32[3,7] {\n  %a = f32[3,5] parameter(0)\n  %b = f32[5,7] parameter(1)\n"
+        "  ROOT %d = f32[3,7] dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    )
+    outer = (
+        "outer (x: f32[3,5], y: f32[5,7]) -> f32[3,7] {\n  %x = f32[3,5] parameter(0)\n  %y = f32[5,7] parameter(1)\n"
+        '  %f = f32[3,7] fusion(%x, %y), calls=%inner, metadata={op_name="first"}\n'
+        '  ROOT %n = f32[3,7] negate(%f), metadata={op_name="last"}'
+    )
+    (kernel,) = kernels_in(
+        "  %p = f32[3,5] parameter(0)\n  %q = f32[5,7] parameter(1)\n"
+        "  ROOT %k = f32[3,7] fusion(%p, %q), kind=kCustom, calls=%outer",
+        inner,
+        outer,
+    )
+    assert (kernel.flops, kernel.operations) == (2 * 3 * 5 * 7, ["last", "first"])
+
+
 def test_a_product_by_a_library_has_the_operations_of_its_dimensions():
     (kernel,) = kernels_in(
         "  %p = bf16[3,5,7] parameter(0)\n  %w = bf16[3,7,11] parameter(1)\n"
