@@ -18,6 +18,7 @@ STEPS = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
 """Tolerances of the losses of training steps and, in float64, of the weights after them."""
 FLOOR = 1e-7  # the smallest gradients of the reference model with its initial weights are 4.5e-7
 BINS = 50  # of a histogram
+NARROWEST = 1e-3  # smallest range of a histogram, as a fraction of the largest value; rounding errors do not show
 
 AGREES, DIFFERS, INHERITS, NO_POWER = "agrees", "DIFFERS", "inherits", "no power"
 
@@ -61,7 +62,8 @@ class Check(NamedTuple):
         if not values.size:
             return self
         low, high = float(values.min()), float(values.max())
-        edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
+        high = max(high, low + NARROWEST * (max(abs(low), abs(high)) or 1.0))
+        edges = np.linspace(low, high, BINS + 1)
         return self._replace(histogram=Histogram(low, high, *(np.histogram(side, edges)[0].tolist() for side in sides)))
 
 

@@ -100,3 +100,10 @@ def test_a_histogram_counts_the_finite_values_of_both_sides():
     assert actual[0] == actual[-1] == expected[len(expected) // 2] == 1
     assert check.with_histogram([np.nan], [np.inf]).histogram is None
     assert check.with_histogram([3.0], [3.0]).histogram.actual[0] == 1
+    assert check.with_histogram([0.0], [0.0]).histogram.expected[0] == 1
+
+
+def test_rounding_errors_do_not_show_in_a_histogram():
+    for value in (-0.6, 0.6):
+        histogram = compare("it", value, value, tolerance=1e-6).with_histogram(value, value * (1 + 1e-7)).histogram
+        assert histogram.actual == histogram.expected
