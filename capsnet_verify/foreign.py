@@ -143,7 +143,8 @@ def _other_weights(config: ModelConfig) -> Iterator[dict[str, Any]]:
     """Yield options with which the JAX model would have other weights."""
     for name in ("decoder_bias", "batch_norm"):
         yield {name: not getattr(config, name)}
-    yield {"primary_activation": "sigmoid" if config.primary_activation == "norm" else "norm"}
+    if not config.primary_depthwise:
+        yield {"primary_activation": "sigmoid" if config.primary_activation == "norm" else "norm"}
     yield {"decoder_hidden": None if config.decoder_hidden else (512, 1024)}
     if get_routing(config.routing).name == "dynamic":
         yield from ({"routing": f"{config.routing},{name}=0"} for name in ("prior_logits", "capsule_bias"))

@@ -81,9 +81,9 @@ def new_pair(subject: Subject, settings: Settings) -> Pair:
     config, training = subject.run.config.model, subject.run.config.training
     dtype = "float64" if settings.dtype == "float64" else "float32"
     rng = np.random.default_rng(settings.seed)
-    torch_model = _new_twin(subject, settings, dtype, rng)
-    # Abstract, as JAX would compile a program for each shape of the weights that it draws.
+    # First, as it explains sizes that do not fit; and abstract, as JAX would compile a program for each shape to draw.
     jax_model = nnx.eval_shape(lambda: capsnet_jax.CapsNet.from_config(config, param_dtype=dtype, rngs=nnx.Rngs(0)))
+    torch_model = _new_twin(subject, settings, dtype, rng)
     # Copies, because JAX may read a NumPy array later. Counts of batches are not used.
     drawn = {
         name: np.array(tensor.numpy(force=True))

@@ -148,6 +148,12 @@ def test_a_proposal_says_which_labels_forward_needs_and_what_gives_weights_a_par
     assert "has no partner" not in stacked.partition("[weights]")[2]
 
 
+def test_a_map_is_proposed_for_a_depthwise_convolution():
+    """Whose number of channels does not allow activations of their own."""
+    model = of_model("a model", replace(MODEL, primary_depthwise=True))
+    assert '"conv1.weight" = "encoder.image2primary_capsules.0.weight"' in propose(Lengths(), model, Settings())
+
+
 def test_a_proposal_says_what_forward_raises():
     assert "# forward(images) raises ValueError: no such thing\n" in propose(Raises(), SUBJECT, Settings())
     assert "# forward(images) raises SystemExit: 0\n" in propose(Ends(), SUBJECT, Settings())

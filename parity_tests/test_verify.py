@@ -256,7 +256,10 @@ def test_another_number_of_iterations_of_the_users_routing_is_named(function, ou
         (["--seed", "99999999999"], "seed is 99999999999, and must be less than 4294967296"),
         (["--random-model", "7", "--preset", "em"], "--random-model and --preset are given; expected one of them"),
         (["--self-test", "--dtype", "float32"], "--self-test takes no other options"),
-        (["--image-shape", "8", "8", "1"], "--image-shape is given without a model or --preset; expected both"),
+        (
+            ["--image-shape", "2", "8", "1"],
+            "Images of 2 x 8 are too small: the convolutions of this model, of kernel sizes 3, 5",
+        ),
         (["--routing", "capsnet_jax.routing:em"], "has no twin in PyTorch; expected --torch-routing, too"),
         (["--jax-routing", "dynamic", "--torch-routing", "dynamic,foo=3"], "foo"),
         (["--jax-routing", "em", "--torch-routing", "em,min_variance=abc"], "min_variance"),

@@ -38,8 +38,8 @@ class Verify:
     preset: str | None = None
     """Preset to verify at full size; for a file of weights without a config.json, the preset of its model."""
     image_shape: tuple[int, int, int] | None = None
-    """Height, width and number of channels: of another size of a preset, or for weights without a decoder and without
-    a config.json."""
+    """Height, width and number of channels of the images, if others than those of the preset. Weights without a decoder
+    and without a config.json need it."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """Other fields of the model, under their names in a config.json, such as num_classes=5 primary_squash=squash
     decoder_bias=true."""
@@ -57,7 +57,7 @@ class Verify:
     torch_weights: tuple[Path, ...] = ()
     """Weights of the PyTorch model, if they are in another file; they are first compared one by one."""
     torch_model: str | None = None
-    """A PyTorch module in place of the twin, as package.module:build, a function without arguments. Values and
+    """PyTorch module of your own to compare with, as package.module:build, a function without arguments. Values and
     gradients are compared, training steps are not."""
     map: Path | None = None
     """TOML file that maps the weights of --torch-model to those of CapsNet. Without it, a map is proposed and nothing
@@ -181,7 +181,6 @@ class Verify:
             ("torch_routing", "routing"),
             ("map", "torch_model"),
             ("torch_weights", "model"),
-            ("image_shape", "model", "preset"),
             ("torch_model", "model", "preset"),
         ):
             if one in given and not given.keys() & needed:
