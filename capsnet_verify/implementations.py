@@ -115,7 +115,10 @@ def as_on(platform: str | None) -> Iterator[None]:
     def choose(*operands: Any, default: Any, **branches: Any) -> Any:
         return branches.get(platform, default)(*operands)
 
-    with mock.patch.object(jax.lax, "platform_dependent", choose):
+    with (
+        mock.patch.object(jax.lax, "platform_dependent", choose),
+        mock.patch.object(jax, "default_backend", return_value=platform),
+    ):
         yield
 
 

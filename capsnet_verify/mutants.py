@@ -31,6 +31,8 @@ from capsnet_verify.subjects import EVERY_TERM, SMALL, Subject, of_model, of_pre
 PLAIN = of_model("small", SMALL)
 TWO_LABELS = of_model("standardized images of two classes", replace(SMALL, standardize_images=True), labels_per_image=2)
 NORMALIZED = of_model("batch normalization", replace(SMALL, batch_norm=True))
+# Its primary kernel is larger than the output; GPUs convolve blocks of pixels.
+BLOCKS = of_model("large strided kernel", replace(SMALL, image_shape=(14, 13, 2)))
 SPECTRAL = of_preset("digits")  # a small model; from 26 images on, one convolution is by Fourier transforms
 
 Function = Callable[..., Any]
@@ -384,6 +386,13 @@ IN_ONE_IMPLEMENTATION = [
         _constant_for("agreed"),
     ),
     (PLAIN, "kernel mirrored by XLA", "stem 0, batch of 3 as on GPU", f"{CONVOLUTION}.convolution", _mirrored),
+    (
+        BLOCKS,
+        "pixels of a block in another order than taps",
+        "primary poses, batch of 3 as on GPU",
+        f"{CONVOLUTION}.rearrange",
+        _changed("(i p) (j q) c f -> i j (p q c) f", lambda results: jnp.roll(results[-1], 1, axis=2)),
+    ),
     (
         SPECTRAL,
         "kernel mirrored in spectra",

@@ -315,10 +315,10 @@ class CapsuleLayer(nnx.Module):
         self.routing = get_routing(routing, num_iterations=num_iterations)
         self.implementation = implementation
         self.recompute = recompute
-        self.choice(num_examples=1)  # raises if there is no such implementation
         shape = (in_capsules, in_dim, out_capsules, out_dim)
         self.weight = new_param(scheme.einsum(in_dim), shape, param_dtype, rngs)
         self.routing_weights = nnx.data(new_routing_weights(self.routing, *shape, param_dtype))
+        self.choice(num_examples=1)  # raises if there is no such implementation
 
     def __call__(self, capsules: Capsules) -> Capsules:
         return self.capsules_of(self.route(capsules))
@@ -331,8 +331,7 @@ class CapsuleLayer(nnx.Module):
     def route(self, capsules: Capsules) -> Routed:
         """Compute the output capsules and the couplings of all votes; `nnx.capture` also collects both."""
         check_capsules(capsules, *self.weight.shape[:2])
-        # Not `self.choice`: `nnx.tabulate` traces the method calls of modules, which must return arrays.
-        if choose_routing(self.routing, self.implementation, capsules.poses.shape[0]).name == "fused":
+        if self._choice(capsules.poses.shape[0]).name == "fused":
             options = dict(self.routing.options) | self._routing_weights()
             routed = FUSED[self.routing.function](capsules.poses, self.weight[...], **options)
         else:
@@ -344,7 +343,13 @@ class CapsuleLayer(nnx.Module):
 
     def choice(self, num_examples: Size) -> Choice:
         """Return the implementation for batches of this size."""
-        return choose_routing(self.routing, self.implementation, num_examples)
+        return self._choice(num_examples)
+
+    # Apart from `choice`, because `nnx.tabulate` traces the public methods of modules, which must return arrays.
+    def _choice(self, num_examples: Size) -> Choice:
+        in_capsules, _, out_capsules, out_dim = self.weight.shape
+        votes = (num_examples, in_capsules, out_capsules, out_dim)
+        return choose_routing(self.routing, self.implementation, votes)
 
     @jax.named_scope("votes")
     def votes(self, poses: Float[Array, "b i d"]) -> Float[Array, "b i o h"]:

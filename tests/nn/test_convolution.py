@@ -1,13 +1,15 @@
 """Every implementation of the convolution equals that of XLA, in values and gradients."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from capsnet_jax.nn.fast.convolution import convolve, matrix_product
+from capsnet_jax.nn.fast.choice import choose_convolution
+from capsnet_jax.nn.fast.convolution import convolve, matrix_product, space_to_depth
 from capsnet_jax.ops import convolution, positions_after
 
 # height, width, channels; kernel height, kernel width; stride; features
@@ -31,16 +33,16 @@ def test_values_and_gradients_equal_those_of_xla(case, dtype, tolerance):
         kernel = jnp.asarray(rng.normal(size=(kernel_height, kernel_width, channels, features)), dtype)
         outputs = positions_after((height, width), (kernel_height, kernel_width), stride)
         cotangent = jnp.asarray(rng.normal(size=(3, *outputs, features)), dtype)
-        actual, expected = (
-            value_and_pull(formulation, stride, images, kernel, cotangent) for formulation in (convolve, convolution)
-        )
-        for name, ours, theirs in zip(("value", "images", "kernel"), actual, expected, strict=True):
-            assert ours.shape == theirs.shape, name
-            assert ours.dtype == theirs.dtype == dtype, name
-            assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max(), name
+        expected = value_and_pull(convolution, stride, images, kernel, cotangent)
+        for formulation in (convolve, space_to_depth):
+            actual = value_and_pull(formulation, stride, images, kernel, cotangent)
+            for name, ours, theirs in zip(("value", "images", "kernel"), actual, expected, strict=True):
+                assert ours.shape == theirs.shape, (name, formulation)
+                assert ours.dtype == theirs.dtype == dtype, (name, formulation)
+                assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max(), (name, formulation)
 
 
-@pytest.mark.parametrize("formulation", [convolve, matrix_product, convolution])
+@pytest.mark.parametrize("formulation", [convolve, matrix_product, space_to_depth, convolution])
 def test_bfloat16_is_close_to_float32_and_keeps_its_dtype(formulation):
     rng = np.random.default_rng(7)
     images, kernel, cotangent = (
@@ -59,6 +61,32 @@ def test_jit_and_vmap_change_nothing():
     mapped = jax.jit(jax.vmap(lambda image, kernel: convolve(image, kernel, 2)))(images, kernels)
     for one, image, kernel in zip(mapped, images, kernels, strict=True):
         np.testing.assert_allclose(one, convolution(image, kernel, 2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("images", "kernel", "stride", "implementation"),
+    [
+        ((28, 28, 1), (9, 9, 1, 256), 1, "xla"),
+        ((20, 20, 64), (3, 3, 64, 128), 2, "xla"),
+        ((20, 20, 256), (9, 9, 256, 256), 2, "space_to_depth"),
+        ((24, 20, 8), (9, 9, 8, 16), 2, "space_to_depth"),  # as large as the output along one axis only
+        ((14, 14, 64), (9, 9, 64, 64), 2, "patches"),  # 5 x 5 blocks of kernel, and 3 x 3 outputs
+        ((6, 6, 64), (4, 4, 64, 72), 1, "patches"),
+    ],
+    ids=str,
+)
+def test_other_platforms_convolve_with_kernels_no_larger_than_the_output(images, kernel, stride, implementation):
+    assert choose_convolution((7, *images), kernel, stride, "float32", platform="gpu").name == implementation
+    shapes = [(7, *images), kernel]
+    traced = jax.jit(partial(convolve, stride=stride)).trace(*(jax.ShapeDtypeStruct(one, "float32") for one in shapes))
+    lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    outputs = positions_after(images[:2], kernel[:2], stride)
+    assert ("stablehlo.convolution" in lowered) == (implementation != "patches")
+    if implementation == "space_to_depth":
+        size = "x".join(str(-(-side // stride)) for side in kernel[:2])
+        assert (
+            f"tensor<{size}x{stride**2 * kernel[2]}x{kernel[3]}xf32>) -> tensor<7x{outputs[0]}x{outputs[1]}x" in lowered
+        )
 
 
 # Images and kernel, with stride 2. The second is that of the reference model: Fourier transforms on one CPU device.

@@ -211,7 +211,7 @@ def test_options_of_the_routing_reach_the_fused_implementation(set_chunk):
 
 def test_the_choice_of_implementation(monkeypatch):
     def chosen(routing, option, num_examples):
-        return choose_routing(get_routing(routing), option, num_examples).name
+        return choose_routing(get_routing(routing), option, (num_examples, 1152, 10, 16)).name
 
     assert chosen("dynamic", "auto", 16) == "fused"
     assert chosen("dynamic", "auto", 15) == "votes"
@@ -219,6 +219,12 @@ def test_the_choice_of_implementation(monkeypatch):
     assert chosen("dynamic", "votes", 16) == "votes"
     assert chosen("em", "auto", 16) == "votes"
     assert chosen("em", "votes", 16) == "votes"
+    with monkeypatch.context() as patch:
+        patch.setattr("jax.default_backend", lambda: "gpu")
+        assert chosen("dynamic", "auto", 16) == "votes"
+        assert chosen("dynamic", "auto", 2712) == "votes"  # 2.0 GB
+        assert chosen("dynamic", "auto", 2713) == "fused"
+        assert chosen("dynamic", "fused", 16) == "fused"
     monkeypatch.setattr("jax.device_count", lambda: 2)
     assert chosen("dynamic", "auto", 16) == "votes"
     assert chosen("dynamic", "fused", 16) == "fused"

@@ -28,6 +28,7 @@ COST_OF_TRANSFORMS = 1.0
 
 ROUTING_IMPLEMENTATIONS = ("auto", "votes", "fused")
 FEWEST_EXAMPLES = 16  # smallest batch for which "fused" is faster than "votes" on CPU; see docs/performance.md
+MOST_GIGABYTES = 2.0  # largest votes that "auto" stores on other platforms; a training step needs a few such arrays
 
 Size = Any  # an int, or a symbolic dimension in a program that is exported for any batch size
 
@@ -36,7 +37,7 @@ class Choice(NamedTuple):
     """The implementation of a layer, and the reason for it.
 
     Attributes:
-        name: "xla", "patches", "fourier" or "taps" for a convolution; "votes" or "fused" for routing.
+        name: "xla", "space_to_depth", "patches", "fourier" or "taps" for a convolution; "votes" or "fused" for routing.
         reason: the reason, to be printed after "because".
         tilings: how "fourier" divides height and width into tiles; None for all others.
     """
@@ -61,9 +62,16 @@ def choose_convolution(
         dtype: dtype of images and kernel.
         platform: "cpu", "gpu" and so on; by default the one that JAX uses.
     """
-    if (platform or jax.default_backend()) != "cpu":
-        return Choice("xla", "the platform has convolutions of its own")
     batch_size, height, width, channels = images
+    rows, columns = positions_after((height, width), kernel[:2], stride)
+    if (platform or jax.default_backend()) != "cpu":
+        if kernel[0] <= rows and kernel[1] <= columns:
+            return Choice("xla", "the platform has convolutions of its own")
+        # XLA for GPU would compute the gradients of such a kernel as convolutions that multiply many zeros.
+        larger = "the kernel is larger than the output"
+        if stride > 1 and kernel[0] <= stride * rows and kernel[1] <= stride * columns:
+            return Choice("space_to_depth", f"{larger}, but not if blocks of {stride} x {stride} pixels are channels")
+        return Choice("patches", larger)
     if is_symbolic_dim(batch_size):
         return Choice("patches", "the batch size is not known")
     if jnp.finfo(dtype).bits < 32:
@@ -71,7 +79,6 @@ def choose_convolution(
     if jax.device_count() > 1:
         # Devices would sum the gradient of each spectrum, not the smaller gradient of the kernel.
         return Choice("patches", f"the batch is shared by {jax.device_count()} devices")
-    rows, columns = positions_after((height, width), kernel[:2], stride)
     direct = batch_size * rows * columns * math.prod(kernel)
     of_tilings = _costs(rows, columns, *kernel[:2], channels, kernel[3], stride)
     costs = [(batch_size * for_image + for_kernel, tilings) for tilings, for_image, for_kernel in of_tilings]
@@ -96,13 +103,13 @@ def _costs(
     return costs
 
 
-def choose_routing(routing: Routing, option: str, num_examples: Size) -> Choice:
+def choose_routing(routing: Routing, option: str, votes: Sequence[Size]) -> Choice:
     """Choose the implementation of the routing of a dense capsule layer.
 
     Args:
         routing: routing algorithm of the layer.
         option: "votes", "fused", or "auto" for the faster one.
-        num_examples: batch size.
+        votes: shape `[b i o h]`.
 
     Raises:
         UsageError: the option is unknown, or the routing has no fused implementation.
@@ -119,6 +126,11 @@ def choose_routing(routing: Routing, option: str, num_examples: Size) -> Choice:
     if jax.device_count() > 1:
         # Devices would sum the gradient of each chunk of the weight separately.
         return Choice("votes", f"the batch is shared by {jax.device_count()} devices")
+    num_examples, gigabytes = votes[0], 4e-9 * math.prod(votes)
+    if jax.default_backend() != "cpu":
+        if gigabytes > MOST_GIGABYTES:
+            return Choice("fused", f"the votes of {num_examples} examples are {gigabytes:.1f} GB")
+        return Choice("votes", f"the votes of {num_examples} examples are {gigabytes:.2g} GB, and need fewer kernels")
     if num_examples < FEWEST_EXAMPLES:
         return Choice("votes", f"{num_examples} < {FEWEST_EXAMPLES} examples")
     return Choice("fused", f"{num_examples} >= {FEWEST_EXAMPLES} examples on one device")

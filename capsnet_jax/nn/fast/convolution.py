@@ -1,11 +1,12 @@
 """Convolutions, by the fastest implementation on each platform.
 
-XLA's own convolution is best on GPU. On CPU, its gradient with respect to the images is slow for large strided kernels:
-one matrix product computes the same sums two orders of magnitude faster. For many channels and large kernels, Fourier
-transforms are faster still.
+On GPU, XLA's own convolution is best, unless the kernel is larger than the output: its gradients then multiply many
+zeros. If blocks of pixels become channels first, kernel and stride are smaller. On CPU, XLA's gradient with respect to
+the images is slow for large strided kernels: one matrix product computes the same sums two orders of magnitude faster.
+For many channels and large kernels, Fourier transforms are faster still.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float
 
 from capsnet_jax.nn.fast.choice import choose_convolution
 from capsnet_jax.nn.fast.derivatives import with_backward
-from capsnet_jax.nn.fast.fourier import fourier
+from capsnet_jax.nn.fast.fourier import fit, fourier
 from capsnet_jax.ops import convolution, positions_after
 
 Images = Float[Array, "b height width channels"]
@@ -36,13 +37,7 @@ def convolve(images: Images, kernel: Kernel, stride: int) -> Features:
     Returns:
         The features; out_height = (height - kernel_height) // stride + 1.
     """
-    choice = choose_convolution(images.shape, kernel.shape, stride, kernel.dtype, platform="cpu")
-    on_cpu: Callable[[Images, Kernel], Features]
-    if choice.tilings is None:
-        on_cpu = partial(matrix_product, stride=stride)
-    else:
-        on_cpu = partial(fourier, stride=stride, tilings=choice.tilings)
-    elsewhere = partial(convolution, stride=stride)
+    on_cpu, elsewhere = (_implementation(images.shape, kernel, stride, platform) for platform in ("cpu", "gpu"))
 
     # Differentiating through `platform_dependent` would store the intermediates of both implementations. The patches,
     # 32 times the size of the images for the reference model, are also cheaper to recompute than to store.
@@ -54,6 +49,32 @@ def convolve(images: Images, kernel: Kernel, stride: int) -> Features:
         return jax.lax.platform_dependent(images, kernel, cpu=on_cpu, default=elsewhere)
 
     return forward(images, kernel)
+
+
+def _implementation(
+    shape: Sequence[int], kernel: Kernel, stride: int, platform: str
+) -> Callable[[Images, Kernel], Features]:
+    choice = choose_convolution(shape, kernel.shape, stride, kernel.dtype, platform=platform)
+    if choice.tilings is not None:
+        return partial(fourier, stride=stride, tilings=choice.tilings)
+    functions = {"xla": convolution, "space_to_depth": space_to_depth, "patches": matrix_product}
+    return partial(functions[choice.name], stride=stride)
+
+
+def space_to_depth(images: Images, kernel: Kernel, stride: int) -> Features:
+    """Convolve blocks of stride x stride pixels, whose pixels have become channels, with stride 1.
+
+    The kernel is padded with zeros to whole blocks.
+    """
+    kernel_size, (rows, columns) = kernel.shape[:2], positions_after(images.shape[1:3], kernel.shape[:2], stride)
+    height, width = (-(-size // stride) for size in kernel_size)
+    taps = fit(kernel, (0, 1), (height * stride, width * stride))
+    pixels = fit(images, (1, 2), ((rows - 1 + height) * stride, (columns - 1 + width) * stride))
+    return convolution(
+        rearrange(pixels, "b (i p) (j q) c -> b i j (p q c)", p=stride, q=stride),
+        rearrange(taps, "(i p) (j q) c f -> i j (p q c) f", p=stride, q=stride),
+        stride=1,
+    )
 
 
 def matrix_product(images: Images, kernel: Kernel, stride: int) -> Features:

@@ -94,7 +94,7 @@ def _backward(
     pixels, pull_pixels = jax.vjp(lambda images: _phases_of_images(images, stride, *tilings), operands[0])
     taps, pull_taps = jax.vjp(lambda kernel: _phases_of_kernel(kernel, stride, *tilings), operands[1])
     cotangent = rearrange(
-        _fit(cotangent, (1, 2), (rows.outputs * rows.tiles, columns.outputs * columns.tiles)),
+        fit(cotangent, (1, 2), (rows.outputs * rows.tiles, columns.outputs * columns.tiles)),
         "b (m i) (n j) f -> (i j) (m n b) f",
         m=rows.tiles,
         n=columns.tiles,
@@ -211,7 +211,7 @@ def _phases_of_images(
     """Arrange images with tiles along the batch axis, the pixels of a tile along one axis, and phases as channels."""
     height, width = (axis.outputs * axis.tiles + axis.taps - 1 for axis in (rows, columns))
     phases = rearrange(
-        _fit(images, (1, 2), (stride * height, stride * width)),
+        fit(images, (1, 2), (stride * height, stride * width)),
         "b (i p) (j q) c -> i j b (p q c)",
         p=stride,
         q=stride,
@@ -225,11 +225,11 @@ def _phases_of_images(
 
 
 def _phases_of_kernel(kernel: Kernel, stride: int, rows: Tiling, columns: Tiling) -> Float[Array, "taps phases_c f"]:
-    whole = _fit(kernel, (0, 1), (stride * rows.taps, stride * columns.taps))
+    whole = fit(kernel, (0, 1), (stride * rows.taps, stride * columns.taps))
     return rearrange(whole, "(i p) (j q) c f -> (i j) (p q c) f", p=stride, q=stride)
 
 
-def _fit(array: Array, axes: tuple[int, int], sizes: tuple[int, int]) -> Array:
+def fit(array: Array, axes: tuple[int, int], sizes: tuple[int, int]) -> Array:
     """Crop or zero-pad two axes at their end."""
     padding = [(0, 0, 0)] * array.ndim
     for axis, size in zip(axes, sizes, strict=True):
