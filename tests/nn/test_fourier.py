@@ -96,12 +96,11 @@ def test_possible_tilings():
         (4, 2, 5),
         (3, 3, 5),
         (2, 4, 5),
-        (2, 5, 5),
-        (2, 6, 5),
         (1, 7, 5),
     ]
     large = [*possible_tilings(outputs=30, kernel=5, stride=1)]
     assert large[0] == (15, 2, 5)  # one tile would be of 34 pixels
+    assert len([*possible_tilings(outputs=10_000, kernel=5, stride=1)]) == 20  # so that the choice is quick
     assert all(tiling.pixels == tiling.outputs + tiling.taps - 1 <= LARGEST_TILE for tiling in large)
     assert not [*possible_tilings(outputs=3, kernel=25, stride=1)]
 

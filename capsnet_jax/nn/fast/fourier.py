@@ -112,12 +112,12 @@ def _backward(
 
 
 def possible_tilings(outputs: int, kernel: int, stride: int) -> Iterator[Tiling]:
-    """Yield the ways to divide an axis of this many features into tiles, for a kernel of this size."""
+    """Yield the ways to divide an axis of this many features into tiles, as few tiles as possible of each size."""
     taps = -(-kernel // stride)
-    for tiles in range(1, outputs + 1):
-        tiling = Tiling(-(-outputs // tiles), tiles, taps)
-        if tiling.pixels <= LARGEST_TILE:
-            yield tiling
+    for size in range(min(outputs, LARGEST_TILE - taps + 1), 0, -1):
+        tiles = -(-outputs // size)
+        if size == -(-outputs // tiles):  # otherwise, as many smaller tiles suffice
+            yield Tiling(size, tiles, taps)
 
 
 def num_products(rows: Tiling, columns: Tiling) -> int:
