@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,29 @@ pytestmark = [pytest.mark.exhaustive, pytest.mark.skipif(sys.platform == "win32"
 CAPSNET = [sys.executable, "-m", "capsnet_jax"]
 
 
-def start(data: Path, run_dir: Path, *more: str, prefix: tuple[str, ...] = (), **variables: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [*prefix, *CAPSNET, *options_of(data, run_dir, *more)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | variables,
-    )
+@pytest.fixture
+def start(idx_folder: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """A function that starts training in a folder; what still runs after the test is killed."""
+    processes = []
+
+    def start(run_dir: Path, *more: str, prefix: tuple[str, ...] = (), **variables: str) -> subprocess.Popen:
+        # Under nohup, the tests ignore SIGHUP, and so would the process.
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        processes.append(
+            subprocess.Popen(
+                [*prefix, *CAPSNET, *options_of(idx_folder, run_dir, *more)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=os.environ | variables,
+            )
+        )
+        signal.signal(signal.SIGHUP, before)
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def sentence(process: subprocess.Popen) -> str:
@@ -40,23 +57,23 @@ def wait_for_checkpoint(run_dir: Path) -> None:
         time.sleep(0.05)
 
 
-def test_a_name_that_the_locale_cannot_express_is_refused_before_training(idx_folder, tmp_path):
+def test_a_name_that_the_locale_cannot_express_is_refused_before_training(start, tmp_path):
     ascii_only = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    error = sentence(start(idx_folder, tmp_path / "größe", **ascii_only))
+    error = sentence(start(tmp_path / "größe", **ascii_only))
     assert "is not text in this locale; expected ASCII letters, or a UTF-8 locale" in error
     assert not (tmp_path / "größe").exists()
 
 
-def test_a_limit_on_the_size_of_files_is_one_sentence(idx_folder, tmp_path):
+def test_a_limit_on_the_size_of_files_is_one_sentence(start, tmp_path):
     limited = ("bash", "-c", 'ulimit -f 4; exec "$@"', "bash")
-    error = sentence(start(idx_folder, tmp_path / "run", prefix=limited))
+    error = sentence(start(tmp_path / "run", prefix=limited))
     assert f"The metrics in {tmp_path / 'run'} cannot be written; fix this, then --resume: " in error
     assert "File too large" in error
 
 
-def test_a_closed_terminal_saves_as_sigterm_does(idx_folder, tmp_path):
+def test_a_closed_terminal_saves_as_sigterm_does(start, tmp_path):
     many = ("--epochs", "400", "--save-minutes", "0")
-    process = start(idx_folder, tmp_path / "run", *many)
+    process = start(tmp_path / "run", *many)
     wait_for_checkpoint(tmp_path / "run")
     process.send_signal(signal.SIGHUP)
     _, error = process.communicate(timeout=300)
@@ -67,16 +84,16 @@ def test_a_closed_terminal_saves_as_sigterm_does(idx_folder, tmp_path):
     assert (tmp_path / "run/checkpoints" / str(step)).is_dir()
 
 
-def test_a_second_process_in_the_folder_is_refused_and_the_first_goes_on(idx_folder, tmp_path):
+def test_a_second_process_in_the_folder_is_refused_and_the_first_goes_on(start, tmp_path):
     many = ("--epochs", "400", "--save-minutes", "0")
-    first = start(idx_folder, tmp_path / "run", *many)
+    first = start(tmp_path / "run", *many)
     wait_for_checkpoint(tmp_path / "run")
-    error = sentence(start(idx_folder, tmp_path / "run", *many, "--resume"))
+    error = sentence(start(tmp_path / "run", *many, "--resume"))
     assert f"The run folder {tmp_path / 'run'} is in use by process {first.pid} on " in error
     assert first.poll() is None
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    resumed = start(idx_folder, tmp_path / "run", *many, "--resume")  # a killed process leaves no lock behind
+    resumed = start(tmp_path / "run", *many, "--resume")  # a killed process leaves no lock behind
     lines = iter(resumed.stdout.readline, b"")
     assert any(line.startswith(b"Resuming after step ") for line in lines)
     assert any(line.startswith(b"epoch ") for line in lines)  # from then on, it heeds signals
@@ -85,9 +102,9 @@ def test_a_second_process_in_the_folder_is_refused_and_the_first_goes_on(idx_fol
     assert resumed.returncode == 128 + signal.SIGTERM
 
 
-def test_a_reader_that_ends_is_no_error(idx_folder, tmp_path):
+def test_a_reader_that_ends_is_no_error(start, tmp_path):
     script = '"$@" | head -1'
-    process = start(idx_folder, tmp_path / "run", prefix=("bash", "-c", script, "bash"))
+    process = start(tmp_path / "run", prefix=("bash", "-c", script, "bash"))
     output, error = process.communicate(timeout=300)
     assert output.count(b"\n") == 1
     assert error == b""
