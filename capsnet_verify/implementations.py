@@ -127,8 +127,11 @@ def _is_affordable(model: CapsNet, batch: Batch) -> bool:
     if batch.platform in (None, "cpu"):
         return True
     shape, products = (batch.size, *model.config.image_shape), 0
-    for convolution in (*model.stem.convolutions, model.primary_capsules.convolution):
+    convolutions = (*model.stem.convolutions, model.primary_capsules.convolution)
+    for convolution, implementation in zip(convolutions, batch.implementations.values(), strict=False):
         shape = convolution.out_shape(shape)
-        # The gradient of a strided convolution multiplies zeros between rows and columns, too.
-        products += math.prod(shape[:3]) * math.prod(convolution.kernel.shape) * convolution.stride**2
+        if implementation in ("xla", "space_to_depth"):
+            # The gradient of a strided convolution multiplies zeros between rows and columns, too.
+            with_zeros = convolution.stride**2 if implementation == "xla" else 1
+            products += math.prod(shape[:3]) * math.prod(convolution.kernel.shape) * with_zeros
     return products <= MOST_PRODUCTS

@@ -105,8 +105,8 @@ def _changed(pattern: str, change: Callable[[list[Any]], Any]) -> _MadeOf:
     def make(right: Function) -> Function:
         results: list[Any] = []
 
-        def wrong(array: Any, called_with: str, *rest: Any) -> Any:
-            result = right(array, called_with, *rest)
+        def wrong(array: Any, called_with: str, *rest: Any, **sizes: int) -> Any:
+            result = right(array, called_with, *rest, **sizes)
             if called_with != pattern:
                 return result
             results.append(result)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -12,7 +13,7 @@ from capsnet_jax.presets import PRESETS
 from capsnet_verify.checks import AGREES, Check
 from capsnet_verify.mutants import MUTANTS
 from capsnet_verify.report import describe, sentence
-from capsnet_verify.subjects import Settings, of_preset, of_routing
+from capsnet_verify.subjects import Settings, of_model, of_preset, of_routing
 from capsnet_verify.verification import Verification, plan_of, verify
 
 QUICKLY = ["--batch-size", "3", "--steps", "0"]
@@ -162,18 +163,21 @@ def test_on_a_gpu_its_implementations_come_first():
     """Those of a CPU are proved there, too."""
     plan = plan_of(of_preset("digits"), Settings("float32", device="gpu"))
     assert [(batch.size, batch.platform, [*batch.implementations.values()]) for batch in plan.batches] == [
-        (3, None, ["xla", "xla", "votes"]),
-        (16, None, ["xla", "xla", "fused"]),
-        (3, "cpu", ["patches", "patches", "votes"]),
+        (3, None, ["xla", "patches", "votes"]),
         (26, "cpu", ["patches", "fourier", "fused"]),
     ]
-    assert plan.for_training.size == 16
+    assert plan.for_training.size == 3
     assert not plan.unproved
 
 
 def test_convolutions_that_take_a_cpu_minutes_are_left_out_and_named():
-    plan = plan_of(of_preset("readable"), Settings("float32"))
-    assert [(batch.size, batch.platform) for batch in plan.batches] == [(3, None), (16, None)]
+    reference = PRESETS["readable"].model
+    plan = plan_of(of_model("reference", reference), Settings("float32"))
+    assert [(batch.size, batch.platform) for batch in plan.batches] == [(3, None), (16, None), (1, "gpu")]
+    assert [*plan.batches[2].implementations.values()] == ["xla", "space_to_depth", "votes"]
+    assert not plan.unproved
+    plan = plan_of(of_model("of larger images", replace(reference, image_shape=(40, 40, 1))), Settings("float32"))
+    assert all(batch.platform is None for batch in plan.batches)
     assert plan.unproved == [("stem 0", "xla"), ("primary capsules", "xla")]
 
 
