@@ -6,7 +6,7 @@ the images is slow for large strided kernels: one matrix product computes the sa
 For many channels and large kernels, Fourier transforms are faster still.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -37,7 +37,7 @@ def convolve(images: Images, kernel: Kernel, stride: int) -> Features:
     Returns:
         The features; out_height = (height - kernel_height) // stride + 1.
     """
-    on_cpu, elsewhere = (_implementation(images.shape, kernel, stride, platform) for platform in ("cpu", "gpu"))
+    on_cpu, elsewhere = (_implementation(images, kernel, stride, platform) for platform in ("cpu", "gpu"))
 
     # Differentiating through `platform_dependent` would store the intermediates of both implementations. The patches,
     # 32 times the size of the images for the reference model, are also cheaper to recompute than to store.
@@ -51,10 +51,8 @@ def convolve(images: Images, kernel: Kernel, stride: int) -> Features:
     return forward(images, kernel)
 
 
-def _implementation(
-    shape: Sequence[int], kernel: Kernel, stride: int, platform: str
-) -> Callable[[Images, Kernel], Features]:
-    choice = choose_convolution(shape, kernel.shape, stride, kernel.dtype, platform=platform)
+def _implementation(images: Images, kernel: Kernel, stride: int, platform: str) -> Callable[[Images, Kernel], Features]:
+    choice = choose_convolution(images.shape, kernel.shape, stride, kernel.dtype, platform=platform)
     if choice.tilings is not None:
         return partial(fourier, stride=stride, tilings=choice.tilings)
     functions = {"xla": convolution, "space_to_depth": space_to_depth, "patches": matrix_product}
