@@ -174,12 +174,16 @@ class ConvCapsules(nnx.Module):
     def votes(self, poses: Float[Array, "b positions taps i d"]) -> Float[Array, "b positions taps i o h"]:
         """Compute the vote of each input capsule under a kernel for each output capsule at that position."""
         matrices = rearrange(poses, "b positions taps i (rows inner) -> b positions taps i rows inner", rows=self.rows)
-        weight = self.weight[...]
+        # In this order of axes, the product needs no transposition: rows are last in one operand, columns first in the
+        # other, and so each vote lies together.
+        weight = rearrange(self.weight[...], "taps i inner o outer -> taps i inner outer o")
         matrices = matrices.astype(weight.dtype)
         if weight.shape[0] == 1:
-            votes = jnp.einsum("bptirn,inom->bptiorm", matrices, weight[0])
+            votes = jnp.einsum("bptirn,inmo->ibptrmo", matrices, weight[0])
+            votes = rearrange(votes, "i b positions taps rows outer o -> b positions taps i o rows outer")
         else:
-            votes = jnp.einsum("bptirn,tinom->bptiorm", matrices, weight)
+            votes = jnp.einsum("bptirn,tinmo->tibprmo", matrices, weight)
+            votes = rearrange(votes, "taps i b positions rows outer o -> b positions taps i o rows outer")
         votes = at_least_float32(votes)
         if self.coordinate_addition:
             votes += jnp.asarray(self._coordinates(votes.shape[-1])[:, None, None], votes.dtype)
