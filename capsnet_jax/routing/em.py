@@ -85,14 +85,19 @@ def em(
         mass = reduce(shares, "... i o -> ... o", "sum")
         normalized = rearrange(shares / (rearrange(mass, "... o -> ... 1 o") + epsilon), "... i o -> ... i o 1")
         means = reduce(normalized * votes, "... i o h -> ... o h", "sum")
-        squares = jnp.square(votes - rearrange(means, "... o h -> ... 1 o h"))
+        center = jax.lax.stop_gradient(means)
+        squares = jnp.square(votes - rearrange(center, "... o h -> ... 1 o h"))
         variances = reduce(normalized * squares, "... i o h -> ... o h", "sum") + min_variance
+        # This is zero. Its gradient is that of the variances with respect to the means, without a sum over all votes.
+        total = rearrange(mass / (mass + epsilon), "... o -> ... o 1")
+        variances -= (means - center) * (2 * means - (means + center) * total)
         log_deviations = 0.5 * jnp.log(variances)
         costs = size * beta_u + reduce(log_deviations, "... o h -> ... o", "sum")
         logits = inverse_temperature * (1 - annealing**iteration) * (beta_a - costs * mass * even_share)
         if iteration == num_iterations:
             break
         # E step
+        squares = jnp.square(votes - rearrange(means, "... o h -> ... 1 o h"))
         distances = squares / rearrange(2 * variances, "... o h -> ... 1 o h")
         log_density = -reduce(distances, "... i o h -> ... i o", "sum") - rearrange(
             reduce(log_deviations + 0.5 * math.log(2 * math.pi), "... o h -> ... o", "sum"), "... o -> ... 1 o"
