@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from capsnet_jax.nn.fast.choice import choose_convolution
-from capsnet_jax.nn.fast.convolution import convolve, matrix_product, space_to_depth
+from capsnet_jax.nn.fast.convolution import convolve, depthwise, matrix_product, space_to_depth
 from capsnet_jax.ops import convolution, positions_after
 
 # height, width, channels; kernel height, kernel width; stride; features
@@ -53,6 +53,26 @@ def test_bfloat16_is_close_to_float32_and_keeps_its_dtype(formulation):
     for ours, theirs in zip(value_and_pull(formulation, 2, images, kernel, cotangent), expected, strict=True):
         assert ours.dtype == jnp.bfloat16
         assert np.abs(ours.astype(jnp.float32) - theirs).max() <= 1e-2 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("kernel_size", [(3, 2), (8, 7)], ids=["smaller", "as large as the images"])
+def test_depthwise_equals_xla_with_a_group_for_each_channel(kernel_size):
+    rng = np.random.default_rng(5)
+    with jax.enable_x64(True):
+        images, kernel = jnp.asarray(rng.normal(size=(3, 8, 7, 5))), jnp.asarray(rng.normal(size=(*kernel_size, 1, 5)))
+        cotangent = jnp.asarray(rng.normal(size=(3, *positions_after((8, 7), kernel_size, 2), 5)))
+
+        def grouped(images, kernel, stride):
+            names = ("NHWC", "HWIO", "NHWC")
+            strides = (stride, stride)
+            return jax.lax.conv_general_dilated(
+                images, kernel, strides, "VALID", dimension_numbers=names, feature_group_count=5
+            )
+
+        expected = value_and_pull(grouped, 2, images, kernel, cotangent)
+        for ours, theirs in zip(value_and_pull(depthwise, 2, images, kernel, cotangent), expected, strict=True):
+            assert ours.shape == theirs.shape
+            assert np.abs(ours - theirs).max() <= 1e-12 * np.abs(theirs).max()
 
 
 def test_jit_and_vmap_change_nothing():
