@@ -4,7 +4,7 @@
 #     benchmarks/gpu.sh [FOLDER [PART ...]]
 #
 # JSON, CSV, the figure and the log go to FOLDER (benchmarks/results). The PARTs are epoch, float32, bfloat16, parts,
-# votes, parity and scaling; by default all of them run. PYTHON is the interpreter (python). PATIENCE=2 doubles the time
+# fused, parity and scaling; by default all of them run. PYTHON is the interpreter (python). PATIENCE=2 doubles the time
 # limits. SMALL=1 runs tiny sizes on CPU, to test this script.
 #
 # If a part fails, the others still run, and the exit status is 1.
@@ -59,7 +59,7 @@ part epoch 45 benchmarks/whole_epoch.py "${epoch[@]}" --json "$folder/$device-ep
 bench float32 105 --precision float32 --rows "${rows[@]}" --measure step gemm
 bench bfloat16 105 --precision bfloat16 --rows "${rows[@]}" --measure step gemm
 bench parts 85 --precision bfloat16 --rows jax torch-eager --measure "${parts[@]}"
-bench votes 40 --precision float32 --rows jax --measure step routing --routing-implementation votes
+bench fused 40 --precision float32 --rows jax --measure step routing --routing-implementation fused
 part parity 95 "${capsnet[@]}" verify "${parity[@]}" --json "$folder/$device-parity.json"
 part scaling 85 benchmarks/scaling_curves.py "${scaling[@]}" --output "$folder/$device-scaling"
 

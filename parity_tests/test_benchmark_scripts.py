@@ -39,7 +39,7 @@ def test_all_of_gpu_sh_on_cpu_in_tiny_sizes(tmp_path):
     )
     assert result.returncode == 0, result.stdout
     folder = [line.split(maxsplit=3) for line in result.stdout.split(f"=== {tmp_path}\n")[1].splitlines()]
-    names = ["epoch", "float32", "bfloat16", "parts", "votes", "parity", "scaling"]
+    names = ["epoch", "float32", "bfloat16", "parts", "fused", "parity", "scaling"]
     assert [(name, told) for name, _, _, told in folder] == [(name, "ok") for name in names]
     results = {
         name: json.loads((tmp_path / f"cpu-small-{name}.json").read_text()) for name in names if name != "parity"
@@ -49,7 +49,7 @@ def test_all_of_gpu_sh_on_cpu_in_tiny_sizes(tmp_path):
         assert {"step_vs_eager", "memory_vs_eager", "gemm_vs_eager"} == results[name]["ratios"].keys()
     assert {"inference_vs_eager", "dispatch_vs_eager", "epoch_vs_eager"} == results["parts"]["ratios"].keys()
     assert results["bfloat16"]["precision"] == "bfloat16"
-    assert results["votes"]["routing_implementation"] == "votes"
+    assert results["fused"]["routing_implementation"] == "fused"
     assert {point["row"] for point in results["scaling"]["points"]} == {"jax-fused", "jax-votes", "torch-eager"}
     assert all(len(point["seconds"]) == 2 for point in results["scaling"]["points"])
     assert (tmp_path / "cpu-small-scaling.csv").exists()

@@ -35,7 +35,7 @@ def fake_python(tmp_path):
     return write
 
 
-PARTS = ["epoch", "float32", "bfloat16", "parts", "votes", "parity", "scaling"]
+PARTS = ["epoch", "float32", "bfloat16", "parts", "fused", "parity", "scaling"]
 
 
 def test_all_parts_run_even_if_one_fails(fake_python, tmp_path):
@@ -56,10 +56,10 @@ def test_all_parts_run_even_if_one_fails(fake_python, tmp_path):
 
 
 def test_only_named_parts_run_and_all_limits_sum_to_less_than_ten_minutes(fake_python, tmp_path):
-    result = run("gpu.sh", tmp_path, "votes", "epoch", PYTHON=fake_python("true"))
+    result = run("gpu.sh", tmp_path, "fused", "epoch", PYTHON=fake_python("true"))
     assert result.returncode == 0
-    assert [line.split()[0] for line in result.stdout.splitlines()[-2:]] == ["epoch", "votes"]
-    assert "--routing-implementation votes" in (tmp_path / "calls").read_text()
+    assert [line.split()[0] for line in result.stdout.splitlines()[-2:]] == ["epoch", "fused"]
+    assert "--routing-implementation fused" in (tmp_path / "calls").read_text()
     lines = (BENCHMARKS / "gpu.sh").read_text().splitlines()
     limits = [int(line.split()[2]) for line in lines if line.startswith(("part ", "bench "))]
     assert len(limits) == len(PARTS)
