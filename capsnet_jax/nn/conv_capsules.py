@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from capsnet_jax.capsules import Capsules, Routed
 from capsnet_jax.errors import UsageError, check_sizes
 from capsnet_jax.nn.fast.choice import Choice
+from capsnet_jax.nn.fast.derivatives import with_backward
 from capsnet_jax.nn.initializers import TORCH, Scheme, new_param
 from capsnet_jax.nn.layers import check_capsules, is_captured, new_routing_weights
 from capsnet_jax.ops import at_least_float32, positions_after
@@ -173,30 +174,58 @@ class ConvCapsules(nnx.Module):
     @jax.named_scope("votes")
     def votes(self, poses: Float[Array, "b positions taps i d"]) -> Float[Array, "b positions taps i o h"]:
         """Compute the vote of each input capsule under a kernel for each output capsule at that position."""
-        matrices = rearrange(poses, "b positions taps i (rows inner) -> b positions taps i rows inner", rows=self.rows)
-        # In this order of axes, the product needs no transposition: rows are last in one operand, columns first in the
-        # other, and so each vote lies together.
-        weight = rearrange(self.weight[...], "taps i inner o outer -> taps i inner outer o")
-        matrices = matrices.astype(weight.dtype)
-        if weight.shape[0] == 1:
-            votes = jnp.einsum("bptirn,inmo->ibptrmo", matrices, weight[0])
-            votes = rearrange(votes, "i b positions taps rows outer o -> b positions taps i o rows outer")
-        else:
-            votes = jnp.einsum("bptirn,tinmo->tibprmo", matrices, weight)
-            votes = rearrange(votes, "taps i b positions rows outer o -> b positions taps i o rows outer")
-        votes = at_least_float32(votes)
+        weight = self._pose_matrices()
+        num_examples, num_positions, *_ = poses.shape
+        # All poses that share a weight matrix are the rows of one matrix.
+        together = rearrange(
+            poses.astype(weight.dtype),
+            "b positions (taps shared) i d -> taps i (b positions shared) d",
+            taps=weight.shape[0],
+        )
+        votes = rearrange(
+            at_least_float32(_product(together, weight)),
+            "taps i (b positions shared) (o h) -> b positions (taps shared) i o h",
+            b=num_examples,
+            positions=num_positions,
+            o=self.weight.shape[3],
+        )
         if self.coordinate_addition:
-            votes += jnp.asarray(self._coordinates(votes.shape[-1])[:, None, None], votes.dtype)
-        return rearrange(votes, "b positions taps i o rows outer -> b positions taps i o (rows outer)")
+            votes += jnp.asarray(self._coordinates()[:, None, None], votes.dtype)
+        return votes
 
-    def _coordinates(self, outer: int) -> np.ndarray:
-        """Relative positions of the taps, at the components of a vote that they are added to: `[taps rows outer]`."""
+    def _pose_matrices(self) -> Float[Array, "taps i d votes"]:
+        """Return the matrices by which flat poses are multiplied, with the votes `(o h)` as columns.
+
+        For matrix poses they are block-diagonal, with the same block for each row of a pose. One large product takes
+        less time than many small ones, although most of its numbers are zeros.
+        """
+        blocks = jnp.einsum("tinom,rs->tirnosm", self.weight[...], jnp.eye(self.rows, dtype=self.weight.dtype))
+        return rearrange(blocks, "taps i rows inner o row outer -> taps i (rows inner) (o row outer)")
+
+    def _coordinates(self) -> np.ndarray:
+        """Relative positions of the taps, at the components of a vote that they are added to: `[taps h]`."""
         height, width = self.kernel_size
         down, across = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
-        added = np.zeros((height * width, self.rows, outer))
+        added = np.zeros((height * width, self.rows, self.weight.shape[-1]))
         first, second = ((0, -1), (1, -1)) if self.rows > 1 else ((0, 0), (0, 1))
         added[:, *first], added[:, *second] = down.ravel(), across.ravel()
-        return added
+        return rearrange(added, "taps rows outer -> taps (rows outer)")
+
+
+def _product_backward(
+    operands: tuple[Float[Array, "taps i n d"], Float[Array, "taps i d votes"]],
+    cotangent: Float[Array, "taps i n votes"],
+) -> tuple[Float[Array, "taps i n d"], Float[Array, "taps i d votes"]]:
+    poses, weight = operands
+    return cotangent @ weight.mT, poses.mT @ cotangent
+
+
+@with_backward(_product_backward)
+def _product(
+    poses: Float[Array, "taps i n d"], weight: Float[Array, "taps i d votes"]
+) -> Float[Array, "taps i n votes"]:
+    """Multiply batches of matrices. The gradient in JAX would transpose that of the votes, the largest array."""
+    return poses @ weight
 
 
 def places_under_kernel(grid: tuple[int, int], kernel_size: tuple[int, int], stride: int) -> np.ndarray:

@@ -79,28 +79,29 @@ def em(
     num_inputs, num_outputs, size = votes.shape[-3:]
     even_share = num_outputs / num_inputs
     couplings = softmax(jnp.zeros_like(votes[..., 0]))
+    # In this order of axes, the sums over votes are products of contiguous matrices.
+    votes = rearrange(votes, "... i o h -> ... o i h")
     for iteration in range(1, num_iterations + 1):
         # M step
-        shares = couplings * rearrange(activations, "... i -> ... i 1")
-        mass = reduce(shares, "... i o -> ... o", "sum")
-        normalized = rearrange(shares / (rearrange(mass, "... o -> ... 1 o") + epsilon), "... i o -> ... i o 1")
-        means = reduce(normalized * votes, "... i o h -> ... o h", "sum")
+        shares = rearrange(couplings * rearrange(activations, "... i -> ... i 1"), "... i o -> ... o i")
+        mass = reduce(shares, "... o i -> ... o 1", "sum")
+        normalized = shares / (mass + epsilon)
+        means = jnp.einsum("...oi,...oih->...oh", normalized, votes)
         center = jax.lax.stop_gradient(means)
-        squares = jnp.square(votes - rearrange(center, "... o h -> ... 1 o h"))
-        variances = reduce(normalized * squares, "... i o h -> ... o h", "sum") + min_variance
+        squares = jnp.square(votes - rearrange(center, "... o h -> ... o 1 h"))
+        variances = jnp.einsum("...oi,...oih->...oh", normalized, squares) + min_variance
         # This is zero. Its gradient is that of the variances with respect to the means, without a sum over all votes.
-        total = rearrange(mass / (mass + epsilon), "... o -> ... o 1")
-        variances -= (means - center) * (2 * means - (means + center) * total)
+        variances -= (means - center) * (2 * means - (means + center) * mass / (mass + epsilon))
         log_deviations = 0.5 * jnp.log(variances)
         costs = size * beta_u + reduce(log_deviations, "... o h -> ... o", "sum")
-        logits = inverse_temperature * (1 - annealing**iteration) * (beta_a - costs * mass * even_share)
+        logits = inverse_temperature * (1 - annealing**iteration) * (beta_a - costs * mass[..., 0] * even_share)
         if iteration == num_iterations:
             break
         # E step
-        squares = jnp.square(votes - rearrange(means, "... o h -> ... 1 o h"))
-        distances = squares / rearrange(2 * variances, "... o h -> ... 1 o h")
-        log_density = -reduce(distances, "... i o h -> ... i o", "sum") - rearrange(
-            reduce(log_deviations + 0.5 * math.log(2 * math.pi), "... o h -> ... o", "sum"), "... o -> ... 1 o"
-        )
-        couplings = softmax(rearrange(jax.nn.log_sigmoid(logits), "... o -> ... 1 o") + log_density)
+        squares = jnp.square(votes - rearrange(means, "... o h -> ... o 1 h"))
+        distances = jnp.einsum("...oih,...oh->...oi", squares, 0.5 / variances)
+        constants = reduce(log_deviations + 0.5 * math.log(2 * math.pi), "... o h -> ... o", "sum")
+        log_density = -distances - rearrange(constants, "... o -> ... o 1")
+        scores = rearrange(jax.nn.log_sigmoid(logits), "... o -> ... o 1") + log_density
+        couplings = softmax(rearrange(scores, "... o i -> ... i o"))
     return Routed(means, jax.nn.sigmoid(logits), couplings)
