@@ -13,6 +13,7 @@ from einops import rearrange
 from flax import nnx
 
 from capsnet_jax.capsules import Capsules
+from capsnet_jax.compilation import compile_lean, compiler_options
 from capsnet_jax.config import Config
 from capsnet_jax.data import make_dataset
 from capsnet_jax.data.augmentation import Augmentation
@@ -21,7 +22,7 @@ from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.nn.precision import for_products
 from capsnet_jax.ops import mask_by_label, to_unit_range
 from capsnet_jax.train.loop import Trainer
-from capsnet_jax.train.memory import available_memory, compile_lean, peak_memory
+from capsnet_jax.train.memory import available_memory, peak_memory
 from capsnet_jax.train.optimizer import create_optimizer
 from capsnet_jax.train.sharding import on_all
 from capsnet_jax.train.step import create_state, make_train_step
@@ -107,7 +108,7 @@ class Work:
 
     def step(self) -> Calls:
         graphdef, state = create_state(self._new_model(), self._optimizer)
-        train_step = jax.jit(make_train_step(graphdef, self._optimizer, self._training), donate_argnums=0)
+        train_step = compiled(make_train_step(graphdef, self._optimizer, self._training), donate_argnums=0)
         arguments = state, self._images, self._labels
         # The first call compiles, as in training; it is timed separately.
         program = cache(lambda: compile_lean(train_step, *arguments))
@@ -116,7 +117,7 @@ class Work:
     def inference(self) -> Calls:
         graphdef, params, *rest = nnx.split(self._new_model(), nnx.Param, ...)
 
-        @jax.jit
+        @compiled
         def encode(params: nnx.State, images: jax.Array) -> Capsules:
             return nnx.merge(graphdef, for_products(params, self._dtype), *rest, copy=True).encode(images)
 
@@ -130,12 +131,12 @@ class Work:
             updates, opt_state = self._optimizer.update(gradient, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), None
 
-        program = jax.jit(update, donate_argnums=0)
+        program = compiled(update, donate_argnums=0)
         return [(iterate(lambda: program, (params, self._optimizer.init(params)), random_like(params)), 1)]
 
     def augmentation(self) -> Calls:
         augmentation = Augmentation(shift=self.shift)
-        augmented = jax.jit(lambda key, pixels: augmentation(key, to_unit_range(pixels)))
+        augmented = compiled(lambda key, pixels: augmentation(key, to_unit_range(pixels)))
         key = jax.random.key(0)
         return [(lambda: augmented(key, self._pixels), 1)]
 
@@ -162,7 +163,7 @@ class Work:
     def gemm(self) -> Calls:
         size = self.gemm_sizes[self.platform]
         left, right = jax.random.uniform(jax.random.key(0), (2, size, size)).astype(self._dtype)
-        product = jax.jit(jnp.matmul)
+        product = compiled(jnp.matmul)
         return [(lambda: product(left, right), 1)]
 
     def _part(self, name: str) -> Calls:
@@ -196,7 +197,7 @@ class Work:
 
         data = self._images, self._labels  # passed as arguments, because XLA folds constants
         arguments = params, inputs, random_like(jax.eval_shape(forward, params, inputs, *data)), *data
-        program = self._compiled_part = jax.jit(forward_and_backward).lower(*arguments).compile()
+        program = self._compiled_part = compiled(forward_and_backward).lower(*arguments).compile()
         return [(lambda: program(*arguments), 1)]
 
     def _intermediates(self, images: jax.Array) -> tuple[jax.Array, Capsules, jax.Array]:
@@ -217,6 +218,11 @@ class Work:
         test_images = self.evaluation_batch if self.platform == "cpu" else self.test_images
         endless = dataclasses.replace(self._config, training=dataclasses.replace(self._training, epochs=10**6))
         return random_trainer(endless, self.train_images, test_images, augment=(f"shift={self.shift}",))
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> jax.stages.Wrapped:
+    """Compile as training and evaluation do; options are for `jax.jit`."""
+    return jax.jit(function, compiler_options=compiler_options(), **options)
 
 
 def random_images(config: Config, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -26,14 +26,20 @@ from capsnet_jax.capsules import Routed
 from capsnet_jax.nn.fast import fused_dynamic
 from capsnet_jax.ops import squash
 from capsnet_verify.routings import INPUTS, OUTPUTS, SIZE, Case
-from capsnet_verify.subjects import EVERY_TERM, SMALL, Subject, of_model, of_preset
+from capsnet_verify.subjects import EVERY_TERM, SMALL, Subject, of_model
 
 PLAIN = of_model("small", SMALL)
 TWO_LABELS = of_model("standardized images of two classes", replace(SMALL, standardize_images=True), labels_per_image=2)
 NORMALIZED = of_model("batch normalization", replace(SMALL, batch_norm=True))
+# A CPU multiplies the patches under these kernels.
+LARGE = of_model("large kernels", replace(SMALL, stem_kernel=6, primary_kernel=6))
 # Its primary kernel is larger than the output; GPUs convolve blocks of pixels.
 BLOCKS = of_model("large strided kernel", replace(SMALL, image_shape=(14, 13, 2)))
-SPECTRAL = of_preset("digits")  # a small model; from 26 images on, one convolution is by Fourier transforms
+# A CPU uses Fourier transforms for its primary kernel.
+SPECTRAL = of_model(
+    "many channels",
+    replace(SMALL, stem_channels=32, primary_groups=8, primary_dim=8, primary_kernel=7, primary_stride=1),
+)
 
 Function = Callable[..., Any]
 Table = dict[str, list[tuple[str, str, str, Any]]]
@@ -100,14 +106,14 @@ def _knowing(argument: str, place: str, wrong_for: Callable[[Any], Function]) ->
 
 
 def _changed(pattern: str, change: Callable[[list[Any]], Any]) -> _MadeOf:
-    """Make a replacement of an einops function that changes the results of calls with this pattern."""
+    """Make a replacement of einsum or an einops function that changes the results of calls with this pattern."""
 
     def make(right: Function) -> Function:
         results: list[Any] = []
 
-        def wrong(array: Any, called_with: str, *rest: Any, **sizes: int) -> Any:
-            result = right(array, called_with, *rest, **sizes)
-            if called_with != pattern:
+        def wrong(*arguments: Any, **sizes: int) -> Any:
+            result = right(*arguments, **sizes)
+            if not any(isinstance(argument, str) and argument == pattern for argument in arguments):
                 return result
             results.append(result)
             return change(results)
@@ -151,16 +157,21 @@ def _averaging_logits(vmap: Function, function: Function) -> Function:
     return vmap(route, axis_name="batch")
 
 
-def _as_capsules(pattern: str) -> Function:
-    return lambda features, _, groups: rearrange(features, pattern, groups=groups)
+def _as_capsules(wrong: Function) -> _MadeOf:
+    """Make a replacement of `rearrange` that divides the channels of the primary capsules in another way."""
+    return _by(lambda right, *arguments, **sizes: (wrong if "groups" in sizes else right)(*arguments, **sizes))
+
+
+def _in_order(pattern: str) -> _MadeOf:
+    return _as_capsules(lambda features, _, groups: rearrange(features, pattern, groups=groups))
 
 
 def _of_neighbouring_pixels(features: jax.Array, _: str, groups: int) -> jax.Array:
     return features.transpose(0, 3, 1, 2).reshape(len(features), -1, features.shape[-1] // groups)
 
 
-_groups_first = _as_capsules("b height width (groups d) -> b (groups height width) d")
-_strided = _as_capsules("b height width (d groups) -> b (height width groups) d")
+_groups_first = _in_order("b height width (groups d) -> b (groups height width) d")
+_strided = _in_order("b height width (d groups) -> b (height width groups) d")
 _apart = partial(jax.nn.standardize, axis=(1, 2))
 _next_label = _by(lambda mask, poses, labels: mask(poses, (labels + 1) % poses.shape[1]))
 _first_label = _by(lambda multi_hot, labels, *rest: multi_hot(labels[:, 0], *rest))
@@ -236,16 +247,21 @@ def _every_second(change: Callable[[list[Any]], Any]) -> Callable[[list[Any]], A
 
 _prior_at_first = _knowing("prior_logits", "capsnet_jax.routing.dynamic._softmax", _without_prior_later)
 _prior_inside = _knowing("prior", "jax.nn.softmax", _with_prior_inside)
-_votes_added_up = _changed("... o -> ... 1 o", lambda results: jnp.ones_like(results[-1]))
-# In EM, calls with these patterns give in turn means and variances, means and doubled variances, costs and densities.
-_about_zero = _changed("... i o h -> ... o h", _every_second(lambda results: results[-1] + jnp.square(results[-2])))
-_deviations = _changed("... o h -> ... 1 o h", _every_second(lambda results: jnp.sqrt(2 * results[-1])))
+_votes_added_up = _changed("... o i -> ... o 1", lambda results: jnp.ones_like(results[-1]))
+# In EM, calls with these patterns give in turn means and variances, costs and densities.
+_about_zero = _changed("...oi,...oih->...oh", _every_second(lambda results: results[-1] + jnp.square(results[-2])))
 _no_density = _changed("... o h -> ... o", _every_second(lambda results: 0 * results[-1]))
 _no_cost = _changed("... o h -> ... o", lambda results: (1 - len(results) % 2) * results[-1])
 # In variational routing, with this one kappa and nu.
 _no_nu = _changed("... o 1 -> ... 1 o", _every_second(lambda results: jnp.ones_like(results[-1])))
 _sharper = _by(lambda softmax, logits, axis: softmax(SIZE**0.5 * logits, axis=axis))
 _ignoring = _by(lambda route, votes, activations, **options: route(votes, jnp.ones_like(activations), **options))
+
+
+def _deviations(einsum: Function, pattern: str, *arrays: jax.Array) -> jax.Array:
+    if pattern == "...oih,...oh->...oi":  # the second are 1 / (2 variance)
+        return einsum(pattern, arrays[0], jnp.sqrt(arrays[1] / 2))
+    return einsum(pattern, *arrays)
 
 
 def _no_mixing_proportions(digamma: Function, values: jax.Array) -> jax.Array:
@@ -347,6 +363,7 @@ def _first_gradient_alone(backward: Function, summed: Any, arguments: Any, cotan
 
 NN, DYNAMIC, NORM = "capsnet_jax.nn", "capsnet_jax.routing.dynamic", "flax.nnx.BatchNorm.__call__"
 LAYERS, FUSED, CONVOLUTION = f"{NN}.layers", f"{NN}.fast.fused_dynamic", f"{NN}.fast.convolution"
+OF_BIAS = "gradient encoder.image2primary_capsules.0.bias"
 OF_VOTES = "gradient encoder.primary2digit_capsules.input_caps2U.weight"
 
 MODELS = [
@@ -358,7 +375,13 @@ MODELS = [
     (PLAIN, "logits averaged over the batch", "couplings 0", "jax.vmap", _by(_averaging_logits)),
     (PLAIN, "groups before positions", "primary poses", f"{LAYERS}.rearrange", _groups_first),
     (PLAIN, "a capsule's channels strided over groups", "primary poses", f"{LAYERS}.rearrange", _strided),
-    (PLAIN, "capsules of neighbouring pixels", "primary poses", f"{LAYERS}.rearrange", _of_neighbouring_pixels),
+    (
+        PLAIN,
+        "capsules of neighbouring pixels",
+        "primary poses",
+        f"{LAYERS}.rearrange",
+        _as_capsules(_of_neighbouring_pixels),
+    ),
     (PLAIN, "decoder masked by the wrong label", "reconstructions", f"{NN}.model.mask_by_label", _next_label),
     (TWO_LABELS, "images standardized together", "stem 0", f"{LAYERS}.standardize_images", _together),
     (TWO_LABELS, "channels standardized apart", "stem 0", f"{LAYERS}.standardize_images", _apart),
@@ -369,12 +392,26 @@ MODELS = [
     (NORMALIZED, "no evaluation mode", "poses with running means", f"{NN}.model.CapsNet.eval", _nothing),
     (NORMALIZED, "another epsilon of batch normalization", "stem 0", NORM, _with(epsilon=1e-5)),
     (NORMALIZED, "another momentum of batch normalization", "step 1", NORM, _with(momentum=0.01)),
+    (
+        PLAIN,
+        "kernel mirrored in the gradient of a convolution",
+        OF_BIAS,
+        f"{CONVOLUTION}.rearrange",
+        _changed("height width channels features -> height width features channels", lambda results: results[-1][::-1]),
+    ),
+    (SPECTRAL, "kernel mirrored in spectra", "primary poses", f"{CONVOLUTION}.fourier", _mirrored),
+    (
+        SPECTRAL,
+        "no gradient of images by spectra",
+        OF_BIAS,
+        f"{NN}.fast.fourier._backward",
+        _by(_no_gradient_of_images),
+    ),
     (PLAIN, "Adam with epsilon in the root", "step 1", "optax.adam", _given(eps=0, eps_root=1e-8)),
     (PLAIN, "Adam with Nesterov momentum", "step 1", "optax.adam", optax.nadam),
     (PLAIN, "Adam with another second moment", "step 2", "optax.adam", _given(b2=0.99)),
     (PLAIN, "Adam with decayed weights", "step 1", "optax.adam", partial(optax.adamw, weight_decay=1e-2)),
 ]
-OF_BIAS = "gradient encoder.image2primary_capsules.0.bias, batch of 26"
 # Mistakes in implementations that a batch of 3 on a CPU does not use.
 IN_ONE_IMPLEMENTATION = [
     (PLAIN, "fused softmax over inputs", "couplings 0, batch of 16", "jax.nn.softmax", _fused_over_inputs),
@@ -385,27 +422,13 @@ IN_ONE_IMPLEMENTATION = [
         f"{FUSED}._coupled_sum_backward",
         _constant_for("agreed"),
     ),
-    (PLAIN, "kernel mirrored by XLA", "stem 0, batch of 3 as on GPU", f"{CONVOLUTION}.convolution", _mirrored),
+    (LARGE, "kernel mirrored by XLA", "stem 0, batch of 3 as on GPU", f"{CONVOLUTION}.convolution", _mirrored),
     (
         BLOCKS,
         "pixels of a block in another order than taps",
         "primary poses, batch of 3 as on GPU",
         f"{CONVOLUTION}.rearrange",
         _changed("(i p) (j q) c f -> i j (p q c) f", lambda results: jnp.roll(results[-1], 1, axis=2)),
-    ),
-    (
-        SPECTRAL,
-        "kernel mirrored in spectra",
-        "primary poses, batch of 26",
-        f"{CONVOLUTION}.fourier",
-        _mirrored,
-    ),
-    (
-        SPECTRAL,
-        "no gradient of images by spectra",
-        OF_BIAS,
-        f"{NN}.fast.fourier._backward",
-        _by(_no_gradient_of_images),
     ),
 ]
 
@@ -433,9 +456,9 @@ ROUTINGS: Table = {
         ("softmax over inputs", "couplings", "em", _given(softmax=partial(softmax, axis=-2))),
         ("E step ignores output activations", "couplings", "jax.nn.log_sigmoid", jnp.zeros_like),
         ("M step ignores input activations", "couplings", "em", _ignoring),
-        ("votes added up, not averaged", "couplings", "rearrange", _votes_added_up),
-        ("variance about zero", "couplings", "reduce", _about_zero),
-        ("deviation for variance", "couplings", "rearrange", _deviations),
+        ("votes added up, not averaged", "couplings", "reduce", _votes_added_up),
+        ("variance about zero", "couplings", "jax.numpy.einsum", _about_zero),
+        ("deviation for variance", "couplings", "jax.numpy.einsum", _by(_deviations)),
         ("density not normalized", "couplings", "reduce", _no_density),
         ("cost without deviations", "couplings", "reduce", _no_cost),
         ("no annealing", "couplings", "em", _given(annealing=0.0)),

@@ -195,7 +195,7 @@ def test_jit_and_the_convolution_of_a_gpu_change_nothing(poses_in_float64, float
         calls.append(stride)
         return convolution(images, kernel, stride)
 
-    monkeypatch.setattr("capsnet_jax.nn.fast.convolution.matrix_product", native)
+    monkeypatch.setattr("capsnet_jax.nn.fast.convolution.direct", native)
     assert_close("native", jax.jit(pair.jax_model.encode)(pair.images).poses, eager, tolerance=1e-12)
     assert len(calls) == 2
 

@@ -119,13 +119,13 @@ def test_every_check_is_a_row_of_the_table_and_of_the_file(tmp_path, verify_comm
         (batch["size"], batch["platform"], [*batch["implementations"].values()]) for batch in results["batches"]
     ]
     assert compared == [
-        (3, "cpu", ["patches", "patches", "votes"]),
-        (16, "cpu", ["patches", "patches", "fused"]),
+        (3, "cpu", ["direct", "direct", "votes"]),
+        (16, "cpu", ["direct", "direct", "fused"]),
         (3, "gpu", ["xla", "xla", "votes"]),
     ]
     assert results["unproved"] == []
     assert (
-        "Proved at a batch of 3, stem 0 by patches, primary capsules by patches, routing 0 by votes; at a batch of 16, "
+        "Proved at a batch of 3, stem 0 by direct, primary capsules by direct, routing 0 by votes; at a batch of 16, "
         "routing 0 by fused; at a batch of 3 as on GPU, stem 0 by xla, primary capsules by xla.\n"
     ) in printed
 
@@ -134,7 +134,7 @@ def test_only_a_batch_of_the_given_size_is_compared():
     subject, settings = of_routing("dynamic"), Settings("float32", batch_size=2)
     plan = plan_of(subject, settings)
     verification = Verification(subject, settings, plan, checks=[Check("stem 0", 1.0, 1e-15, 1e-12, AGREES)])
-    assert "Proved at a batch of 2, stem 0 by patches, primary capsules by patches, routing 0 by votes.\n" in describe(
+    assert "Proved at a batch of 2, stem 0 by direct, primary capsules by direct, routing 0 by votes.\n" in describe(
         verification
     )
     unproved = "routing 0 by fused, stem 0 by xla, primary capsules by xla"
@@ -164,7 +164,7 @@ def test_on_a_gpu_its_implementations_come_first():
     plan = plan_of(of_preset("digits"), Settings("float32", device="gpu"))
     assert [(batch.size, batch.platform, [*batch.implementations.values()]) for batch in plan.batches] == [
         (3, None, ["xla", "patches", "votes"]),
-        (26, "cpu", ["patches", "fourier", "fused"]),
+        (16, "cpu", ["direct", "direct", "fused"]),
     ]
     assert plan.for_training.size == 3
     assert not plan.unproved

@@ -15,7 +15,7 @@ PRODUCT, PROOF = "capsnet_jax", ("capsnet_verify", "capsnet_benchmark")
 # `__init__` holds the public names; inside the package, only the command line imports it.
 LAYERS = (
     ("errors", "files", "tables"),
-    ("capsules",),
+    ("capsules", "compilation"),
     ("ops",),
     ("routing",),
     ("config",),

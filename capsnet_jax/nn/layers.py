@@ -419,16 +419,19 @@ class Decoder(nnx.Module):
     @jax.named_scope("decoder")
     def __call__(self, poses: Float[Array, "b o h"]) -> Float[Array, "b height width channels"]:
         _, features = self.hidden_features(poses)
-        to_pixels = self.to_pixels[...]
-        pixels = at_least_float32(jnp.tensordot(features.astype(to_pixels.dtype), to_pixels, axes=1))
+        # As a matrix, or XLA would transpose its gradient.
+        to_pixels = rearrange(self.to_pixels[...], "features ... -> features (...)")
+        pixels = at_least_float32(features.astype(to_pixels.dtype) @ to_pixels)
+        pixels = pixels.reshape(-1, *self.to_pixels.shape[1:])
         if self.outer_bias:
             pixels += self.pixel_bias[...]
         return jax.nn.sigmoid(pixels)
 
     def hidden_features(self, poses: Float[Array, "b o h"]) -> tuple[Float[Array, "b first"], Float[Array, "b second"]]:
         """Compute the features of the two hidden layers."""
-        from_capsules, hidden = self.from_capsules[...], self.hidden_weight[...]
-        first = jnp.einsum("boh,ohf->bf", poses.astype(from_capsules.dtype), from_capsules)
+        from_capsules = rearrange(self.from_capsules[...], "o h features -> (o h) features")
+        hidden = self.hidden_weight[...]
+        first = rearrange(poses, "b o h -> b (o h)").astype(from_capsules.dtype) @ from_capsules
         if self.outer_bias:
             first += self.first_bias[...]
         first = jax.nn.relu(first)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
+from capsnet_jax.compilation import compiler_options
 from capsnet_jax.errors import UsageError
 from capsnet_jax.nn.losses import reconstruction_loss
 from capsnet_jax.nn.model import CapsNet
@@ -273,7 +274,7 @@ def _compiled(function: Callable[..., Any], graphdef: nnx.GraphDef, mesh: Mesh |
     The devices of a mesh share the batch. Each gets all results, so that every process can read them.
     """
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options())
     def of_batch(state: nnx.State, *data: Any) -> Any:
         images, *labels = data if mesh is None else jax.lax.with_sharding_constraint(data, along(mesh, 0))
         model = nnx.merge(graphdef, state)

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key, Shaped
 
+from capsnet_jax.compilation import compile_lean, compiler_options
 from capsnet_jax.config import TrainingConfig
 from capsnet_jax.data import Dataset
 from capsnet_jax.data.augmentation import Augmentation
@@ -27,7 +28,7 @@ from capsnet_jax.nn.precision import for_products
 from capsnet_jax.ops import to_unit_range
 from capsnet_jax.train.evaluation import Evaluation, evaluate
 from capsnet_jax.train.feeding import STREAMED_BYTES, Feed, should_stream
-from capsnet_jax.train.memory import compile_lean, program_memory
+from capsnet_jax.train.memory import program_memory
 from capsnet_jax.train.optimizer import create_optimizer, learning_rate
 from capsnet_jax.train.progress import Progress, SeedProgress
 from capsnet_jax.train.sharding import along, data_mesh, on_all, place_tree
@@ -162,7 +163,8 @@ class Trainer:
         self.mesh = data_mesh(config.batch_size // config.accumulate, devices)
         self.stream = should_stream(images) if stream is None else stream
         train_step = make_train_step(self.graphdef, self._optimizer, config)
-        self._train_chunk = jax.jit(make_train_chunk(train_step, augmentation, along(self.mesh, 0)), donate_argnums=0)
+        train_chunk = make_train_chunk(train_step, augmentation, along(self.mesh, 0))
+        self._train_chunk = jax.jit(train_chunk, donate_argnums=0, compiler_options=compiler_options())
         self._compiled: dict[tuple[int, int], jax.stages.Compiled] = {}  # by numbers of seeds and steps
 
     @property

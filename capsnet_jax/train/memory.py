@@ -1,6 +1,5 @@
 """Memory of the device, of a compiled program and of this process, in bytes."""
 
-import ctypes
 import math
 import re
 import sys
@@ -55,21 +54,3 @@ def program_memory(compiled: Any) -> int:
     analysis = compiled.memory_analysis()
     sizes = (analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes)
     return sum(sizes) - analysis.alias_size_in_bytes
-
-
-def compile_lean(function: Any, *arguments: Any) -> Any:
-    """Compile a jitted function for these arguments or shapes, and return freed memory to the system.
-
-    The compiler leaves hundreds of megabytes with the allocator of the C library, which large arrays cannot use; the
-    process that trains the full-size model needs a quarter less memory without them.
-    """
-    _return_freed_memory()
-    compiled = function.lower(*arguments).compile()
-    _return_freed_memory()
-    return compiled
-
-
-def _return_freed_memory() -> None:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # only in glibc
-    if trim is not None:
-        trim(0)

@@ -1,6 +1,7 @@
 """Every implementation of the convolution equals that of XLA, in values and gradients."""
 
 import math
+import re
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from capsnet_jax.nn.fast.choice import choose_convolution
-from capsnet_jax.nn.fast.convolution import convolve, depthwise, matrix_product, space_to_depth
+from capsnet_jax.nn.fast.convolution import convolve, depthwise, direct, matrix_product, space_to_depth
 from capsnet_jax.ops import convolution, positions_after
 
 # height, width, channels; kernel height, kernel width; stride; features
@@ -34,7 +35,7 @@ def test_values_and_gradients_equal_those_of_xla(case, dtype, tolerance):
         outputs = positions_after((height, width), (kernel_height, kernel_width), stride)
         cotangent = jnp.asarray(rng.normal(size=(3, *outputs, features)), dtype)
         expected = value_and_pull(convolution, stride, images, kernel, cotangent)
-        for formulation in (convolve, space_to_depth):
+        for formulation in (convolve, direct, space_to_depth):
             actual = value_and_pull(formulation, stride, images, kernel, cotangent)
             for name, ours, theirs in zip(("value", "images", "kernel"), actual, expected, strict=True):
                 assert ours.shape == theirs.shape, (name, formulation)
@@ -42,7 +43,7 @@ def test_values_and_gradients_equal_those_of_xla(case, dtype, tolerance):
                 assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max(), (name, formulation)
 
 
-@pytest.mark.parametrize("formulation", [convolve, matrix_product, space_to_depth, convolution])
+@pytest.mark.parametrize("formulation", [convolve, direct, matrix_product, space_to_depth, convolution])
 def test_bfloat16_is_close_to_float32_and_keeps_its_dtype(formulation):
     rng = np.random.default_rng(7)
     images, kernel, cotangent = (
@@ -110,9 +111,9 @@ def test_other_platforms_convolve_with_kernels_no_larger_than_the_output(images,
 
 
 # Images and kernel, with stride 2. The second is that of the reference model: Fourier transforms on one CPU device.
-@pytest.mark.parametrize("shapes", [((1, 9, 9, 8), (3, 3, 8, 4)), ((64, 20, 20, 256), (9, 9, 256, 256))], ids=str)
+@pytest.mark.parametrize("shapes", [((1, 13, 13, 8), (6, 6, 8, 4)), ((64, 20, 20, 256), (9, 9, 256, 256))], ids=str)
 @pytest.mark.parametrize("num_devices", [1, 2])
-def test_cpu_uses_matrix_products_and_other_platforms_the_native_convolution(shapes, num_devices, monkeypatch):
+def test_large_kernels_are_matrix_products_on_cpu_and_convolutions_elsewhere(shapes, num_devices, monkeypatch):
     monkeypatch.setattr("jax.device_count", lambda: num_devices)
     arguments = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
     traced = jax.jit(jax.grad(lambda *args: convolve(*args, 2).sum(), argnums=(0, 1))).trace(*arguments)
@@ -121,7 +122,16 @@ def test_cpu_uses_matrix_products_and_other_platforms_the_native_convolution(sha
     assert "stablehlo.convolution" not in on_cpu
     assert "stablehlo.dot_general" in on_cpu
     by_patches = f"x{math.prod(shapes[1][:3])}xf32>" in on_cpu  # matrix of patches
-    assert by_patches == (num_devices == 2 or shapes[1] == (3, 3, 8, 4))
+    assert by_patches == (num_devices == 2 or shapes[1] == (6, 6, 8, 4))
+
+
+def test_small_kernels_are_convolutions_on_cpu_with_their_axes_in_the_order_that_is_fast_in_loops():
+    shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((7, 14, 11, 6), (5, 5, 6, 8))]
+    gradient = jax.grad(lambda *operands: jnp.square(convolve(*operands, 2)).sum(), argnums=(0, 1))
+    lowered = jax.jit(gradient).trace(*shapes).lower(lowering_platforms=("cpu",)).as_text()
+    convolutions = re.findall(r"stablehlo.convolution\(.*?dim_numbers = (.*?), window", lowered)
+    assert len(convolutions) >= 3
+    assert set(convolutions) == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
 
 
 def value_and_pull(formulation, stride, images, kernel, cotangent):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from capsnet_benchmark import worker
-from capsnet_jax.train.memory import compile_lean, peak_memory_of_process
+from capsnet_jax.compilation import compile_lean
+from capsnet_jax.train.memory import peak_memory_of_process
 
 BLOCK, NUMBER = 2**16, 2_000  # small enough to be kept by the allocator, 131 MB of them
 

@@ -180,9 +180,9 @@ def test_bfloat16_is_used_in_training_but_not_in_evaluation(monkeypatch, small_d
     program = evaluation._compiled(evaluation._predict_batch, rounding.graphdef, rounding.mesh)
     batch = small_dataset.test_images, small_dataset.test_labels
     weights = of_seed(rounding.snapshot.state.weights)
-    assert "bf16" not in str(jax.make_jaxpr(program)(weights, *batch))
+    assert "bf16" not in str(program.trace(weights, *batch).jaxpr)
     batch = images[None, None], labels[None, None], None, jax.random.split(jax.random.key(0), 1)
-    assert "bf16" in str(jax.make_jaxpr(rounding._train_chunk)(state, *batch))
+    assert "bf16" in str(rounding._train_chunk.trace(state, *batch).jaxpr)
 
 
 def pairs_dataset():

@@ -1,9 +1,9 @@
 """Convolutions, by the fastest implementation on each platform.
 
 On GPU, XLA's own convolution is best, unless the kernel is larger than the output: its gradients then multiply many
-zeros. If blocks of pixels become channels first, kernel and stride are smaller. On CPU, XLA's gradient with respect to
-the images is slow for large strided kernels: one matrix product computes the same sums two orders of magnitude faster.
-For many channels and large kernels, Fourier transforms are faster still.
+zeros. If blocks of pixels become channels first, kernel and stride are smaller. On CPU, XLA's own convolution is best
+for small kernels. Its gradient with respect to the images is slow for large strided ones: one matrix product computes
+the same sums two orders of magnitude faster. For many channels and large kernels, Fourier transforms are faster still.
 """
 
 from collections.abc import Callable
@@ -55,8 +55,38 @@ def _implementation(images: Images, kernel: Kernel, stride: int, platform: str) 
     choice = choose_convolution(images.shape, kernel.shape, stride, kernel.dtype, platform=platform)
     if choice.tilings is not None:
         return partial(fourier, stride=stride, tilings=choice.tilings)
-    functions = {"xla": convolution, "space_to_depth": space_to_depth, "patches": matrix_product}
+    functions = {"xla": convolution, "direct": direct, "space_to_depth": space_to_depth, "patches": matrix_product}
     return partial(functions[choice.name], stride=stride)
+
+
+def direct(images: Images, kernel: Kernel, stride: int) -> Features:
+    """Convolve by XLA's own convolution, and compute both gradients as convolutions with the same order of axes.
+
+    JAX would leave the axes as they are and name them in another order. XLA for CPU computes such convolutions about a
+    hundred times more slowly in loops, in which training accumulates gradients or runs several steps.
+    """
+
+    def backward(operands: tuple[Images, Kernel], cotangent: Features) -> tuple[Images, Kernel]:
+        images, kernel = operands
+        sizes = zip(images.shape[1:3], kernel.shape[:2], cotangent.shape[1:3], strict=True)
+        # Zeros around and between the features, so that each pixel meets all positions that saw it.
+        zeros = [(size - 1, full - 1 - (positions - 1) * stride, stride - 1) for full, size, positions in sizes]
+        features = jax.lax.pad(cotangent, jnp.zeros((), cotangent.dtype), [(0, 0, 0), *zeros, (0, 0, 0)])
+        turned = rearrange(kernel[::-1, ::-1], "height width channels features -> height width features channels")
+        # Here the cotangent is the kernel, and the examples are its channels.
+        of_taps = jax.lax.conv_general_dilated(
+            rearrange(images, "b height width channels -> channels height width b"),
+            rearrange(cotangent, "b height width features -> height width b features"),
+            window_strides=(1, 1),
+            padding="VALID",
+            rhs_dilation=(stride, stride),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        of_taps = rearrange(of_taps, "channels height width features -> height width channels features")
+        height, width = kernel.shape[:2]  # a stride may leave pixels at the border that no tap sees
+        return convolution(features, turned, stride=1), of_taps[:height, :width]
+
+    return with_backward(backward)(partial(convolution, stride=stride))(images, kernel)
 
 
 def space_to_depth(images: Images, kernel: Kernel, stride: int) -> Features:
