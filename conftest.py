@@ -26,6 +26,7 @@ def _compilation_cache(pytestconfig: pytest.Config) -> Iterator[None]:
     """
     folder = pytestconfig.rootpath / ".pytest_cache" / "d" / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)  # of processes that tests start
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     compilation_cache.reset_cache()

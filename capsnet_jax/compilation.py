@@ -1,8 +1,11 @@
-"""How programs are compiled: options of XLA, and memory that the compiler leaves behind."""
+"""How programs are compiled: options of XLA, a cache on disk, and memory that the compiler leaves behind."""
 
 import ctypes
+import os
 import sys
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +13,9 @@ import jax
 # Which operations XLA for CPU hands to its library YNNPACK. By default it hands over convolutions, too, which its own
 # code computes up to three times faster.
 ON_CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
+
+CACHE_BYTES = 2**30
+SECONDS_WORTH_CACHING = 0.1
 
 
 def compiler_options() -> dict[str, str]:
@@ -31,6 +37,24 @@ def _is_known() -> bool:
     except jax.errors.JaxRuntimeError:
         return False
     return True
+
+
+def use_cache() -> None:
+    """Keep compiled programs in the user's cache folder, so that the next process starts in seconds.
+
+    The least recently used ones are deleted when there is more than a gigabyte. JAX finds a program by its text, its
+    options, the device and the versions. A folder that is already set, as by `JAX_COMPILATION_CACHE_DIR`, is left as it
+    is, and `JAX_ENABLE_COMPILATION_CACHE=false` uses none.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
+    with suppress(OSError, RuntimeError):  # a home that does not exist or cannot be written
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capsnet-jax"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", SECONDS_WORTH_CACHING)
 
 
 def compile_lean(function: Any, *arguments: Any) -> Any:

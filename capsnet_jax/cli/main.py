@@ -80,7 +80,12 @@ def run(argv: Sequence[str]) -> int:
         command = parse(argv)
         # Orbax logs errors with a stack trace before raising them; they are reported below in one sentence.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        return 0 if command is None else command.run() or 0
+        if command is None:
+            return 0
+        from capsnet_jax.compilation import use_cache
+
+        use_cache()
+        return command.run() or 0
     except UsageError as error:
         return _fail(2, error)
     except NonFiniteLossError as error:
@@ -185,6 +190,7 @@ def describe_commands() -> str:
             "`capsnet COMMAND --help` describes a command and its options.",
             "`capsnet train` alone trains on small digits, in a minute or two.",
             "`capsnet --version` prints the version.",
+            "JAX_ENABLE_COMPILATION_CACHE=false keeps no compiled programs in ~/.cache.",
         ]
     )
 

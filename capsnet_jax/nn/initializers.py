@@ -1,14 +1,17 @@
 """Initial weight distributions of the published models, so that training starts from the same place."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 Initializer = Callable[..., Float[Array, "..."]]
+
+SIZES = (2**8, 2**12, 2**16, 2**20)
 
 
 class Scheme(NamedTuple):
@@ -50,12 +53,27 @@ def unit_variance_uniform(fan_in: int) -> Initializer:
 
 
 def _uniform(bound: float) -> Initializer:
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return _in_few_sizes(lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound))
 
 
 def _truncated_normal(deviation: float) -> Initializer:
     """Normal of this standard deviation, then truncated at two deviations, like TensorFlow's `truncated_normal`."""
-    return lambda key, shape, dtype: deviation * jax.random.truncated_normal(key, -2, 2, shape, dtype)
+    return _in_few_sizes(lambda key, shape, dtype: deviation * jax.random.truncated_normal(key, -2, 2, shape, dtype))
+
+
+def _in_few_sizes(draw: Initializer) -> Initializer:
+    """Make an initializer draw one of a few numbers of values, at least as many as are needed, and keep the first.
+
+    JAX compiles the generator for each shape anew, which took most of the time to create a model. The values are the
+    same: by default, a value depends on the key and its flat index alone (`jax_threefry_partitionable`).
+    """
+
+    def initializer(key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "..."]:
+        size = math.prod(shape)
+        drawn = next((number for number in SIZES if number >= size), size)
+        return draw(key, (drawn,), dtype)[:size].reshape(shape)
+
+    return initializer
 
 
 TORCH = Scheme(fan_in_uniform, fan_in_uniform, fan_in_uniform, unit_variance_uniform)
