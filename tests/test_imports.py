@@ -24,6 +24,7 @@ LAYERS = (
     ("data", "figures", "interchange"),
     ("train",),
     ("runs",),
+    ("explore",),
     ("__init__",),
     ("cli",),
     ("__main__",),

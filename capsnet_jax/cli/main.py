@@ -22,6 +22,7 @@ COMMANDS = {
     "train": ("train:Train", "train a model, and print its accuracy on the test images"),
     "evaluate": ("evaluate:Evaluate", "evaluate a trained model on the test images, class by class"),
     "predict": ("predict:Predict", "classify image files"),
+    "explore": ("explore:Explore", "draw in the browser, and see a trained model route"),
     "report": ("report:Report", "summarize runs in a table and plot their learning curves"),
     "compare": ("compare:Compare", "train the same model with every routing algorithm, and compare"),
     "check-routing": ("check_routing:CheckRouting", "test a routing algorithm, for example your own"),

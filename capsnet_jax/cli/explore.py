@@ -1,0 +1,100 @@
+"""The command `capsnet explore`: a page in the browser that shows a trained model at work."""
+
+import sys
+import webbrowser
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from capsnet_jax.data import configured_dataset, existing_path
+from capsnet_jax.data.augmentation import Augmentation
+from capsnet_jax.errors import UsageError
+from capsnet_jax.explore.explorer import Explorer, Images, Labels, mnist_examples, with_routing
+from capsnet_jax.explore.server import Server, is_loopback
+from capsnet_jax.nn.model import CapsNet
+from capsnet_jax.routing import ROUTINGS
+from capsnet_jax.runs.folder import Run, load_run
+
+
+@dataclass(frozen=True)
+class Explore:
+    """Draw digits in the browser, and see a trained model route them.
+
+    Opens a page that shows primary capsules, what each class receives from them in every
+    routing iteration, and reconstructions. Ctrl-C ends it. Details: docs/explorer.md."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    compare: str | None = None
+    """Another run to show beside it, or a routing to show with the same weights:
+    a name, or your own as package.module:function."""
+    port: int = 0
+    """Port of the server; 0 for any free one."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Any other than this one lets others in the network use the model."""
+    browser: bool = True
+    """Open the page in the browser."""
+    best: bool = False
+    """Use the weights that were best on validation images instead of the last ones."""
+    trust_code: bool = False
+    """Import the routing that the run names, if it is not of this package. That runs code."""
+
+    def run(self) -> None:
+        """Answer the page until Ctrl-C.
+
+        Raises:
+            UsageError: an option is wrong, the port is used, or a model cannot be loaded or shown.
+        """
+        with Server(self.host, self.port) as server:
+            run, model = load_run(self.run_dir, best=self.best, trust_code=self.trust_code)
+            models = {str(self.run_dir): model}
+            if self.compare is not None:
+                if self.compare in models:
+                    raise UsageError(f"compare is {self.compare}, the run itself; expected another one, or a routing.")
+                models[self.compare] = self._other(self.compare, run, model)
+            explorer = Explorer(
+                models, run.class_names, labels_per_image=run.labels_per_image, examples=lambda: read_examples(run)
+            )
+            if not is_loopback(self.host):
+                print(f"capsnet: all who reach {self.host} in the network can use the page.", file=sys.stderr)
+            print(f"Explore {self.run_dir} at {server.url} (Ctrl-C ends it)", flush=True)
+            if self.browser:
+                webbrowser.open(server.url)
+            try:
+                server.serve(explorer)
+            except KeyboardInterrupt:
+                print()
+
+    def _other(self, compare: str, run: Run, model: CapsNet) -> CapsNet:
+        """Load the model that is shown beside the one of the run."""
+        name, _, _ = compare.partition(",")
+        if name in ROUTINGS or ":" in name:
+            return with_routing(model, compare)
+        other, model = load_run(Path(compare), best=self.best, trust_code=self.trust_code)
+        if other.class_names != run.class_names:
+            raise UsageError(
+                f"The classes of {compare} are {', '.join(other.class_names)}; expected those of {self.run_dir}, "
+                f"{', '.join(run.class_names)}."
+            )
+        return model
+
+
+def read_examples(run: Run) -> tuple[Images, Labels]:
+    """Read the test images of a run from this machine; for MNIST, those that come with the page if there are none.
+
+    Raises:
+        UsageError: they cannot be read, would have to be downloaded, or have another shape than the images of the run.
+    """
+    data = run.config.data
+    try:
+        if data.data_dir is None and data.dataset != "digits" and existing_path(data.dataset) is None:
+            raise UsageError(f"The folder of the test images of {data.dataset} is not known.")
+        dataset = configured_dataset(data, test_only=True).cropped(Augmentation.parse(data.augment).crop)
+    except UsageError:
+        if data.dataset != "mnist" or run.image_shape != (28, 28, 1):
+            raise
+        return mnist_examples()
+    if dataset.image_shape != run.image_shape:
+        raise UsageError(f"The test images are of shape {dataset.image_shape}; expected {run.image_shape}.")
+    return dataset.test_images, dataset.test_labels
