@@ -33,10 +33,14 @@ Build a model:
 Train and use it:
 
 - `load_dataset`, `fit` with a `TrainingConfig`, `evaluate` and `predict`; `load` reads a trained model from its folder.
+- `PRETRAINED`: folders of the trained models that ship with the package, by the name that `load` and all commands take.
 - `start_from`: weights of a trained model where they fit, to train them further on other classes or images.
 - `margin_loss`, `spread_loss`, `reconstruction_loss`: for a training loop of your own.
 - `from_torch`, `to_torch`: weights from and to the PyTorch model.
 - `UsageError`: the exception for wrong arguments, files and data; its message says what is expected.
+
+>>> sorted(capsnet_jax.PRETRAINED)
+[]
 
 The command `capsnet` trains, evaluates, compares and verifies from a shell.
 """
@@ -45,7 +49,7 @@ from capsnet_jax.capsules import Capsules, Routed
 from capsnet_jax.config import ModelConfig, TrainingConfig
 from capsnet_jax.data import Dataset, load_dataset
 from capsnet_jax.errors import UsageError
-from capsnet_jax.interchange.state_files import start_from
+from capsnet_jax.interchange.state_files import PRETRAINED, start_from
 from capsnet_jax.interchange.weights import from_torch, to_torch
 from capsnet_jax.nn.conv_capsules import ConvCapsules
 from capsnet_jax.nn.layers import CapsuleLayer, Decoder, PrimaryCapsules, Stem
@@ -59,6 +63,7 @@ from capsnet_jax.train.loop import fit
 
 __all__ = [
     "PRESETS",
+    "PRETRAINED",
     "ROUTINGS",
     "CapsNet",
     "CapsuleLayer",

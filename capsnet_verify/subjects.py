@@ -13,7 +13,7 @@ from jaxtyping import Shaped
 from capsnet_jax.config import Config, ModelConfig
 from capsnet_jax.errors import UsageError, in_words
 from capsnet_jax.interchange.architecture import infer_architecture
-from capsnet_jax.interchange.state_files import CONFIG, read_state
+from capsnet_jax.interchange.state_files import CONFIG, find_pretrained, read_state
 from capsnet_jax.interchange.weights import StateDict
 from capsnet_jax.presets import get_preset
 from capsnet_jax.routing import ROUTINGS
@@ -185,7 +185,8 @@ def of_files(
     """Make a subject of a run, or of weights in files that `read_state` reads.
 
     Args:
-        paths: the folder of a run, a file of weights, or the two files of encoder and decoder.
+        paths: the folder of a run, the name of a pretrained model, a file of weights, or the two files of encoder and
+            decoder.
         preset: source of what weights without a config.json do not determine; by default the reference model.
         image_shape: height, width and number of channels, for weights without a decoder and without a config.json.
         trust_code: whether a routing of another package, named in a config.json, may be imported.
@@ -194,7 +195,8 @@ def of_files(
         UsageError: they cannot be read, are not the weights of a model, or an option contradicts a config.json.
     """
     state = read_state(paths)
-    folder = paths[0] if paths[0].is_dir() else paths[0].parent
+    source = find_pretrained(paths[0])
+    folder = source if source.is_dir() else source.parent
     title = " and ".join(map(str, paths))
     if (folder / CONFIG).exists():
         if preset is not None or image_shape is not None:

@@ -22,7 +22,7 @@ WRITTEN = Path(__file__).parent / "written_by_0_1_0"
 
 
 PUBLIC = capsnet_jax.__all__
-CONSTANTS = ("PRESETS", "ROUTINGS")  # dictionaries, which the docstring of the package explains
+CONSTANTS = ("PRESETS", "PRETRAINED", "ROUTINGS")  # dictionaries, which the docstring of the package explains
 
 
 def example_of(name: str) -> doctest.DocTest:
@@ -32,7 +32,7 @@ def example_of(name: str) -> doctest.DocTest:
 
 
 def test_the_public_names():
-    assert 18 <= len(PUBLIC) <= 26
+    assert 18 <= len(PUBLIC) <= 27
     assert set(CONSTANTS) < set(PUBLIC)
     assert capsnet_jax.__version__[0].isdecimal()
 

@@ -1,12 +1,13 @@
-"""The command `capsnet convert`: convert files of weights, bit by bit."""
+"""The command `capsnet convert`: convert files of weights."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import tyro
 from flax import nnx
 
@@ -14,7 +15,16 @@ from capsnet_jax.errors import UsageError
 from capsnet_jax.files import replace_file
 from capsnet_jax.interchange.architecture import infer_architecture
 from capsnet_jax.interchange.model_card import model_card
-from capsnet_jax.interchange.state_files import CONFIG, WEIGHTS, check_paths, is_folder, named, read_state, write_state
+from capsnet_jax.interchange.state_files import (
+    CONFIG,
+    WEIGHTS,
+    check_paths,
+    find_pretrained,
+    is_folder,
+    named,
+    read_state,
+    write_state,
+)
 from capsnet_jax.interchange.weights import StateDict, from_torch, weight_table
 from capsnet_jax.presets import get_preset
 from capsnet_jax.runs.folder import Run, read_run
@@ -27,11 +37,11 @@ CARD = "README.md"
 class Convert:
     """Convert weights between PyTorch and JAX: a run, safetensors, or a state_dict.
 
-    Weights keep every bit, and have the names of the PyTorch model. They are checked
-    against the model before anything is written. Details: docs/interchange.md."""
+    Weights keep every bit, unless --dtype is given, and have the names of the PyTorch model.
+    They are checked against the model before anything is written. Details: docs/interchange.md."""
 
     source: tyro.conf.Positional[tuple[Path, ...]]
-    """Folder of a run; one file, .safetensors or .pt with a state_dict; or two files:
+    """Folder of a run, or name of a pretrained model; one file, .safetensors or .pt with a state_dict; or two files:
     encoder and decoder of the reference model. Code in a .pt file is not executed."""
     to: tuple[Path, ...]
     """What to write: a new .safetensors or .pt file; two files for encoder and decoder;
@@ -41,6 +51,8 @@ class Convert:
     Default: the config.json beside the source, or else readable, the reference model."""
     image_shape: tuple[int, int, int] | None = None
     """Height, width and channels of the images; needed for weights without decoder and config.json."""
+    dtype: Literal["float16", "float32", "float64"] | None = None
+    """Type of the weights to write; by default that of the source. float16 halves the files."""
     trust_code: bool = False
     """Import the routing that the run names, if it is not of this package. That runs code."""
 
@@ -63,6 +75,9 @@ class Convert:
                 file=sys.stderr,
             )
         state = {row.name: state[row.name] for row in weight_table(model)}
+        if self.dtype is not None:
+            with _naming(self.source):
+                state = _as_dtype(state, self.dtype)
         num_weights, dtype = _count(state)
         for path, part in write_state(state, self.to).items():
             print(f"{path}: {len(part)} entries, {_count(part)[0]:,} weights in {dtype}")
@@ -86,7 +101,8 @@ class Convert:
 
     @property
     def _folder(self) -> Path:
-        return self.source[0] if self.source[0].is_dir() else self.source[0].parent
+        source = find_pretrained(self.source[0])
+        return source if source.is_dir() else source.parent
 
     def _find_run(self, state: StateDict) -> tuple[Run, str | None]:
         """Read the config beside the source, or infer one from weights and a preset, whose name is returned, too."""
@@ -119,6 +135,20 @@ def _naming(source: tuple[Path, ...]) -> Iterator[None]:
         yield
     except UsageError as error:
         raise UsageError(f"{named(source)}: {error}") from error
+
+
+def _as_dtype(state: StateDict, dtype: str) -> StateDict:
+    """Round weights to another type.
+
+    Raises:
+        UsageError: a value is too large for it.
+    """
+    with np.errstate(over="ignore"):
+        rounded = {name: array.astype(dtype) for name, array in state.items()}
+    for name, array in rounded.items():
+        if not np.isfinite(array).all():
+            raise UsageError(f"The entry {name} has values that are too large for {dtype}; expected another --dtype.")
+    return rounded
 
 
 def _count(state: StateDict) -> tuple[int, str]:

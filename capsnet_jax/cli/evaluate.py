@@ -31,7 +31,7 @@ class Evaluate:
     with its 95 % confidence interval (Wilson)."""
 
     run_dir: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Folder of the run, or name of a pretrained model."""
     dataset: str | None = None
     """Another data set than the one of the run. It needs no training images."""
     data_dir: Path | None = None

@@ -37,10 +37,12 @@ class Export:
     The file is run once on random images, and kept only if it agrees with the model."""
 
     run_dir: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Folder of the run, or name of a pretrained model."""
     format: Literal["stablehlo", "onnx"] = "stablehlo"
     """stablehlo for jax.export.deserialize; onnx for onnxruntime (pip install 'capsnet-jax[onnx]')."""
-    output: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: model.FORMAT in the run folder)")] = None
+    output: Annotated[
+        Path | None, tyro.conf.arg(help_behavior_hint="(default: model.FORMAT in the run folder, or NAME.FORMAT)")
+    ] = None
     """File to write; its name ends in .stablehlo or .onnx."""
     overwrite: bool = False
     """Replace the file if it exists."""
@@ -51,7 +53,9 @@ class Export:
 
     def run(self) -> None:
         run, model = load_run(self.run_dir, best=self.best, trust_code=self.trust_code)
-        path = self.output or self.run_dir / f"model.{self.format}"
+        # Nothing is written into the package, where the folder of a pretrained model is.
+        name = f"{self.run_dir / 'model' if self.run_dir.is_dir() else self.run_dir}.{self.format}"
+        path = self.output or Path(name)
         if path.is_dir() or not path.parent.is_dir():
             what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
             raise UsageError(f"The output {path} {what}; expected the name of a file.")

@@ -41,7 +41,7 @@ class Predict:
     A file that cannot be read is reported, and the others are classified; the exit status is then 2."""
 
     run_dir: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Folder of the run, or name of a pretrained model."""
     paths: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH [PATH ...]")]]
     """Image files of any format that Pillow reads; folders, for the image files in them; - for standard input.
     They have the size of the training images, unless --resize is given here,

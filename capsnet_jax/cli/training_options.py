@@ -12,7 +12,7 @@ import tyro
 
 from capsnet_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
 from capsnet_jax.data.augmentation import describe_augmentations
-from capsnet_jax.interchange.state_files import CONFIG
+from capsnet_jax.interchange.state_files import CONFIG, find_pretrained
 from capsnet_jax.presets import get_preset
 from capsnet_jax.routing import ROUTINGS
 from capsnet_jax.routing.registry import describe_options
@@ -30,7 +30,7 @@ class TrainingOptions:
     """Preset that the defaults of all other options come from:
     readable (the reference model), digits (small and quick), official, paper, efficient, em."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="PATH")] = None
-    """Start from the weights of a run folder, a converted folder, or a .safetensors or .pt file.
+    """Start from the weights of a run folder, a converted folder, a .safetensors or .pt file, or a pretrained model.
     Without --preset, a config.json there provides the defaults of the model."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -84,7 +84,8 @@ def read_defaults(argv: Sequence[str], *, trust_code: bool) -> tuple[Config, Pat
     if options.preset is not None:
         return config, None
     if options.source is not None:
-        folder = options.source if options.source.is_dir() else options.source.parent
+        source = find_pretrained(options.source)
+        folder = source if source.is_dir() else source.parent
         if (folder / CONFIG).exists():
             config = replace(config, model=read_run(folder, trust_code=trust_code).config.model)
     return config, options.run_dir if options.resume else None

@@ -34,7 +34,8 @@ class Verify:
     differ."""
 
     model: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Folder of a run; a file of weights, .safetensors or .pt; or the two files of the reference model."""
+    """Folder of a run; name of a pretrained model; a file of weights, .safetensors or .pt; or the two files of the
+    reference model."""
     preset: str | None = None
     """Preset to verify at full size; for a file of weights without a config.json, the preset of its model."""
     image_shape: tuple[int, int, int] | None = None
@@ -194,6 +195,7 @@ class Verify:
 
     def _subjects(self) -> list["capsnet_verify.subjects.Subject"]:
         """Return the models to verify."""
+        from capsnet_jax.interchange.state_files import find_pretrained
         from capsnet_jax.presets import PRESETS
         from capsnet_jax.runs.folder import read_run
         from capsnet_verify import subjects
@@ -202,7 +204,7 @@ class Verify:
         routing = self.routing
         found = [subjects.of_preset(name) for name in PRESETS] if self.all_presets else []
         found += subjects.of_every_routing() if self.all_routings else []
-        if self.torch_model is not None and self.model and self.model[0].is_dir():
+        if self.torch_model is not None and self.model and find_pretrained(self.model[0]).is_dir():
             # Weights of the run, if there are any, would not be used.
             found = [subjects.Subject(str(self.model[0]), read_run(self.model[0], trust_code=self.trust_code))]
         elif self.model:

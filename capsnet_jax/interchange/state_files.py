@@ -1,4 +1,4 @@
-"""Files of weights: safetensors, PyTorch state_dicts, the two files of the reference model, and run folders."""
+"""Files of weights: safetensors, state_dicts, the two files of the reference model, run folders, pretrained models."""
 
 import importlib
 from collections import Counter
@@ -25,6 +25,15 @@ from capsnet_jax.nn.model import CapsNet
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # in the folder of a run
 SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth")
 PAIR = ("encoder.", "decoder.")  # prefixes that the entries of the reference model's two files get
+# Folders of the trained models that ship with the package, by name.
+PRETRAINED = {
+    path.parent.name: path.parent for path in sorted(Path(__file__).parents[1].glob(f"pretrained/*/{CONFIG}"))
+}
+
+
+def find_pretrained(path: Path) -> Path:
+    """Return the folder of a pretrained model, if a path is its name and nothing of that name exists; else the path."""
+    return path if path.exists() else PRETRAINED.get(str(path), path)
 
 
 def read_state(paths: Sequence[Path]) -> StateDict:
@@ -33,8 +42,8 @@ def read_state(paths: Sequence[Path]) -> StateDict:
     Nothing is ever unpickled.
 
     Args:
-        paths: one .safetensors, .pt or .pth file, or the folder of a run; or two files, encoder and decoder of the
-            reference model, whose entries get the prefixes "encoder." and "decoder.".
+        paths: one .safetensors, .pt or .pth file, the folder of a run, or the name of a pretrained model; or two files,
+            encoder and decoder of the reference model, whose entries get the prefixes "encoder." and "decoder.".
 
     Raises:
         UsageError: a file cannot be read, is empty or of another kind, or an entry is not an array of finite
@@ -65,8 +74,8 @@ def start_from(model: CapsNet, source: str | Path) -> Transfer:
 
     Args:
         model: any model, changed in place.
-        source: a run folder, a folder that `capsnet convert` wrote, or a .safetensors, .pt or .pth file. Only weights
-            are read; no code is executed.
+        source: a run folder, a folder that `capsnet convert` wrote, the name of a pretrained model, or a .safetensors,
+            .pt or .pth file. Only weights are read; no code is executed.
 
     Returns:
         The names of the weights that were taken, that start anew, and that are not used, as in the state_dict of the
@@ -162,6 +171,7 @@ def is_folder(path: Path) -> bool:
 
 
 def _read_file(path: Path) -> StateDict:
+    path = find_pretrained(path)
     if path.is_dir():
         if not (path / WEIGHTS).exists():
             seeds = sorted(part.parent.name for part in path.glob(f"*/{WEIGHTS}"))

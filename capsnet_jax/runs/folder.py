@@ -18,7 +18,7 @@ from capsnet_jax.config import Config, differences
 from capsnet_jax.data import Dataset
 from capsnet_jax.errors import UsageError
 from capsnet_jax.files import replace_file
-from capsnet_jax.interchange.state_files import CONFIG, WEIGHTS
+from capsnet_jax.interchange.state_files import CONFIG, PRETRAINED, WEIGHTS, find_pretrained
 from capsnet_jax.interchange.weights import load_weights, save_weights
 from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.runs.origin import Origin
@@ -255,19 +255,21 @@ def read_run(folder: Path, *, trust_code: bool = False) -> Run:
     """Read a run from its folder, without weights.
 
     Args:
-        folder: folder of the run.
+        folder: folder of the run, or name of a pretrained model.
         trust_code: whether the config may name a routing of another package, `package.module:function`. Creating the
             model imports that module, which runs its code.
 
     Raises:
         UsageError: the folder is not a run folder, its config has a wrong value, or its routing is not to be trusted.
     """
+    folder = find_pretrained(folder)
     path = folder / CONFIG
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         parts = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        hint = f"its folder {parts[0]} does" if parts else "expected the --run-dir of a training"
+        expected = f"expected the --run-dir of a training, or the name of a pretrained model ({', '.join(PRETRAINED)})"
+        hint = f"its folder {parts[0]} does" if parts else expected
         exists = f"it has no {CONFIG}" if folder.is_dir() else "it is a file"
         missing = exists if folder.exists() else "it does not exist"
         raise UsageError(f"{folder} is not the folder of a run: {missing}; {hint}.") from error
@@ -312,7 +314,7 @@ def load_run(folder: Path, *, best: bool = False, trust_code: bool = False) -> t
     """Load a run and its trained model.
 
     Args:
-        folder: folder of the run.
+        folder: folder of the run, or name of a pretrained model.
         best: whether to load the weights that were best on validation images instead of the last ones.
         trust_code: whether the module of a routing of another package may be imported.
 
@@ -321,11 +323,11 @@ def load_run(folder: Path, *, best: bool = False, trust_code: bool = False) -> t
     """
     run = read_run(folder, trust_code=trust_code)
     model = run.new_model()
-    path = folder / (BEST if best else WEIGHTS)
+    path = run.folder / (BEST if best else WEIGHTS)
     if not path.exists():
         no_validation = best and run.config.data.validation == 0
         why = "it was trained without --validation" if no_validation else "none were saved yet"
-        raise UsageError(f"{folder} has no {path.name}: {why}.")
+        raise UsageError(f"{run.folder} has no {path.name}: {why}.")
     load_weights(path, model)
     return run, model
 
@@ -334,7 +336,8 @@ def load(path: str | Path, *, best: bool = False, trust_code: bool = False) -> C
     """Load a trained model.
 
     Args:
-        path: a run folder, or a folder that `capsnet convert` wrote.
+        path: a run folder, a folder that `capsnet convert` wrote, or the name of a pretrained model in `PRETRAINED`. A
+            folder is preferred to a pretrained model of its name.
         best: whether to load the weights that were best on validation images instead of the last ones.
         trust_code: whether a routing of another package, named in the folder's config, may be imported. That runs its
             code, so allow it only for folders and modules that you trust. Without it, a folder only holds numbers.
@@ -360,13 +363,14 @@ def load(path: str | Path, *, best: bool = False, trust_code: bool = False) -> C
         Traceback (most recent call last):
             ...
         capsnet_jax.errors.UsageError: no/such/folder does not exist; expected the folder of a run or of a converted \
-model, with config.json and model.safetensors in it.
+model, with config.json and model.safetensors in it, or the name of a pretrained model ().
     """
-    folder = Path(path)
+    folder = find_pretrained(Path(path))
     if not folder.is_dir():
         raise UsageError(
             f"{folder} {'is a file' if folder.exists() else 'does not exist'}; expected the folder of a run or of a "
-            f"converted model, with {CONFIG} and {BEST if best else WEIGHTS} in it."
+            f"converted model, with {CONFIG} and {BEST if best else WEIGHTS} in it, or the name of a pretrained model "
+            f"({', '.join(PRETRAINED)})."
         )
     return load_run(folder, best=best, trust_code=trust_code)[1]
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from capsnet_jax.errors import UsageError
 from capsnet_jax.files import replace_file
-from capsnet_jax.interchange.state_files import read_state
+from capsnet_jax.interchange.state_files import find_pretrained, read_state
 from capsnet_jax.interchange.weights import StateDict, take_weights, weight_table
 from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.train.freezing import is_frozen
@@ -82,12 +82,13 @@ class Source(NamedTuple):
         """Read weights, or their copy if they have been copied.
 
         Args:
-            path: a run folder, a converted folder, or a file of weights.
+            path: a run folder, a converted folder, a file of weights, or the name of a pretrained model.
             started: folder of runs that have started from them.
 
         Raises:
             UsageError: they cannot be read, are not finite numbers, or the path cannot be recorded.
         """
+        path = find_pretrained(path)
         if not str(path.absolute()).isprintable():
             raise UsageError(f"from is {str(path)!a}; expected a path of printable characters.")
         copy = None if started is None else started / ORIGIN

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import safetensors.numpy
 
@@ -209,3 +210,24 @@ def test_a_converted_run_is_evaluated_as_the_run_itself(tiny_run, tmp_path, caps
     (run / "model.safetensors").rename(run / "best.safetensors")
     assert convert(run / "best.safetensors", "--to", tmp_path / "best") == 0
     assert "Nothing was measured" in (tmp_path / "best" / "README.md").read_text()
+
+
+def test_dtype_rounds_every_weight(state, run_dir, tmp_path, capsys):
+    half = tmp_path / "half.safetensors"
+    assert convert(run_dir, "--to", half, "--dtype", "float16") == 0
+    assert "weights in float16" in capsys.readouterr().out
+    rounded = read_state([half])
+    assert rounded.keys() == state.keys()
+    for name, array in state.items():
+        assert rounded[name].dtype == np.float16
+        np.testing.assert_array_equal(rounded[name], array.astype(np.float16))
+
+
+def test_a_weight_too_large_for_dtype_is_refused(state, run_dir, tmp_path, capsys):
+    name = min(state)
+    large = state | {name: np.full_like(state[name], 1e5)}
+    safetensors.numpy.save_file(large, run_dir / "model.safetensors")
+    assert convert(run_dir, "--to", tmp_path / "half", "--dtype", "float16") == 2
+    message = error_of(capsys)
+    assert f"The entry {name} has values that are too large for float16; expected another --dtype" in message
+    assert not (tmp_path / "half").exists()
