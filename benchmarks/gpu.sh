@@ -4,8 +4,9 @@
 #     benchmarks/gpu.sh [FOLDER [PART ...]]
 #
 # JSON, CSV, the figure and the log go to FOLDER (benchmarks/results). The PARTs are epoch, float32, bfloat16, parts,
-# fused, parity and scaling; by default all of them run. PYTHON is the interpreter (python). PATIENCE=2 doubles the time
-# limits. SMALL=1 runs tiny sizes on CPU, to test this script.
+# fused, parity, scaling and plan, which shows the bounds of gpu_plan.py beside the times of bfloat16 and parts; by
+# default all of them run. PYTHON is the interpreter (python). PATIENCE=2 doubles the time limits. SMALL=1 runs tiny
+# sizes on CPU and no plan, to test this script.
 #
 # If a part fails, the others still run, and the exit status is 1.
 set -uo pipefail
@@ -26,7 +27,7 @@ else
     device=gpu rows=(jax torch-eager torch-compile) patience=${PATIENCE:-1}
     model=(--batch-size 256 --rounds 9)
     parts=(inference stem primary votes routing decoder optimizer augmentation dispatch epoch)
-    epoch=() parity=(--device gpu --preset readable --all-routings --steps 5 --dtype float32) scaling=(--seconds $((70 * patience)))
+    epoch=() parity=(--device gpu --preset readable --all-routings --steps 5 --dtype float32) scaling=(--seconds $((60 * patience)))
 fi
 exec > >(tee -a "$folder/$device.log") 2>&1
 
@@ -54,14 +55,20 @@ bench() {
     part "$1" "$2" "${capsnet[@]}" benchmark "${model[@]}" --json "$folder/$device-$1.json" "${@:3}"
 }
 
-# The limits sum to 9 minutes and 20 seconds, plus 35 seconds if every part must be killed.
+# The limits sum to 9 minutes and 15 seconds, plus 40 seconds if every part must be killed.
 part epoch 45 benchmarks/whole_epoch.py "${epoch[@]}" --json "$folder/$device-epoch.json"
-bench float32 105 --precision float32 --rows "${rows[@]}" --measure step gemm
-bench bfloat16 105 --precision bfloat16 --rows "${rows[@]}" --measure step gemm
-bench parts 85 --precision bfloat16 --rows jax torch-eager --measure "${parts[@]}"
-bench fused 40 --precision float32 --rows jax --measure step routing --routing-implementation fused
-part parity 95 "${capsnet[@]}" verify "${parity[@]}" --json "$folder/$device-parity.json"
-part scaling 85 benchmarks/scaling_curves.py "${scaling[@]}" --output "$folder/$device-scaling"
+bench float32 95 --precision float32 --rows "${rows[@]}" --measure step gemm
+bench bfloat16 95 --precision bfloat16 --rows "${rows[@]}" --measure step gemm
+bench parts 80 --precision bfloat16 --rows jax torch-eager --measure "${parts[@]}"
+bench fused 35 --precision float32 --rows jax --measure step routing --routing-implementation fused
+part parity 85 "${capsnet[@]}" verify "${parity[@]}" --json "$folder/$device-parity.json"
+part scaling 75 benchmarks/scaling_curves.py "${scaling[@]}" --output "$folder/$device-scaling"
+if [[ ! ${SMALL:-} ]]; then
+    gpu=h100
+    [[ $(nvidia-smi --list-gpus 2>/dev/null) != *H200* ]] || gpu=h200
+    part plan 45 benchmarks/gpu_plan.py --gpu $gpu --json "$folder/$device-plan.json" \
+        --measured "$folder/$device-bfloat16.json" "$folder/$device-parts.json"
+fi
 
 echo "=== $folder"
 printf '%s\n' "${summary[@]}"

@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_plan.py --preset readable --batch-size 256 --precision bfloat16 --json plan.json
     python benchmarks/gpu_plan.py --preset readable --routing my_module:my_routing --against plan.json
+    python benchmarks/gpu_plan.py --preset readable --measured gpu-bfloat16.json gpu-parts.json
 
 XLA compiles a chunk of training steps for the GPU, which is described by a file in capsnet_benchmark/gpus. Times are
 bounds, not measurements: of each kernel, the larger of its bytes at the bandwidth of the memory and its matrix products
@@ -19,7 +20,7 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # where this runs, whether there is a GPU or not
 
-from capsnet_benchmark.plan import compile_chunk, describe, read_gpu, summarize
+from capsnet_benchmark.plan import compile_chunk, describe, describe_measured, read_gpu, summarize
 from capsnet_benchmark.results import origin
 from capsnet_jax.errors import UsageError
 from capsnet_jax.files import replace_file
@@ -39,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="file for the plan")
     parser.add_argument("--hlo", type=Path, help="file for the text of the program")
     parser.add_argument("--against", type=Path, help="an earlier plan, to be shown beside this one")
+    parser.add_argument(
+        "--measured", type=Path, nargs="+", help="files of capsnet benchmark --json, to be shown beside"
+    )
     options = parser.parse_args(arguments)
     try:
         print(run(options))
@@ -49,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(options: argparse.Namespace) -> str:
     """Compile, write the files and return the tables."""
     before = options.against and read_plan(options.against)
+    measured = [read_results(path) for path in options.measured or ()]
     for path in (options.json, options.hlo):
         if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
             raise UsageError(f"The file is {path}; expected one in a folder that exists and can be written to.")
@@ -71,7 +76,22 @@ def run(options: argparse.Namespace) -> str:
     plan = described | summarize(config, gpu, options.steps, trainer, compiled)
     if options.json:
         replace_file(options.json, json.dumps(plan, indent=1) + "\n")
-    return describe(plan, before, largest=options.largest)
+    tables = [describe(plan, before, largest=options.largest)]
+    return "\n\n".join([*tables, describe_measured(plan, measured)] if measured else tables)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read what `capsnet benchmark --json` has written.
+
+    Raises:
+        UsageError: the file is something else, or has no row of JAX.
+    """
+    try:
+        results = json.loads(path.read_text())
+        results["median_seconds"]["jax"], *(results[name] for name in ("preset", "batch_size", "precision", "device"))
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise UsageError(f"{path} has no times of JAX; expected a file of capsnet benchmark --json.") from error
+    return results
 
 
 def read_plan(path: Path) -> dict[str, Any]:

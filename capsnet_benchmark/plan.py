@@ -35,6 +35,8 @@ CONVOLUTIONS = ("stem", "primary_capsules")
 COLUMNS = {"kernels": ("kernels", 1.0, 0), "flops": ("GFLOP", 1e-9, 1), "needed_flops": ("needed", 1e-9, 1)}
 COLUMNS |= {"bytes": ("MB", 1e-6, 1), "seconds": ("bound us", 1e6, 1)}
 """Heading, factor and decimals of each number of a part."""
+MEASURED = ("stem", "primary", "votes", "routing", "decoder", "optimizer", "augmentation", "step", "epoch")
+"""Measurements of the benchmark that a plan has bounds for."""
 IN_KERNELS = ("flops", "bytes", "seconds")
 BOUNDS = (
     "Times are bounds, not measurements: of each kernel, the larger of its bytes at the bandwidth of the memory and "
@@ -231,6 +233,41 @@ def describe(plan: Mapping[str, Any], before: Mapping[str, Any] | None = None, *
         longest.append([kernel["name"], kernel["part"].replace("_", " "), str(kernel["launches"]), *cells])
     tables = [markdown_table(rows), *(map(sentences, plans)), BOUNDS, *([markdown_table(longest)] if kernels else [])]
     return "\n\n".join(tables)
+
+
+def describe_measured(plan: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> str:
+    """Format the bounds of a plan beside the times that a GPU took.
+
+    Args:
+        plan: the plan, from `summarize`.
+        files: what `capsnet benchmark --json` wrote for the same model, batch size and precision.
+
+    Raises:
+        UsageError: the files have none of the times, or are of another model, batch size or precision.
+    """
+    for results in files:
+        for option in ("preset", "batch_size", "precision"):
+            if results[option] != plan[option]:
+                raise UsageError(
+                    f"The measured {option.replace('_', ' ')} is {results[option]}; expected {plan[option]}, as in "
+                    "the plan."
+                )
+    medians = {name: seconds for results in files for name, seconds in results["median_seconds"]["jax"].items()}
+    bounds = {part: numbers["seconds"] for part, numbers in plan["parts"].items()}
+    total = plan["total"]["seconds"]
+    # The benchmark times the last capsule layer with its votes.
+    bounds |= {"step": total, "epoch": plan["steps_per_epoch"] * total, "primary": bounds["primary_capsules"]}
+    bounds["routing"] += bounds["votes"]
+    rows = [
+        [name, number_cell(1e6 * bound, 1), number_cell(1e6 * measured, 1), number_cell(measured / bound, 2)]
+        for name in MEASURED
+        if (bound := bounds.get(name)) and (measured := medians.get(name))
+    ]
+    if not rows:
+        raise UsageError(f"No time was measured of {', '.join(MEASURED)}; expected one or more.")
+    devices = ", ".join(dict.fromkeys(results["device"] for results in files))
+    heading = ["part", "bound us", "measured us", "measured / bound"]
+    return f"Planned for {plan['device']}, measured on {devices}:\n\n{markdown_table([heading, *rows])}"
 
 
 def sentences(plan: Mapping[str, Any]) -> str:

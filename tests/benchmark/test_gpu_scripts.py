@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def fake_python(tmp_path):
     return write
 
 
-PARTS = ["epoch", "float32", "bfloat16", "parts", "fused", "parity", "scaling"]
+PARTS = ["epoch", "float32", "bfloat16", "parts", "fused", "parity", "scaling", "plan"]
 
 
 def test_all_parts_run_even_if_one_fails(fake_python, tmp_path):
@@ -46,13 +47,15 @@ def test_all_parts_run_even_if_one_fails(fake_python, tmp_path):
     assert folder == f"=== {tmp_path / 'out'}"
     summary = [line.split(maxsplit=3) for line in result.stdout.split(folder)[1].strip().splitlines()]
     assert [line[0] for line in summary] == PARTS
-    assert [line[3] for line in summary] == [*["ok"] * 5, "failed with status 3", "ok"]
+    assert [line[3] for line in summary] == [*["ok"] * 5, "failed with status 3", "ok", "ok"]
     assert (tmp_path / "out" / "gpu.log").read_text() == result.stdout
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == len(PARTS)
     assert "--batch-size 256" in calls[1]
     assert f"--json {tmp_path / 'out'}/gpu-float32.json --precision float32" in calls[1]
     assert "verify --device gpu --preset readable --all-routings" in calls[5]
+    measured = [f"{tmp_path / 'out'}/gpu-{name}.json" for name in ("bfloat16", "parts")]
+    assert calls[7].endswith(f"--measured {' '.join(measured)}")
 
 
 def test_only_named_parts_run_and_all_limits_sum_to_less_than_ten_minutes(fake_python, tmp_path):
@@ -61,7 +64,7 @@ def test_only_named_parts_run_and_all_limits_sum_to_less_than_ten_minutes(fake_p
     assert [line.split()[0] for line in result.stdout.splitlines()[-2:]] == ["epoch", "fused"]
     assert "--routing-implementation fused" in (tmp_path / "calls").read_text()
     lines = (BENCHMARKS / "gpu.sh").read_text().splitlines()
-    limits = [int(line.split()[2]) for line in lines if line.startswith(("part ", "bench "))]
+    limits = [int(line.split()[2]) for line in lines if re.match(r" *(part|bench) [a-z0-9]+ \d", line)]
     assert len(limits) == len(PARTS)
     assert sum(limits) + 5 * len(PARTS) < 600
 

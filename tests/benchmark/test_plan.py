@@ -223,6 +223,51 @@ def test_two_plans_are_shown_side_by_side(summary):
     assert "float32" in new
 
 
+MEASURED = {
+    "preset": "digits",
+    "batch_size": 32,
+    "precision": "float32",
+    "device": "a real one",
+    "median_seconds": {
+        "jax": {"step": 3e-3, "primary": 2.1e-3, "routing": 1.05e-3, "augmentation": 1e-6, "gemm": 5e-3},
+        "torch-eager": {},
+    },
+}
+
+
+BOUNDS = DESCRIPTION | {
+    "parts": {part: {"seconds": number * 1e-4} for number, part in enumerate(plan.PARTS)},  # augmentation: 0
+    "total": {"seconds": 2e-3},
+    "steps_per_epoch": 11,
+}
+
+
+def test_bounds_are_shown_beside_measured_times():
+    epoch = MEASURED | {"device": "another", "median_seconds": {"jax": {"epoch": 0.5}}}
+    text = plan.describe_measured(BOUNDS, [MEASURED, epoch])
+    assert text.startswith("Planned for made up, measured on a real one, another:\n\n")
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    assert header == ["part", "bound us", "measured us", "measured / bound"]
+    assert rows == [
+        ["primary", "200.0", "2,100.0", "10.50"],
+        ["routing", "700.0", "1,050.0", "1.50"],  # with its votes
+        ["step", "2,000.0", "3,000.0", "1.50"],
+        ["epoch", "22,000.0", "500,000.0", "22.73"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"precision": "bfloat16"}, "The measured precision is bfloat16; expected float32, as in the plan."),
+        ({"median_seconds": {"jax": {"gemm": 1.0}}}, "No time was measured of stem, primary, votes"),
+    ],
+)
+def test_other_measurements_are_refused(change, message):
+    with pytest.raises(UsageError, match=message):
+        plan.describe_measured(BOUNDS, [MEASURED | change])
+
+
 @pytest.fixture
 def script(monkeypatch):
     """The script as a module; it sets a variable of the environment and changes the path."""
@@ -250,6 +295,11 @@ def test_the_script_writes_what_it_shows_later_beside_another_plan(script, summa
     capsys.readouterr()
     script.main(["--routing", "uniform", "--precision", "float32", "--against", files[1]])
     assert "kernels before" in capsys.readouterr().out
+    results = MEASURED | {"batch_size": 7, "precision": "bfloat16"}
+    (tmp_path / "measured.json").write_text(json.dumps(results))
+    script.main(["--preset", "digits", "--batch-size", "7", "--measured", str(tmp_path / "measured.json")])
+    assert "measured / bound" in capsys.readouterr().out
+    del planned[2]
     assert planned == [
         (7, "bfloat16", "dynamic", "NVIDIA H200", 4),
         (256, "float32", "uniform", "NVIDIA H100 80GB HBM3", 10),
@@ -266,6 +316,7 @@ def test_the_script_writes_what_it_shows_later_beside_another_plan(script, summa
         (["--json", "no/such/folder.json"], "The file is no/such/folder.json; expected one in a folder that exists"),
         (["--hlo", "."], "The file is .; expected one in a folder"),
         (["--against", __file__], f"{__file__} is not a plan; expected a file that --json has written."),
+        (["--measured", __file__], f"{__file__} has no times of JAX; expected a file of capsnet benchmark --json."),
     ],
 )
 def test_the_script_tells_what_is_wrong_in_a_sentence(arguments, message, script, capsys):
