@@ -93,13 +93,27 @@ class Evaluate:
                     f"{len(class_names)}; expected as many, or --match name."
                 )
             return dataset.test_labels
-        index = {name: number for number, name in enumerate(class_names)}
-        if unknown := [name for name in dataset.class_names if name not in index]:
-            raise UsageError(
-                f"Data set {name!r} has the classes {some(unknown)}, which the model does not have: its own are "
-                f"{some(class_names)}; expected the same names, or --match order for classes in the same order."
-            )
-        return np.array([index[name] for name in dataset.class_names], np.int32)[dataset.test_labels]
+        return labels_by_name(class_names, dataset, name)
+
+
+def labels_by_name(class_names: Sequence[str], dataset: Dataset, name: str) -> Int[np.ndarray, "images *k"]:
+    """Return the labels of the test images as indices of the classes of a model that have the same names.
+
+    Args:
+        class_names: classes of the model.
+        dataset: the data set, whose classes may be fewer or in another order.
+        name: name of the data set, for messages.
+
+    Raises:
+        UsageError: the model does not have all the classes.
+    """
+    index = {name: number for number, name in enumerate(class_names)}
+    if unknown := [name for name in dataset.class_names if name not in index]:
+        raise UsageError(
+            f"Data set {name!r} has the classes {some(unknown)}, which the model does not have: its own are "
+            f"{some(class_names)}; expected the same names, or --match order for classes in the same order."
+        )
+    return np.array([index[name] for name in dataset.class_names], np.int32)[dataset.test_labels]
 
 
 def some(names: Sequence[str]) -> str:

@@ -30,7 +30,8 @@ class Report:
     run_dirs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs. A folder of several seeds stands for all of them, with a row of mean and deviation."""
     output: Path = Path("learning_curves.png")
-    """File for the plot: .png, .pdf or .svg. Solid: test error; dashed: validation error; faint: loss of each chunk."""
+    """File for the plot: .png, .pdf or .svg. Solid: test error; dashed: validation error; faint: loss of each chunk;
+    a line with a band: mean and range of several seeds."""
 
     def run(self) -> None:
         if not self.run_dirs:
@@ -44,7 +45,8 @@ class Report:
             if group[0].folder != folder:
                 rows.append([*mean_cells(folder, group), *("" for _ in options)])
         print(markdown_table([[*HEADINGS, *options], *rows]))
-        save_figure(learning_curves_figure({str(run.folder): run.curves() for run in histories}), self.output)
+        curves = {str(folder): [run.curves() for run in group] for folder, group in groups.items()}
+        save_figure(learning_curves_figure(curves), self.output)
 
 
 @dataclass(frozen=True)

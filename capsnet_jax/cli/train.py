@@ -27,7 +27,8 @@ from capsnet_jax.runs.folder import Run, SeedFolders, saved_runs
 from capsnet_jax.runs.metrics import event_writer_class
 from capsnet_jax.runs.origin import Source
 from capsnet_jax.runs.session import train_runs
-from capsnet_jax.train.evaluation import Evaluation, final_line, most_active
+from capsnet_jax.train.evaluation import Evaluation, final_line
+from capsnet_jax.train.inspection import reconstruct_each
 from capsnet_jax.train.loop import Trainer
 from capsnet_jax.train.sharding import connect, failing_together
 
@@ -216,14 +217,12 @@ def picture(model: CapsNet, dataset: Dataset) -> Figure:
     labels = rearrange(dataset.test_labels[:PICTURED], "b ... -> b (...)")
     k = labels.shape[1]
     labels = labels[: max(PICTURED // k, 1)]
-    images = to_unit_range(jnp.asarray(dataset.test_images[: len(labels)]))
-    capsules = model.encode(images)
-    predictions = most_active(np.asarray(capsules.activations), k)
+    images = dataset.test_images[: len(labels)]
+    predictions, reconstructions = reconstruct_each(model, images, k)
     titles = np.concatenate([_matched(*both) for both in zip(labels, predictions, strict=True)])
-    predictions = predictions.ravel()
-    images, poses = (repeat(array, "b ... -> (b k) ...", k=k) for array in (images, capsules.poses))
-    reconstructions = model.decode(poses, jnp.asarray(predictions))
-    return reconstructions_figure(*map(np.asarray, (images, reconstructions, titles, predictions)))
+    images = repeat(np.asarray(to_unit_range(jnp.asarray(images))), "b ... -> (b k) ...", k=k)
+    reconstructions = rearrange(reconstructions, "b k ... -> (b k) ...")
+    return reconstructions_figure(images, reconstructions, titles, predictions.ravel(), dataset.class_names)
 
 
 def _matched(labels: Int[np.ndarray, " k"], predictions: Int[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:

@@ -5,16 +5,24 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from capsnet_jax.errors import UsageError
+from capsnet_jax.figures.classes import Mistakes, activations_figure, confusion_figure
+from capsnet_jax.figures.couplings import convergence_figure, couplings_figure
 from capsnet_jax.figures.curves import Curves, comparison_figure, learning_curves_figure
-from capsnet_jax.figures.images import confusion_figure, reconstructions_figure
+from capsnet_jax.figures.images import perturbations_figure, reconstructions_figure, separations_figure
 
 __all__ = [
     "Curves",
+    "Mistakes",
+    "activations_figure",
     "comparison_figure",
     "confusion_figure",
+    "convergence_figure",
+    "couplings_figure",
     "learning_curves_figure",
+    "perturbations_figure",
     "reconstructions_figure",
     "save_figure",
+    "separations_figure",
 ]
 
 

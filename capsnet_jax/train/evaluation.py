@@ -174,7 +174,7 @@ def predict(
         raise UsageError("There are no images; expected one or more.")
     if images.dtype != np.uint8 and not (images.min() >= 0 and images.max() <= 1):  # also refuses NaN
         raise UsageError(f"The images are from {images.min()} to {images.max()}; expected uint8, or floats in [0, 1].")
-    return Predictions(*_in_batches(_predict_batch, model, (images, labels), batch_size, mesh))
+    return Predictions(*in_batches(_predict_batch, model, (images, labels), batch_size, mesh))
 
 
 def score(predictions: Predictions, labels: Labels) -> Evaluation:
@@ -184,15 +184,13 @@ def score(predictions: Predictions, labels: Labels) -> Evaluation:
     labels = rearrange(labels, "images ... -> images (...)")
     k = labels.shape[1]
     answers = most_active(activations, k)
+    right, wrong = right_and_wrong(activations, labels)
     true, predicted = (np.eye(num_classes, dtype=bool)[classes].any(axis=1) for classes in (labels, answers))
     hits, counts, num_predicted = (reduce(each, "images o -> o", "sum") for each in (true & predicted, true, predicted))
     confusion = None
     if k == 1:
         pairs = np.bincount(labels[:, 0] * num_classes + answers[:, 0], minlength=num_classes**2)
         confusion = tuple(map(tuple, pairs.reshape(num_classes, num_classes).tolist()))
-    runner_up = None
-    if k < num_classes:
-        runner_up = float(np.where(true, -math.inf, activations).max(axis=1).mean(dtype=float))
     return Evaluation(
         num_correct=int((true == predicted).all(axis=1).sum()),
         num_images=num_images,
@@ -200,8 +198,8 @@ def score(predictions: Predictions, labels: Labels) -> Evaluation:
         precision=_fractions(hits, num_predicted),
         recall=_fractions(hits, counts),
         confusion=confusion,
-        right_activation=float(activations[true].mean(dtype=float)),
-        runner_up_activation=runner_up,
+        right_activation=float(right.mean(dtype=float)),
+        runner_up_activation=float(wrong.mean(dtype=float)) if wrong.size else None,
         reconstruction_error=None if errors is None else float(errors.mean(dtype=float)),
     )
 
@@ -209,6 +207,17 @@ def score(predictions: Predictions, labels: Labels) -> Evaluation:
 def most_active(activations: Float[np.ndarray, "images o"], k: int) -> Int[np.ndarray, "images k"]:
     """Find the classes of the k most active capsules, in descending order; ties go to the lower class index."""
     return np.asarray(jax.lax.top_k(activations, k)[1])
+
+
+def right_and_wrong(
+    activations: Float[np.ndarray, "images o"], labels: Int[np.ndarray, "images k"]
+) -> tuple[Float[np.ndarray, "images k"], Float[np.ndarray, " wrong"]]:
+    """Return the activations of the labels of each image, and the largest other one; none if there are no others."""
+    right = np.take_along_axis(activations, labels, axis=1)
+    others = activations.copy()
+    np.put_along_axis(others, labels, -math.inf, axis=1)
+    wrong = others.max(axis=1)
+    return right, wrong if labels.shape[1] < activations.shape[1] else wrong[:0]
 
 
 def final_line(evaluation: Evaluation) -> str:
@@ -237,7 +246,36 @@ def coupling_entropy(couplings: Float[Array, "*batch i o"]) -> Float[Array, "*ba
 
 def mean_coupling_entropy(model: CapsNet, images: Images, *, batch_size: int = EVALUATION_BATCH) -> float:
     """Average `coupling_entropy` over the input capsules of the last capsule layer and over the images."""
-    return float(_in_batches(_coupling_entropies, model, (images,), batch_size, None).mean(dtype=float))
+    return float(in_batches(_coupling_entropies, model, (images,), batch_size).mean(dtype=float))
+
+
+def in_batches(
+    function: Callable[..., Any],
+    model: CapsNet,
+    data: tuple[Any, ...],
+    batch_size: int = EVALUATION_BATCH,
+    mesh: Mesh | None = None,
+) -> Any:
+    """Apply a function of model and data to all images, batch by batch.
+
+    Args:
+        function: function at the top of a module, of the model in evaluation mode and the data of a batch; it returns
+            arrays with a row for each image.
+        model: the model.
+        data: images, and possibly labels.
+        batch_size: number of images in a batch. The last batch is padded.
+        mesh: devices that share each batch and hold the weights; None for one device.
+    """
+    graphdef, state = nnx.split(model)
+    compiled = _compiled(function, graphdef, mesh)
+    num_images, num_devices = len(data[0]), 1 if mesh is None else mesh.size
+    batch_size = math.ceil(min(batch_size, num_images) / num_devices) * num_devices  # equal shares for all devices
+    results = []
+    for start in range(0, num_images, batch_size):
+        batch = np.minimum(np.arange(start, start + batch_size), num_images - 1)  # padded with the last image
+        results.append(compiled(state, *jax.tree.map(lambda array: array[batch], data)))  # noqa: B023
+    # Results are fetched after the loop, so that the device does not wait for the host between batches.
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_images], *jax.device_get(results))
 
 
 def _predict_batch(model: CapsNet, images: Array, labels: Array | None) -> tuple[Array, Array | None]:
@@ -249,22 +287,6 @@ def _predict_batch(model: CapsNet, images: Array, labels: Array | None) -> tuple
 
 def _coupling_entropies(model: CapsNet, images: Array) -> Float[Array, " b"]:
     return reduce(coupling_entropy(model.route(images)[-1].couplings), "b ... -> b", "mean")
-
-
-def _in_batches(
-    function: Callable[..., Any], model: CapsNet, data: tuple[Any, ...], batch_size: int, mesh: Mesh | None
-) -> Any:
-    """Apply a function of model and data, which are images and possibly labels, to all images, batch by batch."""
-    graphdef, state = nnx.split(model)
-    compiled = _compiled(function, graphdef, mesh)
-    num_images, num_devices = len(data[0]), 1 if mesh is None else mesh.size
-    batch_size = math.ceil(min(batch_size, num_images) / num_devices) * num_devices  # equal shares for all devices
-    results = []
-    for start in range(0, num_images, batch_size):
-        batch = np.minimum(np.arange(start, start + batch_size), num_images - 1)  # padded with the last image
-        results.append(compiled(state, *jax.tree.map(lambda array: array[batch], data)))  # noqa: B023
-    # Results are fetched after the loop, so that the device does not wait for the host between batches.
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_images], *jax.device_get(results))
 
 
 @lru_cache(maxsize=8)

@@ -190,7 +190,7 @@ def test_a_picture_that_cannot_be_written_is_an_error(tmp_path):
 def test_curves_are_the_metrics_by_step_and_by_epoch(tmp_path):
     with_validation = History.read(write_run(tmp_path / "a", (0.5, 0.75), (0.25, 0.5)))
     without = History.read(write_run(tmp_path / "b", (0.9375, 1)))
-    losses, errors = learning_curves_figure({"a": with_validation.curves(), "b": without.curves()}).axes
+    losses, errors = learning_curves_figure({"a": [with_validation.curves()], "b": [without.curves()]}).axes
     chunks, epochs, *_ = (line.get_xydata().tolist() for line in losses.lines)
     assert chunks == [[2, 9 / 2], [4, 9 / 4], [6, 9 / 6], [8, 9 / 8]]
     assert epochs == [[2, 10], [6, 5]]  # in the middle of the four steps of each

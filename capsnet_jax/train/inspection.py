@@ -1,0 +1,120 @@
+"""What a model does with images: couplings of each routing iteration, and reconstructions of single capsules."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from capsnet_jax.capsules import Capsules, Routed
+from capsnet_jax.nn.model import CapsNet
+from capsnet_jax.train.evaluation import Images, in_batches, most_active
+
+PERTURBATIONS = np.linspace(-0.25, 0.25, 11)  # Sabour et al. (2017), section 5.1
+
+
+class Iterations(NamedTuple):
+    """Class capsules after each routing iteration, and the couplings that produced them.
+
+    Attributes:
+        poses: poses of the class capsules.
+        activations: activations of the class capsules.
+        couplings: weight of each vote.
+    """
+
+    poses: Float[np.ndarray, "images iterations o h"]
+    activations: Float[np.ndarray, "images iterations o"]
+    couplings: Float[np.ndarray, "images iterations i o"]
+
+
+def num_iterations(model: CapsNet) -> int | None:
+    """Return the number of routing iterations of the class capsules; None if their routing has no such option."""
+    return dict(model.capsule_layers[-1].routing.options).get("num_iterations")
+
+
+def route_by_iteration(model: CapsNet, images: Images) -> Iterations:
+    """Route images to the class capsules with 1, 2 ... iterations, up to the number that the model uses.
+
+    Lower layers always use all of their iterations. A routing without the option num_iterations is called once.
+
+    Args:
+        model: the model.
+        images: uint8, or floats in [0, 1].
+
+    Raises:
+        UsageError: the images do not have the shape that the model was made for.
+    """
+    return Iterations(*in_batches(_route_by_iteration, model, (images,)))
+
+
+def input_grid(model: CapsNet) -> tuple[int, int]:
+    """Return height and width of the grid of the input capsules of the last layer, in the order `(height width i)`."""
+    grids = [model.config.primary_grid, *(getattr(layer, "out_grid", (1, 1)) for layer in model.capsule_layers)]
+    return grids[-2]
+
+
+def reconstruct_each(
+    model: CapsNet, images: Images, k: int = 1
+) -> tuple[Int[np.ndarray, "images k"], Float[np.ndarray, "images k height width channels"]]:
+    """Reconstruct images from each of their k most active class capsules alone.
+
+    Args:
+        model: a model with a decoder.
+        images: uint8, or floats in [0, 1].
+        k: number of capsules.
+
+    Returns:
+        The classes of these capsules, the most active first, and the reconstructions.
+    """
+    poses, activations = in_batches(_encode, model, (images,))
+    classes = most_active(activations, k)
+    alone = _decode(model, jnp.repeat(poses, k, axis=0), jnp.asarray(classes.ravel()))
+    return classes, rearrange(np.asarray(alone), "(b k) ... -> b k ...", k=k)
+
+
+def perturb(
+    model: CapsNet, poses: Float[np.ndarray, "o h"], label: int, changes: Float[np.ndarray, " changes"] = PERTURBATIONS
+) -> Float[np.ndarray, "h changes height width channels"]:
+    """Reconstruct an image from a class capsule while one dimension of its pose after the other is changed.
+
+    Args:
+        model: a model with a decoder.
+        poses: class capsules of the image.
+        label: the class of the capsule.
+        changes: numbers that are added to the dimension, one at a time.
+
+    References:
+        Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules" (2017), section 5.1.
+    """
+    size = poses.shape[1]
+    changed = np.tile(poses, (size, len(changes), 1, 1))
+    changed[:, :, label] += rearrange(np.eye(size), "h g -> h 1 g") * rearrange(changes, "n -> n 1")
+    flat = jnp.asarray(rearrange(changed, "h n o g -> (h n) o g"))
+    reconstructions = _decode(model, flat, jnp.full(len(flat), label))
+    return rearrange(np.asarray(reconstructions), "(h n) ... -> h n ...", h=size)
+
+
+def _route_by_iteration(model: CapsNet, images: Float[Array, "b height width channels"]) -> Routed:
+    last = model.capsule_layers[-1]
+    full, rounds = last.routing, []
+    for number in range(1, (num_iterations(model) or 1) + 1):
+        if full.takes("num_iterations"):
+            last.routing = replace(full, options=tuple((dict(full.options) | {"num_iterations": number}).items()))
+        routed = model.route(images)[-1]
+        couplings = routed.couplings.reshape(len(images), -1, model.config.num_classes)  # without the only position
+        rounds.append(Routed(*last.capsules_of(routed), couplings))
+    return Routed(*(jnp.stack(each, axis=1) for each in zip(*rounds, strict=True)))
+
+
+def _encode(model: CapsNet, images: Float[Array, "b height width channels"]) -> Capsules:
+    return model.encode(images)
+
+
+@nnx.jit
+def _decode(
+    model: CapsNet, poses: Float[Array, "b o h"], labels: Int[Array, " b"]
+) -> Float[Array, "b height width channels"]:
+    return model.decode(poses, labels)
