@@ -34,7 +34,7 @@ function coalesced(task) {
         await task();
       }
     } catch (error) {
-      await report(error);
+      report(error); // not awaited, as it asks for this task again once the server answers
     } finally {
       isBusy = false;
     }
