@@ -24,8 +24,8 @@ class Explore:
     Opens a page that shows primary capsules, what each class receives from them in every
     routing iteration, and reconstructions. Ctrl-C ends it. Details: docs/explorer.md."""
 
-    run_dir: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    run_dir: tyro.conf.Positional[Path] = Path("mnist-dynamic")
+    """Folder of the run, or name of a pretrained model."""
     compare: str | None = None
     """Another run to show beside it, or a routing to show with the same weights:
     a name, or your own as package.module:function."""

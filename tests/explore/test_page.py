@@ -7,6 +7,7 @@ import base64
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,6 +62,12 @@ class Page:
     def wait(self, condition: Callable[[], Any]) -> None:
         WebDriverWait(self.driver, 20, poll_frequency=0.05).until(lambda _: condition())
 
+    def settle(self) -> None:
+        """Wait until the page has asked nothing for half a second."""
+        number = -1
+        while number != (number := len(self.all_requests())):
+            time.sleep(0.5)
+
     def text(self, selector: str) -> str:
         return self.one(selector).text
 
@@ -73,6 +80,7 @@ class Page:
         pen = ActionChains(self.driver, duration=30).move_to_element_with_offset(drawing, -60, -70).click_and_hold()
         pen.move_by_offset(120, 0).move_by_offset(-60, 130).release().perform()
         self.wait(lambda: self.text(".decoded figcaption"))
+        self.settle()
 
     def slide(self, selector: str, value: float) -> None:
         script = "const [slider, value] = arguments; slider.value = value; slider.dispatchEvent(new Event('input'))"
