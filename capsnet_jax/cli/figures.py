@@ -71,10 +71,10 @@ class Figures:
     docs/figures.md shows and explains the figures."""
 
     run_dir: tyro.conf.Positional[Path]
-    """Folder of the run."""
-    output: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: figures, in the folder of the run)")] = (
-        None
-    )
+    """Folder of the run, or name of a pretrained model."""
+    output: Annotated[
+        Path | None, tyro.conf.arg(help_behavior_hint="(default: figures in the run folder, or NAME-figures)")
+    ] = None
     """Folder for the figures."""
     only: Annotated[tuple[Name, ...], tyro.conf.arg(help_behavior_hint="(default: all)")] = ()
     """Figures to draw."""
@@ -95,7 +95,9 @@ class Figures:
         """
         folders = runs_of(self.run_dir) if self.run_dir.is_dir() else [self.run_dir]
         read_run(folders[0], trust_code=self.trust_code)  # raises before a folder is made
-        output = self.output or self.run_dir / "figures"
+        # Nothing is written into the package, where the folder of a pretrained model is.
+        default = self.run_dir / "figures" if self.run_dir.is_dir() else Path(f"{self.run_dir}-figures")
+        output = self.output or default
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:

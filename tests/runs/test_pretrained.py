@@ -63,8 +63,11 @@ def test_predict_and_evaluate_take_the_name(tiny):
     assert re.match(r"test accuracy \d\.\d{4} on 5 images", evaluated[-1])
 
 
-def test_export_and_convert_take_the_name_and_leave_the_package_as_it_is(tiny):
+def test_figures_export_and_convert_take_the_name_and_leave_the_package_as_it_is(tiny):
     before = contents(tiny.folder)
+    data = write_idx_folder(Path("idx"), make_small_dataset())
+    printed("figures", "tiny", "--only", "reconstructions", "--data-dir", str(data))
+    assert Path("tiny-figures/reconstructions.png").exists()
     assert printed("export", "tiny")[0].startswith("tiny.stablehlo: ")
     printed("convert", "tiny", "--to", "copy")
     assert contents(tiny.folder) == before
