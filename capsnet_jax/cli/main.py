@@ -24,7 +24,7 @@ COMMANDS = {
     "predict": ("predict:Predict", "classify image files"),
     "explore": ("explore:Explore", "draw in the browser, and see a trained model route"),
     "report": ("report:Report", "summarize runs in a table and plot their learning curves"),
-    "figures": ("figures:Figures", "draw reconstructions, couplings, mistakes and learning curves of a run"),
+    "figures": ("figures:Figures", "draw reconstructions, couplings, mistakes and curves of a run"),
     "compare": ("compare:Compare", "train the same model with every routing algorithm, and compare"),
     "check-routing": ("check_routing:CheckRouting", "test a routing algorithm, for example your own"),
     "benchmark": ("benchmark:Benchmark", "measure time and memory, side by side with PyTorch"),
