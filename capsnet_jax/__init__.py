@@ -40,7 +40,7 @@ Train and use it:
 - `UsageError`: the exception for wrong arguments, files and data; its message says what is expected.
 
 >>> sorted(capsnet_jax.PRETRAINED)
-[]
+['mnist-dynamic']
 
 The command `capsnet` trains, evaluates, compares and verifies from a shell.
 """

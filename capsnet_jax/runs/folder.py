@@ -363,7 +363,7 @@ def load(path: str | Path, *, best: bool = False, trust_code: bool = False) -> C
         Traceback (most recent call last):
             ...
         capsnet_jax.errors.UsageError: no/such/folder does not exist; expected the folder of a run or of a converted \
-model, with config.json and model.safetensors in it, or the name of a pretrained model ().
+model, with config.json and model.safetensors in it, or the name of a pretrained model (mnist-dynamic).
     """
     folder = find_pretrained(Path(path))
     if not folder.is_dir():
