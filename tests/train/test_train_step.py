@@ -245,7 +245,7 @@ def test_an_image_with_two_labels_is_drawn_once_for_each_predicted_class(pairs):
     ]
     assert [axis.get_title() for axis in upper] == list(map(str, expected_titles))
     assert [axis.get_xlabel() for axis in lower] == [str(label) for both in predictions[:5] for label in both]
-    wrong = [axis.xaxis.label.get_color() == "red" for axis in lower]
+    wrong = [axis.xaxis.label.get_weight() == "bold" for axis in lower]
     assert wrong == [False, False, True, False, True, True, False, False, False, False]
     images = jnp.asarray(dataset.test_images) / 255
     shown = np.arange(10) // 2  # image of each column
