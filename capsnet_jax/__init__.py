@@ -4,16 +4,25 @@ A capsule is a vector. Its direction is the pose of an object or part; its lengt
 Each capsule of a layer votes for the pose of every capsule of the next layer, and a routing algorithm weighs the votes.
 `CapsNet` is such a network; its defaults are the model of 8.2 million weights for MNIST.
 
->>> import jax
->>> from flax import nnx
->>> import capsnet_jax
->>> model = capsnet_jax.CapsNet(image_shape=(28, 28, 1), num_classes=10, rngs=nnx.Rngs(0))
->>> images = jax.random.uniform(jax.random.key(0), (4, 28, 28, 1))  # pixels in [0, 1]
->>> poses, activations, reconstructions = model(images)
->>> poses.shape, activations.shape, reconstructions.shape
-((4, 10, 16), (4, 10), (4, 28, 28, 1))
->>> model.route(images)[-1].couplings.shape  # share of each of 1152 primary capsules for each class
-(4, 1152, 10)
+Examples:
+    >>> import jax
+    >>> from flax import nnx
+    >>> import capsnet_jax
+    >>> model = capsnet_jax.CapsNet(image_shape=(28, 28, 1), num_classes=10, rngs=nnx.Rngs(0))
+    >>> images = jax.random.uniform(jax.random.key(0), (4, 28, 28, 1))  # pixels in [0, 1]
+    >>> poses, activations, reconstructions = model(images)
+    >>> poses.shape, activations.shape, reconstructions.shape
+    ((4, 10, 16), (4, 10), (4, 28, 28, 1))
+    >>> model.route(images)[-1].couplings.shape  # share of each of 1152 primary capsules for each class
+    (4, 1152, 10)
+    >>> sorted(capsnet_jax.PRESETS)
+    ['digits', 'efficient', 'em', 'official', 'paper', 'readable']
+    >>> capsnet_jax.PRESETS["efficient"].model.routing
+    'self_attention'
+    >>> sorted(capsnet_jax.ROUTINGS)[:4]
+    ['dynamic', 'em', 'inverted_attention', 'kmeans']
+    >>> sorted(capsnet_jax.PRETRAINED)
+    ['mnist-dynamic']
 
 Build a model:
 
@@ -23,13 +32,6 @@ Build a model:
 - `ROUTINGS`: the routing algorithms by name. Wherever a name is expected, you can pass a function of your own.
 - `Capsules`, `Routed`, `Output`: what layers, routings and models return.
 
->>> sorted(capsnet_jax.PRESETS)
-['digits', 'efficient', 'em', 'official', 'paper', 'readable']
->>> capsnet_jax.PRESETS["efficient"].model.routing
-'self_attention'
->>> sorted(capsnet_jax.ROUTINGS)[:4]
-['dynamic', 'em', 'inverted_attention', 'kmeans']
-
 Train and use it:
 
 - `load_dataset`, `fit` with a `TrainingConfig`, `evaluate` and `predict`; `load` reads a trained model from its folder.
@@ -38,9 +40,6 @@ Train and use it:
 - `margin_loss`, `spread_loss`, `reconstruction_loss`: for a training loop of your own.
 - `from_torch`, `to_torch`: weights from and to the PyTorch model.
 - `UsageError`: the exception for wrong arguments, files and data; its message says what is expected.
-
->>> sorted(capsnet_jax.PRETRAINED)
-['mnist-dynamic']
 
 The command `capsnet` trains, evaluates, compares and verifies from a shell.
 """
