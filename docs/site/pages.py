@@ -24,7 +24,7 @@ from capsnet_jax.routing import ROUTINGS
 
 ROOT = Path(__file__).parents[2]
 ICON = ROOT / "capsnet_jax" / "explore" / "page" / "icon.svg"
-HELP_WIDTH = 88  # characters, which fit beside the table of contents
+HELP_WIDTH = 80  # characters, which fit beside the table of contents
 
 # Files outside of docs/ that are pages of the site.
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
