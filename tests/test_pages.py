@@ -86,6 +86,10 @@ def test_links_lead_somewhere(page):
     assert wrong == []
 
 
+def test_the_readme_is_one_screen():
+    assert len(PAGES["README.md"].splitlines()) <= 80
+
+
 def test_quoted_code_is_in_the_package():
     def dense(code: str) -> str:
         return re.sub(r"\s", "", code)  # the formatter may break lines elsewhere
