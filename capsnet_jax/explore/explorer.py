@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,12 @@ from jaxtyping import Array, Float, Int, Shaped
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from capsnet_jax.capsules import Capsules, Routed
 from capsnet_jax.compilation import compiler_options
 from capsnet_jax.errors import UsageError
 from capsnet_jax.interchange.weights import take_weights, to_torch
-from capsnet_jax.nn.conv_capsules import ConvCapsules
-from capsnet_jax.nn.layers import CapsuleLayer
 from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.routing import ROUTINGS, get_routing
+from capsnet_jax.train.inspection import Trace, input_grid, num_iterations, trace
 
 MOST_STEPS = 10  # iterations that are shown; each is compiled, and more do not fit the page
 EXAMPLES = 20  # test images that the page offers
@@ -35,20 +33,6 @@ Request = Mapping[str, Any]
 Answer = dict[str, Any]
 Images = Shaped[np.ndarray, "images height width channels"]
 Labels = Int[np.ndarray, "images *k"]
-
-
-class Trace(NamedTuple):
-    """A forward pass for one image.
-
-    Attributes:
-        primary: activations of the primary capsules.
-        sources: activations of the capsules that vote for the classes: the primary capsules, if there is one layer.
-        steps: class capsules and couplings after each number of routing iterations.
-    """
-
-    primary: Float[Array, " primary"]
-    sources: Float[Array, " i"]
-    steps: list[Routed]
 
 
 class Network:
@@ -66,29 +50,21 @@ class Network:
 
     def __init__(self, model: CapsNet):
         self.config = model.config
-        last = model.capsule_layers[-1]
-        number = dict(last.routing.options)["num_iterations"] if last.routing.takes("num_iterations") else 1
+        number = num_iterations(model) or 1
         self.iterations = [*range(1, min(number, MOST_STEPS)), number]
-        self.grid, self.groups = _arrangement(model)
+        self.grid = input_grid(model)
         graph, self._state = nnx.split(model)
         compiled = partial(jax.jit, compiler_options=compiler_options())
 
-        def trace(state: nnx.State, image: Float[Array, "height width channels"]) -> Trace:
-            model = nnx.merge(graph, state)
-            primary = sources = model.primary_capsules(model.stem(image[None]))
-            *below, last = model.capsule_layers
-            for layer in below:
-                sources = layer(sources)
-            steps = [_route(last, sources, number) for number in self.iterations]
-            return Trace(primary.activations[0], sources.activations[0], steps)
+        def of_image(state: nnx.State, image: Float[Array, "height width channels"]) -> Trace:
+            return jax.tree.map(lambda array: array[0], trace(nnx.merge(graph, state), image[None], self.iterations))
 
         def voters(
             state: nnx.State, image: Float[Array, "height width channels"], step: Array, label: Array
         ) -> Float[Array, "height width"]:
             def sent(image: Float[Array, "height width channels"]) -> Float[Array, ""]:
-                _, sources, steps = trace(state, image)
-                couplings = jnp.stack([routed.couplings for routed in steps])[step, :, label]
-                return jax.lax.stop_gradient(couplings) @ sources
+                _, sources, steps = of_image(state, image)
+                return jax.lax.stop_gradient(steps.couplings[step, :, label]) @ sources
 
             return jnp.abs(jax.grad(sent)(image) * image).sum(axis=-1)
 
@@ -96,7 +72,17 @@ class Network:
             poses = jnp.zeros((1, self.config.num_classes, len(pose))).at[0, label].set(pose)
             return nnx.merge(graph, state).decode(poses, label[None])[0]
 
-        self._trace, self._voters, self._decode = compiled(trace), compiled(voters), compiled(decode)
+        blank = jax.ShapeDtypeStruct(self.config.image_shape, np.float32)
+        self.groups = jax.eval_shape(of_image, self._state, blank).inputs.size // prod(self.grid)
+        self._trace, self._voters, self._decode = compiled(of_image), compiled(voters), compiled(decode)
+
+    def compile(self) -> None:
+        """Compile the network, so that the first answers take no longer than others."""
+        blank = np.zeros(self.config.image_shape, np.float32)
+        self.trace(blank)
+        self.voters(blank, 0, 0)
+        if self.config.decoder_hidden is not None:
+            self.decode(np.zeros(self.config.class_dim, np.float32), 0)
 
     def trace(self, image: Float[np.ndarray, "height width channels"]) -> Trace:
         """Compute the forward pass of an image with pixels in [0, 1]."""
@@ -167,12 +153,7 @@ class Explorer:
         self._networks: dict[str, Network] = {}
         self._lock = threading.Lock()  # requests come from several threads; one network uses all cores
         for name in models:
-            network = self._network({"model": name})
-            blank = np.zeros(self._image_shape, np.float32)
-            network.trace(blank)
-            network.voters(blank, 0, 0)
-            if network.config.decoder_hidden is not None:
-                network.decode(np.zeros(network.config.class_dim, np.float32), 0)
+            self._network({"model": name})
 
     def describe(self, request: Request) -> Answer:
         """Describe images, classes, the networks that are shown, and the names of those that can be."""
@@ -230,27 +211,25 @@ class Explorer:
         image = self._image(request)
         with self._lock:
             network = self._network(request)
-            trace = network.trace(image)
-            label = int(trace.steps[-1].activations.argmax())
+            primary, sources, (poses, activations, couplings) = jax.device_get(network.trace(image))
+            label = int(activations[-1].argmax())
             decoded = network.config.decoder_hidden is not None
-            picture = network.decode(np.asarray(trace.steps[-1].poses[label]), label) if decoded else None
-        if not all(np.isfinite(np.asarray(array)).all() for array in jax.tree.leaves(trace)):
+            picture = network.decode(poses[-1, label], label) if decoded else None
+        received = rearrange(sources[:, None] * couplings, "t (p groups) o -> t p groups o", groups=network.groups)
+        values = {
+            "activations": activations,
+            "poses": poses,
+            "by_group": reduce(received, "t p groups o -> t groups o", "sum"),
+            "by_position": reduce(received, "t p groups o -> t p o", "sum"),
+        }
+        if not all(np.isfinite(array).all() for array in values.values()):
             raise UsageError(f"The routing {network.config.routing} gives values that are not finite for this image.")
-        received = [
-            np.asarray(trace.sources[:, None] * routed.couplings).reshape(prod(network.grid), network.groups, -1)
-            for routed in trace.steps
-        ]
         return {
-            "primary": _numbers(trace.primary),
-            "sources": _numbers(trace.sources),
+            "primary": _numbers(primary),
+            "sources": _numbers(sources),
             "steps": [
-                {
-                    "activations": _numbers(routed.activations),
-                    "poses": _numbers(routed.poses),
-                    "by_group": _numbers(reduce(each, "positions groups o -> groups o", "sum")),
-                    "by_position": _numbers(reduce(each, "positions groups o -> positions o", "sum")),
-                }
-                for routed, each in zip(trace.steps, received, strict=True)
+                {name: _numbers(array[step]) for name, array in values.items()}
+                for step in range(len(network.iterations))
             ],
             "reconstruction": None if picture is None else _base64(picture),
         }
@@ -291,7 +270,9 @@ class Explorer:
             raise UsageError(f"model is {name!r}; expected {', '.join(self._names)}.")
         if name not in self._networks:
             first = next(iter(self._models.values()))
-            self._networks[name] = Network(self._models[name] if name in self._models else with_routing(first, name))
+            network = Network(self._models[name] if name in self._models else with_routing(first, name))
+            network.compile()
+            self._networks[name] = network
         return self._networks[name]
 
     def _image(self, request: Request) -> Float[np.ndarray, "height width channels"]:
@@ -330,26 +311,6 @@ def mnist_examples() -> tuple[Images, Labels]:
     with Image.open(Path(__file__).with_name("mnist.png")) as file:
         strip = np.asarray(file)
     return rearrange(strip, "height (images width) -> images height width 1", height=28, width=28), np.arange(20) % 10
-
-
-def _arrangement(model: CapsNet) -> tuple[tuple[int, int], int]:
-    """Return grid and number of groups of the capsules that vote for the classes."""
-    *below, _ = model.capsule_layers
-    if not below:
-        return model.config.primary_grid, model.config.primary_groups
-    if isinstance(below[-1], ConvCapsules):
-        return below[-1].out_grid, below[-1].weight.shape[3]
-    return (1, 1), below[-1].weight.shape[2]
-
-
-def _route(layer: CapsuleLayer | ConvCapsules, capsules: Capsules, num_iterations: int) -> Routed:
-    """Route one example to the classes with another number of iterations; the layer is changed."""
-    if layer.routing.takes("num_iterations"):
-        options = dict(layer.routing.options) | {"num_iterations": num_iterations}
-        layer.routing = replace(layer.routing, options=tuple(sorted(options.items())))
-    routed = layer.route(capsules)
-    # A convolutional layer of classes has one position.
-    return Routed(*(array.reshape(array.shape[-rank:]) for array, rank in zip(routed, (2, 1, 2), strict=True)))
 
 
 def _array(given: Any, name: str) -> Float[np.ndarray, "..."]:

@@ -1,5 +1,6 @@
 """What a model does with images: couplings of each routing iteration, and reconstructions of single capsules."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,6 +31,20 @@ class Iterations(NamedTuple):
     couplings: Float[np.ndarray, "images iterations i o"]
 
 
+class Trace(NamedTuple):
+    """A forward pass with several numbers of routing iterations in the last layer.
+
+    Attributes:
+        primary: activations of the primary capsules.
+        inputs: activations of the input capsules of the last layer: the primary capsules, if there is one layer.
+        steps: class capsules for each number of iterations, and the couplings that produced them.
+    """
+
+    primary: Float[Array, "b primary"]
+    inputs: Float[Array, "b i"]
+    steps: Routed
+
+
 def num_iterations(model: CapsNet) -> int | None:
     """Return the number of routing iterations of the class capsules; None if their routing has no such option."""
     return dict(model.capsule_layers[-1].routing.options).get("num_iterations")
@@ -48,6 +63,35 @@ def route_by_iteration(model: CapsNet, images: Images) -> Iterations:
         UsageError: the images do not have the shape that the model was made for.
     """
     return Iterations(*in_batches(_route_by_iteration, model, (images,)))
+
+
+def trace(model: CapsNet, images: Float[Array, "b height width channels"], iterations: Sequence[int]) -> Trace:
+    """Compute the forward pass with each of these numbers of iterations in the last layer; can be traced by JAX.
+
+    Lower layers always use all of their iterations. A routing without the option num_iterations ignores the numbers.
+
+    Args:
+        model: the model.
+        images: pixels in [0, 1].
+        iterations: numbers of routing iterations, the steps.
+
+    Raises:
+        UsageError: the images do not have the shape that the model was made for.
+    """
+    routed_layers = model.route(images)
+    primary = model.primary_capsules(model.stem(images))  # computed once, as XLA merges equal operations
+    *below, last = model.capsule_layers
+    inputs = below[-1].capsules_of(routed_layers[-2]) if below else primary
+    full, steps = last.routing, []
+    for number in iterations:
+        if full.takes("num_iterations"):
+            last.routing = replace(full, options=tuple((dict(full.options) | {"num_iterations": number}).items()))
+        routed = last.route(inputs)
+        couplings = routed.couplings.reshape(len(images), -1, model.config.num_classes)  # without the only position
+        steps.append(Routed(*last.capsules_of(routed), couplings))
+    last.routing = full
+    stacked = Routed(*(jnp.stack(each, axis=1) for each in zip(*steps, strict=True)))
+    return Trace(primary.activations, inputs.activations, stacked)
 
 
 def input_grid(model: CapsNet) -> tuple[int, int]:
@@ -98,15 +142,7 @@ def perturb(
 
 
 def _route_by_iteration(model: CapsNet, images: Float[Array, "b height width channels"]) -> Routed:
-    last = model.capsule_layers[-1]
-    full, rounds = last.routing, []
-    for number in range(1, (num_iterations(model) or 1) + 1):
-        if full.takes("num_iterations"):
-            last.routing = replace(full, options=tuple((dict(full.options) | {"num_iterations": number}).items()))
-        routed = model.route(images)[-1]
-        couplings = routed.couplings.reshape(len(images), -1, model.config.num_classes)  # without the only position
-        rounds.append(Routed(*last.capsules_of(routed), couplings))
-    return Routed(*(jnp.stack(each, axis=1) for each in zip(*rounds, strict=True)))
+    return trace(model, images, range(1, (num_iterations(model) or 1) + 1)).steps
 
 
 def _encode(model: CapsNet, images: Float[Array, "b height width channels"]) -> Capsules:
