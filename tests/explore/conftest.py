@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -37,11 +38,20 @@ def explorer(model) -> Explorer:
     return Explorer({"small": model}, NAMES, examples=examples)
 
 
-@pytest.fixture(scope="session")
-def server(explorer) -> Iterator[Server]:
+@contextmanager
+def serving(explorer: Explorer) -> Iterator[Server]:
+    """Answer requests in a thread."""
     with Server("127.0.0.1", 0) as server:
         thread = threading.Thread(target=server.serve, args=(explorer,), daemon=True)
         thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="session")
+def server(explorer) -> Iterator[Server]:
+    with serving(explorer) as server:
         yield server
-        server.shutdown()
-        thread.join()

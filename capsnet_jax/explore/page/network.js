@@ -5,7 +5,7 @@ import { colour, drawPixels, fromBase64 } from "./pixels.js";
 import { drawRibbons, scaleOf } from "./ribbons.js";
 
 const MOST_CLASSES = 12; // in the diagram; of more, the most active ones
-const MOST_SOURCES = 24;
+const MOST_SOURCES = 16;
 const ROW = 38; // pixels
 const MOTION = 400; // milliseconds from step to step
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
@@ -60,9 +60,13 @@ export class Network {
     this.element.classList.add("empty");
     this.#part(".verdict").textContent = "Nothing drawn yet";
     this.#part(".ribbons").replaceChildren();
-    for (const canvas of this.element.querySelectorAll("figure canvas")) canvas.width = canvas.width;
-    for (const caption of this.element.querySelectorAll("figcaption")) caption.textContent = "";
-    for (const row of this.#part(".rows").children) this.#showActivation(row, 0);
+    this.#part(".shown").textContent = "Draw, or choose a test image, to see what each class receives.";
+    for (const picture of this.element.querySelectorAll("figure canvas")) {
+      [picture.height, picture.width] = this.#info.image_shape;
+      picture.setAttribute("aria-label", "Nothing drawn yet");
+      picture.nextElementSibling.textContent = "";
+    }
+    this.#showRows(this.#info.classes.map(() => 0), []);
     const { primary } = this.description;
     this.#drawMaps(new Array(primary.groups * primary.grid[0] * primary.grid[1]).fill(0));
     this.#part(".nodes").replaceChildren();
@@ -85,14 +89,8 @@ export class Network {
     this.#part(".verdict").innerHTML = "<b></b> <span></span>";
     this.#part(".verdict b").textContent = predicted.map((index) => names[index]).join(" ");
     this.#part(".verdict span").textContent =
-      `length ${predicted.map((index) => activations[index].toFixed(2)).join(", ")}`;
-    [...this.#part(".rows").children].forEach((row, place) => {
-      const index = this.#classes[place];
-      row.querySelector(".name").textContent = names[index];
-      row.classList.toggle("predicted", predicted.includes(index));
-      row.setAttribute("aria-pressed", state.pinned === index);
-      this.#showActivation(row, activations[index]);
-    });
+      `activation ${predicted.map((index) => activations[index].toFixed(2)).join(", ")}`;
+    this.#showRows(activations, predicted, state.pinned);
     this.#drawFlow(state);
   }
 
@@ -144,7 +142,6 @@ export class Network {
       row.type = "button";
       row.className = "row";
       row.innerHTML = '<span class="name"></span><span class="bar"><i></i></span><span class="value"></span>';
-      row.querySelector(".name").textContent = this.#info.classes[place];
       row.addEventListener("pointerenter", () => onFocus(this.#classes[place]));
       row.addEventListener("pointerleave", () => onFocus(null));
       row.addEventListener("focus", () => row.matches(":focus-visible") && onFocus(this.#classes[place]));
@@ -195,9 +192,17 @@ export class Network {
     this.#classes = order.slice(0, MOST_CLASSES).sort((a, b) => a - b);
   }
 
-  #showActivation(row, activation) {
-    row.querySelector("i").style.width = `${100 * Math.min(1, Math.max(0, activation))}%`;
-    row.querySelector(".value").textContent = activation.toFixed(2);
+  #showRows(activations, predicted, pinned) {
+    [...this.#part(".rows").children].forEach((row, place) => {
+      const index = this.#classes[place];
+      const [name, value] = [this.#info.classes[index], activations[index].toFixed(2)];
+      row.classList.toggle("predicted", predicted.includes(index));
+      row.setAttribute("aria-pressed", pinned === index);
+      row.setAttribute("aria-label", `Class ${name}, activation ${value}`);
+      row.querySelector(".name").textContent = name;
+      row.querySelector("i").style.width = `${100 * Math.min(1, Math.max(0, activations[index]))}%`;
+      row.querySelector(".value").textContent = value;
+    });
   }
 
   #drawMaps(values) {
@@ -223,6 +228,7 @@ export class Network {
     const steps = all.map((received) => sources.map((source) => this.#classes.map((o) => received[source][o])));
     const isOn = (place) => this.#classes[place] === this.classFor({ step, focus, pinned });
     const geometry = {
+      first: steps[0],
       scale: scaleOf(steps, 0.92 * slot, 0.92 * rowHeight),
       sourceCentres: sources.map((_, place) => (place + 0.5) * slot),
       classCentres: this.#classes.map((_, place) => (place + 0.5) * rowHeight),

@@ -14,16 +14,21 @@ export function scaleOf(steps, sourceHeight, classHeight) {
   return scale;
 }
 
-export function drawRibbons(svg, received, { scale, sourceCentres, classCentres, height, isOn }) {
+// Draws ribbons, and at each class a line as long as all its ribbons are wide in the first step.
+export function drawRibbons(svg, received, { first, scale, sourceCentres, classCentres, height, isOn }) {
   svg.setAttribute("viewBox", `0 0 100 ${height}`);
-  const number = sourceCentres.length * classCentres.length;
-  while (svg.childElementCount < number) svg.append(document.createElementNS(SVG, "path"));
-  while (svg.childElementCount > number) svg.lastChild.remove();
-  const widths = received.map((row) => row.map((value) => Math.max(0, value) * scale));
+  const widthsOf = (values) => values.map((row) => row.map((value) => Math.max(0, value) * scale));
   const total = (values) => values.reduce((sum, value) => sum + value, 0);
+  const atClass = (widths, o) => total(widths.map((row) => row[o]));
+  const widths = widthsOf(received);
   const starts = widths.map((row, source) => sourceCentres[source] - total(row) / 2);
-  const ends = classCentres.map((centre, o) => centre - total(widths.map((row) => row[o])) / 2);
-  const paths = svg.children;
+  const ends = classCentres.map((centre, o) => centre - atClass(widths, o) / 2);
+  const paths = children(svg, "path", sourceCentres.length * classCentres.length);
+  children(svg, "line", classCentres.length).forEach((line, o) => {
+    const half = atClass(widthsOf(first), o) / 2;
+    const ends = { x1: 100, x2: 100, y1: classCentres[o] - half, y2: classCentres[o] + half };
+    for (const [name, value] of Object.entries(ends)) line.setAttribute(name, value);
+  });
   for (let source = 0; source < sourceCentres.length; source++) {
     for (let o = 0; o < classCentres.length; o++) {
       const path = paths[source * classCentres.length + o];
@@ -36,4 +41,12 @@ export function drawRibbons(svg, received, { scale, sourceCentres, classCentres,
       ends[o] += width;
     }
   }
+}
+
+// The children of an element with a name, of which there are then so many.
+function children(svg, name, number) {
+  const found = [...svg.querySelectorAll(name)];
+  while (found.length < number) found.push(svg.appendChild(document.createElementNS(SVG, name)));
+  for (const extra of found.splice(number)) extra.remove();
+  return found;
 }
