@@ -1,5 +1,6 @@
 """The command `capsnet explore`: a page in the browser that shows a trained model at work."""
 
+import shlex
 import sys
 import webbrowser
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from capsnet_jax.data.augmentation import Augmentation
 from capsnet_jax.errors import UsageError
 from capsnet_jax.explore.explorer import Explorer, Images, Labels, mnist_examples, with_routing
 from capsnet_jax.explore.server import Server, is_loopback
+from capsnet_jax.explore.static_page import check_static, write_static
 from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.routing import ROUTINGS
 from capsnet_jax.runs.folder import Run, load_run
@@ -22,7 +24,8 @@ class Explore:
     """Draw digits in the browser, and see a trained model route them.
 
     Opens a page that shows primary capsules, what each class receives from them in every
-    routing iteration, and reconstructions. Ctrl-C ends it. Details: docs/explorer.md."""
+    routing iteration, and reconstructions. Ctrl-C ends it. --static writes the page into a
+    folder instead. Details: docs/explorer.md."""
 
     run_dir: tyro.conf.Positional[Path] = Path("mnist-dynamic")
     """Folder of the run, or name of a pretrained model."""
@@ -39,13 +42,22 @@ class Explore:
     """Use the weights that were best on validation images instead of the last ones."""
     trust_code: bool = False
     """Import the routing that the run names, if it is not of this package. That runs code."""
+    static: Path | None = None
+    """Write the page into this new folder, with the weights of the run and 20 test images, for any web host.
+    It needs no server: the browser computes the network. For dynamic routing only."""
 
     def run(self) -> None:
-        """Answer the page until Ctrl-C.
+        """Answer the page until Ctrl-C, or write it.
 
         Raises:
             UsageError: an option is wrong, the port is used, or a model cannot be loaded or shown.
         """
+        if self.static is None:
+            self._serve()
+        else:
+            self._write(self.static)
+
+    def _serve(self) -> None:
         with Server(self.host, self.port) as server:
             run, model = load_run(self.run_dir, best=self.best, trust_code=self.trust_code)
             models = {str(self.run_dir): model}
@@ -65,6 +77,23 @@ class Explore:
                 server.serve(explorer)
             except KeyboardInterrupt:
                 print()
+
+    def _write(self, folder: Path) -> None:
+        """Write the page into a folder."""
+        if self.compare is not None:
+            raise UsageError(f"compare is {self.compare}; expected none with --static, whose page shows one run.")
+        run, model = load_run(self.run_dir, best=self.best, trust_code=self.trust_code)
+        check_static(folder, run.config.model)
+        explorer = Explorer(
+            {self.run_dir.absolute().name: model},  # not its path, which is nobody's business
+            run.class_names,
+            labels_per_image=run.labels_per_image,
+            examples=lambda: read_examples(run),
+        )
+        files = write_static(folder, explorer, model)
+        size = sum(path.stat().st_size for path in files) / 1e6
+        print(f"{folder}: {len(files)} files, {size:.1f} MB. They run on any web host. To see them on this machine:")
+        print(f"python -m http.server --directory {shlex.quote(str(folder))}")
 
     def _other(self, compare: str, run: Run, model: CapsNet) -> CapsNet:
         """Load the model that is shown beside the one of the run."""

@@ -15,7 +15,7 @@ from capsnet_jax import CapsNet, UsageError
 from capsnet_jax.cli.explore import read_examples
 from capsnet_jax.cli.main import main
 from capsnet_jax.config import Config, DataConfig, ModelConfig
-from capsnet_jax.explore.explorer import mnist_examples
+from capsnet_jax.explore.explorer import Network, mnist_examples
 from capsnet_jax.explore.server import Server
 from capsnet_jax.runs.folder import Run
 from tests.conftest import IMAGE_SHAPE, SMALL, make_small_dataset, write_idx_folder
@@ -84,6 +84,26 @@ def test_a_routing_or_a_run_is_shown_beside_it(run, opened, tmp_path, capsys):
 def test_other_computers_are_let_in_with_a_warning_only(run, opened, capsys):
     assert main(["explore", str(run.folder), "--host", "0.0.0.0", "--no-browser"]) == 0
     assert capsys.readouterr().err == "capsnet: all who reach 0.0.0.0 in the network can use the page.\n"
+
+
+def test_the_page_is_written_into_a_folder(run, tmp_path, monkeypatch, capsys):
+    for method in ("trace", "voters", "decode"):  # which would be compiled
+        monkeypatch.setattr(Network, method, lambda *arguments: None)
+    folder = tmp_path / "my page"
+    command = ["explore", str(run.folder), "--static", str(folder)]
+    assert main([*command, "--compare", "uniform"]) == 2
+    assert capsys.readouterr().err.startswith("capsnet: error: compare is uniform; expected none with --static")
+    assert main(command) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{folder}: {len(list(folder.iterdir()))} files, 0.1 MB.")
+    assert second == f"python -m http.server --directory '{folder}'"
+    written = (folder / "model.json").read_text()
+    assert '"name": "run"' in written
+    assert str(tmp_path) not in written
+    assert main(command) == 2
+    assert capsys.readouterr().err == (
+        f"capsnet: error: {folder} exists already; expected the name of a new or empty folder.\n"
+    )
 
 
 def test_mistakes_are_explained_in_a_sentence(run, opened, tmp_path, capsys):

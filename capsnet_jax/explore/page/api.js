@@ -1,5 +1,7 @@
 // Requests to the server. While it does not answer, the page says so and tries again.
 
+import { send } from "./send.js";
+
 const RETRY = 2000; // milliseconds
 
 export class Refused extends Error {} // the server answered with a message
@@ -8,11 +10,7 @@ export class Unreachable extends Error {}
 export async function ask(path, body) {
   let response;
   try {
-    response = await fetch(path, body && {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(body),
-    });
+    response = await send(path, body);
   } catch {
     throw new Unreachable("The server does not answer. Is capsnet explore still running? Trying again …");
   }
