@@ -17,6 +17,7 @@ from pathlib import Path
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.nav import Link, Navigation
 from mkdocs.structure.pages import Page
 
 from capsnet_jax.cli.main import COMMANDS, describe_commands, parse
@@ -24,6 +25,7 @@ from capsnet_jax.routing import ROUTINGS
 
 ROOT = Path(__file__).parents[2]
 ICON = ROOT / "capsnet_jax" / "explore" / "page" / "icon.svg"
+LIVE = "live"  # folder of the site with the explorer
 HELP_WIDTH = 80  # characters, which fit beside the table of contents
 
 # Files outside of docs/ that are pages of the site.
@@ -72,6 +74,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         else:
             files.append(File.generated(config, uri, abs_src_path=str(file)))
     return files
+
+
+def on_nav(nav: Navigation, *, config: MkDocsConfig, files: Files) -> Navigation:
+    """Add a link to the explorer, which is not a page of mkdocs."""
+    (section,) = (item for item in nav.items if item.title == "Explore")
+    section.children.insert(1, Link("Draw a digit here", f"{LIVE}/index.html"))
+    return nav
+
+
+def on_post_build(*, config: MkDocsConfig) -> None:
+    """Write the explorer into the site, where the browser computes the network."""
+    parse(["explore", "--static", f"{config.site_dir}/{LIVE}"]).run()
 
 
 def page_of(path: str) -> str:
