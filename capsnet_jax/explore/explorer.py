@@ -76,14 +76,6 @@ class Network:
         self.groups = jax.eval_shape(of_image, self._state, blank).inputs.size // prod(self.grid)
         self._trace, self._voters, self._decode = compiled(of_image), compiled(voters), compiled(decode)
 
-    def compile(self) -> None:
-        """Compile the network, so that the first answers take no longer than others."""
-        blank = np.zeros(self.config.image_shape, np.float32)
-        self.trace(blank)
-        self.voters(blank, 0, 0)
-        if self.config.decoder_hidden is not None:
-            self.decode(np.zeros(self.config.class_dim, np.float32), 0)
-
     def trace(self, image: Float[np.ndarray, "height width channels"]) -> Trace:
         """Compute the forward pass of an image with pixels in [0, 1]."""
         return self._trace(self._state, image)
@@ -152,8 +144,6 @@ class Explorer:
         self._names = [*models, *(name for name in ROUTINGS if name not in models and name != used)]
         self._networks: dict[str, Network] = {}
         self._lock = threading.Lock()  # requests come from several threads; one network uses all cores
-        for name in models:
-            self._network({"model": name})
 
     def describe(self, request: Request) -> Answer:
         """Describe images, classes, the networks that are shown, and the names of those that can be."""
@@ -162,17 +152,27 @@ class Explorer:
             "classes": self._class_names,
             "labels_per_image": self._labels_per_image,
             "names": self._names,
-            "networks": [self.describe_network({"model": name}) for name in self._models],
+            "networks": [self._description({"model": name}) for name in self._models],
         }
 
     def describe_network(self, request: Request) -> Answer:
-        """Describe the network of a request.
+        """Describe the network of a request, and compile it, so that its first answers take no longer than others.
 
         Raises:
             UsageError: there is none, or its routing fails.
         """
-        with self._lock:
-            network = self._network(request)
+        network = self._network(request)
+        blank, pose = (np.zeros(shape, np.float32) for shape in (self._image_shape, network.config.class_dim))
+        calls = [partial(network.trace, blank), partial(network.voters, blank, 0, 0)]
+        if network.config.decoder_hidden is not None:
+            calls.insert(1, partial(network.decode, pose, 0))
+        for call in calls:
+            with self._lock:  # released in between, so that a drawing does not wait for all of them
+                call()
+        return self._description(request)
+
+    def _description(self, request: Request) -> Answer:
+        network = self._network(request)
         config = network.config
         return {
             "name": request.get("model", self._names[0]),
@@ -209,8 +209,8 @@ class Explorer:
             UsageError: the image is wrong, there is no such network, or its values are not finite.
         """
         image = self._image(request)
+        network = self._network(request)
         with self._lock:
-            network = self._network(request)
             primary, sources, (poses, activations, couplings) = jax.device_get(network.trace(image))
             label = int(activations[-1].argmax())
             decoded = network.config.decoder_hidden is not None
@@ -241,9 +241,10 @@ class Explorer:
             UsageError: image, class or step is wrong, or there is no such network.
         """
         image, label = self._image(request), self._index(request, "class", len(self._class_names))
+        network = self._network(request)
+        step = self._index(request, "step", len(network.iterations))
         with self._lock:
-            network = self._network(request)
-            contributions = network.voters(image, self._index(request, "step", len(network.iterations)), label)
+            contributions = network.voters(image, step, label)
         largest = contributions.max()
         return {"pixels": _base64(contributions / largest if 0 < largest < np.inf else np.zeros_like(contributions))}
 
@@ -254,14 +255,14 @@ class Explorer:
             UsageError: class or pose is wrong, or there is no such network, or it has no decoder.
         """
         label = self._index(request, "class", len(self._class_names))
+        network = self._network(request)
+        if network.config.decoder_hidden is None:
+            raise UsageError("The model has no decoder, so there are no reconstructions.")
+        size = network.config.class_dim
+        pose = _array(request.get("pose"), "pose")
+        if pose.shape != (size,) or not np.isfinite(pose).all():
+            raise UsageError(f"pose is not a list of {size} finite numbers.")
         with self._lock:
-            network = self._network(request)
-            if network.config.decoder_hidden is None:
-                raise UsageError("The model has no decoder, so there are no reconstructions.")
-            size = network.config.class_dim
-            pose = _array(request.get("pose"), "pose")
-            if pose.shape != (size,) or not np.isfinite(pose).all():
-                raise UsageError(f"pose is not a list of {size} finite numbers.")
             return {"reconstruction": _base64(network.decode(pose, label))}
 
     def _network(self, request: Request) -> Network:
@@ -271,8 +272,7 @@ class Explorer:
         if name not in self._networks:
             first = next(iter(self._models.values()))
             network = Network(self._models[name] if name in self._models else with_routing(first, name))
-            network.compile()
-            self._networks[name] = network
+            return self._networks.setdefault(name, network)  # the first one, if two pages ask at once
         return self._networks[name]
 
     def _image(self, request: Request) -> Float[np.ndarray, "height width channels"]:

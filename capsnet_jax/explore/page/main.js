@@ -290,6 +290,7 @@ async function start() {
   listen();
   route();
   await showExamples();
+  for (const { name } of info.networks) await ask("api/network", { model: name }); // compiled while one starts to draw
 }
 
 start().catch(report);
