@@ -163,7 +163,7 @@ class Explorer:
         """
         network = self._network(request)
         blank, pose = (np.zeros(shape, np.float32) for shape in (self._image_shape, network.config.class_dim))
-        calls = [partial(network.trace, blank), partial(network.voters, blank, 0, 0)]
+        calls: list[Callable[[], Any]] = [partial(network.trace, blank), partial(network.voters, blank, 0, 0)]
         if network.config.decoder_hidden is not None:
             calls.insert(1, partial(network.decode, pose, 0))
         for call in calls:
