@@ -34,11 +34,11 @@ from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.ops import to_unit_range
 from capsnet_jax.runs.folder import Run, load_run, read_run
 from capsnet_jax.runs.metrics import METRICS
-from capsnet_jax.train.evaluation import Predictions, coupling_entropy, most_active, predict, right_and_wrong, score
+from capsnet_jax.train.evaluation import Predictions, most_active, predict, right_and_wrong, score
 from capsnet_jax.train.inspection import (
     PERTURBATIONS,
     Iterations,
-    input_grid,
+    measure_convergence,
     num_iterations,
     perturb,
     reconstruct_each,
@@ -199,9 +199,8 @@ def separations(subject: Subject) -> Figure | str:
 def couplings(subject: Subject) -> Figure | str:
     routed = subject.routed
     shown = np.sort(most_active(routed.activations[0, -1:], min(COUPLED_CLASSES, subject.run.num_classes))[0])
-    height, width = input_grid(subject.model)
     return couplings_figure(
-        rearrange(routed.couplings[0][..., shown], "t (h w groups) o -> t h w groups o", h=height, w=width),
+        routed.couplings[0][..., shown],
         routed.activations[0][:, shown],
         as_floats(subject.image)[0],
         [subject.run.class_names[index] for index in shown],
@@ -213,11 +212,8 @@ def convergence(subject: Subject) -> Figure | str:
     if number is None or number == 1:
         routing = subject.run.config.model.routing
         return f"routing {routing} has {'no option num_iterations' if number is None else 'only one iteration'}"
-    routed = route_by_iteration(subject.model, subject.dataset.test_images[:ROUTED])
-    entropies = np.asarray(coupling_entropy(jnp.asarray(routed.couplings))).mean(axis=2).T
-    labels = subject.labels[:ROUTED]
-    right, wrong = zip(*(right_and_wrong(each, labels) for each in routed.activations.swapaxes(0, 1)), strict=True)
-    return convergence_figure(entropies, np.stack(right).mean(axis=2), np.stack(wrong))
+    images, labels = subject.dataset.test_images[:ROUTED], subject.labels[:ROUTED]
+    return convergence_figure(*measure_convergence(subject.model, images, labels))
 
 
 def confusion(subject: Subject) -> Figure | str:

@@ -1,4 +1,4 @@
-"""What a model does with images: couplings of each routing iteration, and reconstructions of single capsules."""
+"""What a model does with images: couplings and activations of each iteration, reconstructions of single capsules."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from capsnet_jax.capsules import Capsules, Routed
 from capsnet_jax.nn.model import CapsNet
-from capsnet_jax.train.evaluation import Images, in_batches, most_active
+from capsnet_jax.train.evaluation import Images, Labels, coupling_entropy, in_batches, most_active, right_and_wrong
 
 PERTURBATIONS = np.linspace(-0.25, 0.25, 11)  # Sabour et al. (2017), section 5.1
 
@@ -23,12 +23,26 @@ class Iterations(NamedTuple):
     Attributes:
         poses: poses of the class capsules.
         activations: activations of the class capsules.
-        couplings: weight of each vote.
+        couplings: weight of each vote, by position and group of the input capsule.
     """
 
     poses: Float[np.ndarray, "images iterations o h"]
     activations: Float[np.ndarray, "images iterations o"]
-    couplings: Float[np.ndarray, "images iterations i o"]
+    couplings: Float[np.ndarray, "images iterations height width groups o"]
+
+
+class Convergence(NamedTuple):
+    """How routing converges on images with labels.
+
+    Attributes:
+        entropies: normalized entropy of the couplings, mean over the input capsules; see `coupling_entropy`.
+        right: mean activation of the capsules of the labels.
+        wrong: the largest activation among the other capsules; none if there are no others.
+    """
+
+    entropies: Float[np.ndarray, "iterations images"]
+    right: Float[np.ndarray, "iterations images"]
+    wrong: Float[np.ndarray, "iterations others"]
 
 
 class Trace(NamedTuple):
@@ -62,7 +76,10 @@ def route_by_iteration(model: CapsNet, images: Images) -> Iterations:
     Raises:
         UsageError: the images do not have the shape that the model was made for.
     """
-    return Iterations(*in_batches(_route_by_iteration, model, (images,)))
+    poses, activations, couplings = in_batches(_route_by_iteration, model, (images,))
+    height, width = input_grid(model)
+    by_position = rearrange(couplings, "b t (h w groups) o -> b t h w groups o", h=height, w=width)
+    return Iterations(poses, activations, by_position)
 
 
 def trace(model: CapsNet, images: Float[Array, "b height width channels"], iterations: Sequence[int]) -> Trace:
@@ -98,6 +115,25 @@ def input_grid(model: CapsNet) -> tuple[int, int]:
     """Return height and width of the grid of the input capsules of the last layer, in the order `(height width i)`."""
     grids = [model.config.primary_grid, *(getattr(layer, "out_grid", (1, 1)) for layer in model.capsule_layers)]
     return grids[-2]
+
+
+def measure_convergence(model: CapsNet, images: Images, labels: Labels) -> Convergence:
+    """Measure entropy of the couplings and activations of right and wrong classes after each routing iteration.
+
+    Args:
+        model: the model.
+        images: uint8, or floats in [0, 1].
+        labels: class indices `[images]`, or `[images k]` for k classes in each image.
+
+    Raises:
+        UsageError: the images do not have the shape that the model was made for.
+    """
+    _, activations, couplings = route_by_iteration(model, images)
+    entropies = coupling_entropy(jnp.asarray(couplings)).mean(axis=(2, 3, 4)).T
+    labels = rearrange(labels, "images ... -> images (...)")
+    pairs = (right_and_wrong(each, labels) for each in activations.swapaxes(0, 1))
+    right, wrong = (np.stack(each) for each in zip(*pairs, strict=True))
+    return Convergence(np.asarray(entropies), right.mean(axis=2), wrong)
 
 
 def reconstruct_each(

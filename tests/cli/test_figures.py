@@ -192,7 +192,7 @@ def test_the_code_of_the_page_draws_the_figures(tiny_run, small_dataset, tmp_pat
     *lines, last = code.strip().splitlines()
     values: dict = {}
     exec(compile("\n".join([*lines, f"figure = {last}"]), PAGE.name, "exec"), values)
-    assert values["maps"].shape == (3, 3, 4, 2, 10)
+    assert values["iterations"].couplings.shape == (8, 3, 3, 4, 2, 10)
     assert isinstance(values["figure"], Figure)
     drawn = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(), flags=re.MULTILINE)
     assert drawn == list(FIGURES)

@@ -11,7 +11,14 @@ from flax import nnx
 from capsnet_jax import ROUTINGS, CapsNet
 from capsnet_jax.ops import to_unit_range
 from capsnet_jax.train.evaluation import coupling_entropy, right_and_wrong
-from capsnet_jax.train.inspection import input_grid, num_iterations, perturb, reconstruct_each, route_by_iteration
+from capsnet_jax.train.inspection import (
+    input_grid,
+    measure_convergence,
+    num_iterations,
+    perturb,
+    reconstruct_each,
+    route_by_iteration,
+)
 from tests.conftest import IMAGE_SHAPE, SMALL
 
 LAYERS = {
@@ -48,11 +55,18 @@ def test_each_iteration_is_the_routing_with_that_many_iterations(hot_model, smal
     entropies = []
     for number, expected in enumerate(by_hand(hot_model, jnp.asarray(images))):
         for actual, values in zip(iterations, expected, strict=True):
-            np.testing.assert_allclose(actual[:, number], values, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(actual[:, number].reshape(values.shape), values, rtol=1e-4, atol=1e-6)
         entropies.append(float(coupling_entropy(expected.couplings).mean()))
     np.testing.assert_allclose(iterations.couplings[:, 0], 0.1, rtol=1e-6)
     assert 1 > entropies[1] + 0.01 > entropies[2] + 0.02  # routing converges
-    np.testing.assert_allclose(coupling_entropy(jnp.asarray(iterations.couplings)).mean((0, 2)), entropies, rtol=1e-4)
+    labels = small_dataset.test_labels[:3]
+    convergence = measure_convergence(hot_model, images, labels)
+    assert convergence.entropies.shape == (3, 3)
+    np.testing.assert_allclose(convergence.entropies.mean(axis=1), entropies, rtol=1e-4)
+    for image, label in enumerate(labels):
+        activations = iterations.activations[image]
+        np.testing.assert_array_equal(convergence.right[:, image], activations[:, label])
+        np.testing.assert_array_equal(convergence.wrong[:, image], np.delete(activations, label, axis=1).max(axis=1))
 
 
 @pytest.mark.parametrize("layers", LAYERS)
@@ -62,7 +76,7 @@ def test_the_last_iteration_is_that_of_the_model_for_all_kinds_of_layers(layers,
     images = small_dataset.test_images[:2]
     iterations = route_by_iteration(model, images)
     routed = nnx.jit(lambda model, images: model.route(images)[-1])(model, to_unit_range(jnp.asarray(images)))
-    assert iterations.couplings.shape == (2, 2, np.prod(GRIDS[layers]) * GROUPS[layers], 10)
+    assert iterations.couplings.shape == (2, 2, *GRIDS[layers], GROUPS[layers], 10)
     for actual, expected in zip(iterations, routed, strict=True):
         np.testing.assert_allclose(actual[:, -1].ravel(), expected.ravel(), rtol=1e-4, atol=1e-7)
     assert input_grid(model) == GRIDS[layers]
