@@ -16,7 +16,7 @@ from capsnet_jax.interchange.architecture import infer_architecture
 from capsnet_jax.interchange.state_files import CONFIG, find_pretrained, read_state
 from capsnet_jax.interchange.weights import StateDict
 from capsnet_jax.presets import get_preset
-from capsnet_jax.routing import ROUTINGS
+from capsnet_jax.routing import ROUTINGS, get_routing
 from capsnet_jax.runs.folder import Run, read_run
 from capsnet_verify.checks import GRADIENTS, ON_GPU, VALUES
 
@@ -118,11 +118,12 @@ def of_preset(name: str) -> Subject:
     return Subject(f"preset {name}", Run(Path(), config, _classes(config.model.num_classes)))
 
 
-def of_routing(routing: str) -> Subject:
-    """Make a subject of the small model with a routing."""
+def of_routing(routing: str | Callable[..., Any]) -> Subject:
+    """Make a subject of the small model with a routing, registered or of your own."""
+    name = routing if isinstance(routing, str) else get_routing(routing).name
     # Activations of variational routing are differences of entropies, almost equal if no output dominates.
-    scale = 4.0 if routing.startswith("variational") else SMALL.primary_scale
-    return of_model(f"routing {routing}", replace(SMALL, routing=routing, primary_scale=scale))
+    scale = 4.0 if name.startswith("variational") else SMALL.primary_scale
+    return of_model(f"routing {name}", replace(SMALL, routing=routing, primary_scale=scale))
 
 
 def of_every_routing() -> list[Subject]:

@@ -1,5 +1,6 @@
 """The command `capsnet verify`: what it prints, writes, catches and refuses."""
 
+import doctest
 import importlib.util
 import json
 from dataclasses import replace
@@ -8,13 +9,13 @@ from unittest import mock
 import pytest
 from flax import nnx
 
+import capsnet_verify
 from capsnet_jax import CapsNet
 from capsnet_jax.presets import PRESETS
+from capsnet_verify import Settings, Verification, describe, of_model, of_preset, of_routing, sentence, verify
 from capsnet_verify.checks import AGREES, Check
 from capsnet_verify.mutants import MUTANTS
-from capsnet_verify.report import describe, sentence
-from capsnet_verify.subjects import Settings, of_model, of_preset, of_routing
-from capsnet_verify.verification import Verification, plan_of, verify
+from capsnet_verify.verification import plan_of
 
 QUICKLY = ["--batch-size", "3", "--steps", "0"]
 USERS = '''
@@ -90,6 +91,10 @@ def user(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return "users_own_routing"
+
+
+def test_the_example_of_the_package_runs():
+    assert doctest.testmod(capsnet_verify) == (0, 3)
 
 
 def test_every_check_is_a_row_of_the_table_and_of_the_file(tmp_path, verify_command):
