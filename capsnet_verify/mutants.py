@@ -31,8 +31,13 @@ from capsnet_verify.subjects import EVERY_TERM, SMALL, Subject, of_model
 PLAIN = of_model("small", SMALL)
 TWO_LABELS = of_model("standardized images of two classes", replace(SMALL, standardize_images=True), labels_per_image=2)
 NORMALIZED = of_model("batch normalization", replace(SMALL, batch_norm=True))
-# A CPU multiplies the patches under these kernels.
+# A CPU multiplies the patches under these kernels in one gradient.
 LARGE = of_model("large kernels", replace(SMALL, stem_kernel=6, primary_kernel=6))
+# With so many channels, it does so for features, too.
+PATCHES = of_model(
+    "large kernels, eight channels",
+    replace(SMALL, image_shape=(22, 24, 8), stem_channels=8, stem_kernel=6, primary_kernel=6),
+)
 # Its primary kernel is larger than the output; GPUs convolve blocks of pixels.
 BLOCKS = of_model("large strided kernel", replace(SMALL, image_shape=(14, 13, 2)))
 # A CPU uses Fourier transforms for its primary kernel.
@@ -92,7 +97,7 @@ def _given(**arguments: Any) -> _MadeOf:
 
 def _times(factor: float) -> _MadeOf:
     """Make a replacement that multiplies the result of the right function."""
-    return _by(lambda right, *args: factor * right(*args))
+    return _by(lambda right, *args, **options: factor * right(*args, **options))
 
 
 def _knowing(argument: str, place: str, wrong_for: Callable[[Any], Function]) -> _MadeOf:
@@ -399,6 +404,7 @@ MODELS = [
         f"{CONVOLUTION}.rearrange",
         _changed("height width channels features -> height width features channels", lambda results: results[-1][::-1]),
     ),
+    (LARGE, "no gradient of images by patches", OF_BIAS, f"{CONVOLUTION}.by_patches", _times(0)),
     (SPECTRAL, "kernel mirrored in spectra", "primary poses", f"{CONVOLUTION}.fourier", _mirrored),
     (
         SPECTRAL,
@@ -422,7 +428,7 @@ IN_ONE_IMPLEMENTATION = [
         f"{FUSED}._coupled_sum_backward",
         _constant_for("agreed"),
     ),
-    (LARGE, "kernel mirrored by XLA", "stem 0, batch of 3 as on GPU", f"{CONVOLUTION}.convolution", _mirrored),
+    (PATCHES, "kernel mirrored by XLA", "stem 0, batch of 3 as on GPU", f"{CONVOLUTION}.convolution", _mirrored),
     (
         BLOCKS,
         "pixels of a block in another order than taps",

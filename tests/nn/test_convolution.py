@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from capsnet_jax.nn.fast.choice import choose_convolution
-from capsnet_jax.nn.fast.convolution import convolve, depthwise, direct, matrix_product, space_to_depth
+from capsnet_jax.nn.fast.convolution import by_patches, convolve, depthwise, direct, matrix_product, space_to_depth
 from capsnet_jax.ops import convolution, positions_after
 
 # height, width, channels; kernel height, kernel width; stride; features
@@ -35,7 +35,8 @@ def test_values_and_gradients_equal_those_of_xla(case, dtype, tolerance):
         outputs = positions_after((height, width), (kernel_height, kernel_width), stride)
         cotangent = jnp.asarray(rng.normal(size=(3, *outputs, features)), dtype)
         expected = value_and_pull(convolution, stride, images, kernel, cotangent)
-        for formulation in (convolve, direct, space_to_depth):
+        with_patches = partial(direct, gradient_of_images=by_patches)
+        for formulation in (convolve, direct, with_patches, space_to_depth):
             actual = value_and_pull(formulation, stride, images, kernel, cotangent)
             for name, ours, theirs in zip(("value", "images", "kernel"), actual, expected, strict=True):
                 assert ours.shape == theirs.shape, (name, formulation)

@@ -187,7 +187,7 @@ def test_implementations_are_reported_with_reasons():
     model = nnx.eval_shape(lambda: CapsNet(rngs=nnx.Rngs(0)))
     words = {name: str(choice) for name, choice in model.implementations(64).items()}
     assert words == {
-        "stem 0": "patches, because a matrix product of patches costs less than Fourier transforms",
+        "stem 0": "direct+patches, because the kernel is large and has few channels",
         "primary capsules": "fourier, because it costs 0.47 of a matrix product of patches",
         "routing 0": "fused, because 64 >= 16 examples on one device",
     }

@@ -27,6 +27,7 @@ COST_OF_SPECTRA = 1.5
 COST_OF_TRANSFORMS = 1.0
 
 MOST_TAPS = 25  # of kernels for which XLA's own convolution is fastest on CPU
+FEW_CHANNELS = 8  # below this, a patch of pixels is copied number by number
 
 ROUTING_IMPLEMENTATIONS = ("auto", "votes", "fused")
 FEWEST_EXAMPLES = 16  # smallest batch for which "fused" is faster than "votes" on CPU; see docs/performance.md
@@ -39,8 +40,8 @@ class Choice(NamedTuple):
     """The implementation of a layer, and the reason for it.
 
     Attributes:
-        name: "xla", "direct", "space_to_depth", "patches", "fourier" or "taps" for a convolution; "votes" or "fused"
-            for routing.
+        name: "xla", "direct", "direct+patches" (for the gradient of the images), "space_to_depth", "patches", "fourier"
+            or "taps" for a convolution; "votes" or "fused" for routing.
         reason: the reason, to be printed after "because".
         tilings: how "fourier" divides height and width into tiles; None for all others.
     """
@@ -84,6 +85,8 @@ def choose_convolution(
         return Choice("patches", f"the batch is shared by {jax.device_count()} devices")
     if kernel[0] * kernel[1] <= MOST_TAPS:
         return Choice("direct", "the kernel is small")
+    if channels < FEW_CHANNELS:
+        return Choice("direct+patches", "the kernel is large and has few channels")
     direct = batch_size * rows * columns * math.prod(kernel)
     of_tilings = _costs(rows, columns, *kernel[:2], channels, kernel[3], stride)
     costs = [(batch_size * for_image + for_kernel, tilings) for tilings, for_image, for_kernel in of_tilings]

@@ -2,8 +2,9 @@
 
 On GPU, XLA's own convolution is best, unless the kernel is larger than the output: its gradients then multiply many
 zeros. If blocks of pixels become channels first, kernel and stride are smaller. On CPU, XLA's own convolution is best
-for small kernels. Its gradient with respect to the images is slow for large strided ones: one matrix product computes
-the same sums two orders of magnitude faster. For many channels and large kernels, Fourier transforms are faster still.
+for small kernels and for few channels. Its gradient with respect to the images is slow for large kernels: one matrix
+product computes the same sums two orders of magnitude faster. For many channels and large kernels, Fourier transforms
+are faster still.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from capsnet_jax.nn.fast.choice import choose_convolution
+from capsnet_jax.nn.fast.choice import FEW_CHANNELS, choose_convolution
 from capsnet_jax.nn.fast.derivatives import with_backward
 from capsnet_jax.nn.fast.fourier import fit, fourier
 from capsnet_jax.ops import convolution, positions_after
@@ -22,8 +23,6 @@ from capsnet_jax.ops import convolution, positions_after
 Images = Float[Array, "b height width channels"]
 Kernel = Float[Array, "kernel_height kernel_width channels features"]
 Features = Float[Array, "b out_height out_width features"]
-
-FEW_CHANNELS = 8  # below this, copying patches is slower than copying rows of the image
 
 
 def convolve(images: Images, kernel: Kernel, stride: int) -> Features:
@@ -55,24 +54,49 @@ def _implementation(images: Images, kernel: Kernel, stride: int, platform: str) 
     choice = choose_convolution(images.shape, kernel.shape, stride, kernel.dtype, platform=platform)
     if choice.tilings is not None:
         return partial(fourier, stride=stride, tilings=choice.tilings)
-    functions = {"xla": convolution, "direct": direct, "space_to_depth": space_to_depth, "patches": matrix_product}
+    functions: dict[str, Callable[..., Features]] = {
+        "xla": convolution,
+        "direct": direct,
+        "direct+patches": partial(direct, gradient_of_images=by_patches),
+        "space_to_depth": space_to_depth,
+        "patches": matrix_product,
+    }
     return partial(functions[choice.name], stride=stride)
 
 
-def direct(images: Images, kernel: Kernel, stride: int) -> Features:
-    """Convolve by XLA's own convolution, and compute both gradients as convolutions with the same order of axes.
+def by_convolution(images: Images, kernel: Kernel, cotangent: Features, *, stride: int) -> Images:
+    """Compute the gradient of a convolution with respect to the images by XLA's own convolution."""
+    sizes = zip(images.shape[1:3], kernel.shape[:2], cotangent.shape[1:3], strict=True)
+    # Zeros around and between the features, so that each pixel meets all positions that saw it.
+    zeros = [(size - 1, full - 1 - (positions - 1) * stride, stride - 1) for full, size, positions in sizes]
+    features = jax.lax.pad(cotangent, jnp.zeros((), cotangent.dtype), [(0, 0, 0), *zeros, (0, 0, 0)])
+    turned = rearrange(kernel[::-1, ::-1], "height width channels features -> height width features channels")
+    return convolution(features, turned, stride=1)
+
+
+def by_patches(images: Images, kernel: Kernel, cotangent: Features, *, stride: int) -> Images:
+    """Compute the gradient of a convolution with respect to the images by the transpose of `matrix_product`."""
+    (of_images,) = jax.linear_transpose(lambda images: matrix_product(images, kernel, stride), images)(cotangent)
+    return of_images
+
+
+def direct(
+    images: Images, kernel: Kernel, stride: int, gradient_of_images: Callable[..., Images] = by_convolution
+) -> Features:
+    """Convolve by XLA's own convolution, and compute the gradient of the kernel as one with the same order of axes.
 
     JAX would leave the axes as they are and name them in another order. XLA for CPU computes such convolutions about a
     hundred times more slowly in loops, in which training accumulates gradients or runs several steps.
+
+    Args:
+        images: at least as large as the kernel.
+        kernel: one filter per output feature.
+        stride: stride of the kernel, in pixels, along both axes.
+        gradient_of_images: `(images, kernel, cotangent, stride=...) -> cotangent of the images`.
     """
 
     def backward(operands: tuple[Images, Kernel], cotangent: Features) -> tuple[Images, Kernel]:
         images, kernel = operands
-        sizes = zip(images.shape[1:3], kernel.shape[:2], cotangent.shape[1:3], strict=True)
-        # Zeros around and between the features, so that each pixel meets all positions that saw it.
-        zeros = [(size - 1, full - 1 - (positions - 1) * stride, stride - 1) for full, size, positions in sizes]
-        features = jax.lax.pad(cotangent, jnp.zeros((), cotangent.dtype), [(0, 0, 0), *zeros, (0, 0, 0)])
-        turned = rearrange(kernel[::-1, ::-1], "height width channels features -> height width features channels")
         # Here the cotangent is the kernel, and the examples are its channels.
         of_taps = jax.lax.conv_general_dilated(
             rearrange(images, "b height width channels -> channels height width b"),
@@ -84,7 +108,7 @@ def direct(images: Images, kernel: Kernel, stride: int) -> Features:
         )
         of_taps = rearrange(of_taps, "channels height width features -> height width channels features")
         height, width = kernel.shape[:2]  # a stride may leave pixels at the border that no tap sees
-        return convolution(features, turned, stride=1), of_taps[:height, :width]
+        return gradient_of_images(images, kernel, cotangent, stride=stride), of_taps[:height, :width]
 
     return with_backward(backward)(partial(convolution, stride=stride))(images, kernel)
 
