@@ -3,10 +3,11 @@
 Unlike `capsnet_jax` and `capsnet_torch`, this package imports both frameworks. The "JAX side" of a comparison is a
 model of `capsnet_jax`; the "PyTorch side" is its twin, the same model in `capsnet_torch`, or any other module.
 
->>> from capsnet_verify import Settings, of_routing, sentence, verify
->>> verification = verify(of_routing("uniform"), Settings(steps=0, batch_size=3))
->>> sentence(verification)  # doctest: +ELLIPSIS
-'JAX and PyTorch agree in all 24 checks of routing uniform: values within ...'
+Examples:
+    >>> from capsnet_verify import Settings, of_routing, sentence, verify
+    >>> verification = verify(of_routing("uniform"), Settings(steps=0, batch_size=3))
+    >>> sentence(verification)  # doctest: +ELLIPSIS
+    'JAX and PyTorch agree in all 24 checks of routing uniform: values within ...'
 
 - `of_routing`, `of_preset`, `of_model`, `of_files`: what is verified. It is a small model with a routing, registered or
   your own; a preset; a model of any sizes; or trained weights.

@@ -42,6 +42,7 @@ REFERENCE = {
         "capsnet_jax.ops.capsule_norm",
     ],
     "figures": ["capsnet_jax.figures", "capsnet_jax.train.inspection"],
+    "capsnet_verify": ["capsnet_verify"],
     "capsnet_torch": [f"capsnet_torch.{name}" for name in ("model", "layers", "conv_capsules", "losses", "ops")],
 }
 
