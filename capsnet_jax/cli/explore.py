@@ -43,8 +43,8 @@ class Explore:
     trust_code: bool = False
     """Import the routing that the run names, if it is not of this package. That runs code."""
     static: Path | None = None
-    """Write the page into this new folder, with the weights of the run and 20 test images, for any web host.
-    It needs no server: the browser computes the network. For dynamic routing only."""
+    """Write the page, the weights and 20 test images into this new folder, for any web host.
+    The browser computes the network. For dynamic routing only."""
 
     def run(self) -> None:
         """Answer the page until Ctrl-C, or write it.

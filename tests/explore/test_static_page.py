@@ -89,14 +89,7 @@ def random_images(config: ModelConfig) -> np.ndarray:
     return images.astype(np.uint8)
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Let the explorer compile nothing, which takes seconds."""
-    for method in ("trace", "voters", "decode"):
-        monkeypatch.setattr(Network, method, lambda *arguments: None)
-
-
-def test_the_page_is_written_with_weights_and_test_images(quick, tmp_path):
+def test_the_page_is_written_with_weights_and_test_images(tmp_path):
     model = hot_model(image_shape=IMAGE_SHAPE)
     images = random_images(model.config)
     explorer = explorer_of("small", model, images)
@@ -117,7 +110,7 @@ def test_the_page_is_written_with_weights_and_test_images(quick, tmp_path):
     assert (folder / "weights.bin").stat().st_size == size + 4 * without_bias
 
 
-def test_a_page_without_test_images_does_not_say_where_they_were(quick, tmp_path):
+def test_a_page_without_test_images_does_not_say_where_they_were(tmp_path):
     def fail() -> Any:
         raise UsageError("The folder /home/me/images does not exist.")
 
