@@ -14,6 +14,7 @@ from capsnet_jax.errors import UsageError
 from capsnet_jax.explore.explorer import Explorer, Images, Labels, mnist_examples, with_routing
 from capsnet_jax.explore.server import Server, is_loopback
 from capsnet_jax.explore.static_page import check_static, write_static
+from capsnet_jax.interchange.state_files import PRETRAINED
 from capsnet_jax.nn.model import CapsNet
 from capsnet_jax.routing import ROUTINGS
 from capsnet_jax.runs.folder import Run, load_run
@@ -100,6 +101,8 @@ class Explore:
         name, _, _ = compare.partition(",")
         if name in ROUTINGS or ":" in name:
             return with_routing(model, compare)
+        if not Path(compare).exists() and compare not in PRETRAINED:
+            raise UsageError(f"compare is {compare}; expected a run, or a routing: {', '.join(ROUTINGS)}.")
         other, model = load_run(Path(compare), best=self.best, trust_code=self.trust_code)
         if other.class_names != run.class_names:
             raise UsageError(

@@ -52,7 +52,7 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
+            reason = getattr(error, "strerror", None) or str(error).rstrip(".")
             raise UsageError(f"Port {port} of {host} cannot be used: {reason}; expected a free one.") from error
 
     @property

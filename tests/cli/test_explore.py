@@ -113,7 +113,7 @@ def test_mistakes_are_explained_in_a_sentence(run, opened, tmp_path, capsys):
             (["no/such/run"], "no/such/run is not the folder of a run: it does not exist"),
             ([folder, "--port", port], f"Port {port} of 127.0.0.1 cannot be used: "),
             ([folder, "--compare", folder], f"compare is {folder}, the run itself"),
-            ([folder, "--compare", "emm"], "emm is not the folder of a run"),
+            ([folder, "--compare", "emm"], "compare is emm; expected a run, or a routing: dynamic, em, "),
             ([folder, "--compare", "em,depth=3"], "Routing em has no option 'depth'"),
             ([folder, "--compare", str(other.folder)], f"The classes of {other.folder} are k, l, m"),
         ):

@@ -143,5 +143,8 @@ def test_a_port_that_is_used_is_an_error(server):
     port = server.server_address[1]
     with pytest.raises(UsageError, match=rf"Port {port} of 127.0.0.1 cannot be used: .*; expected a free one\."):
         Server("127.0.0.1", port)
-    with pytest.raises(UsageError, match="Port 70000 of localhost cannot be used"):
+    with pytest.raises(
+        UsageError,
+        match=r"Port 70000 of localhost cannot be used: bind\(\): port must be 0-65535; expected a free one\.",
+    ):
         Server("localhost", 70000)

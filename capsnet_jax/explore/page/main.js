@@ -47,8 +47,10 @@ async function report(error) {
   say(error.message);
   if (!(error instanceof Unreachable) || isWaiting) return;
   isWaiting = true;
+  find("#networks").classList.add("stale"); // what is shown may be of an earlier drawing
   const found = await untilReachable(MODEL);
   isWaiting = false;
+  find("#networks").classList.remove("stale");
   if (JSON.stringify(found) !== JSON.stringify(info)) location.reload();
   say(null);
   route();
