@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from capsnet_jax.figures.style import BAND, RIGHT, SHARES, WRONG, draw_tiles, styled, viewable
 
-PANEL = 8.0  # inches, of a panel that is wide
+PANEL = 8.0  # inches, of a panel that is wide; of others, a third
 
 
 @styled
@@ -32,7 +32,7 @@ def couplings_figure(
     """
     iterations, down, across, groups, classes = couplings.shape
     ratio = classes * (down + 1) / (groups * (across + 1))
-    panel, rows, columns = (PANEL, iterations, 1) if ratio < 0.5 else (PANEL / 2, 1, iterations)
+    panel, rows, columns = (PANEL, iterations, 1) if ratio < 0.5 else (PANEL / 3, 1, iterations)
     width = columns * (panel + 0.7) + 2
     figure = Figure(figsize=(width, max(rows * (ratio * panel + 0.4) + 0.5, 2.5)))
     ((left, right),) = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.2, width - 1.2))
