@@ -1,5 +1,6 @@
 """README and docs: their Python code runs, their commands parse, links lead somewhere, and sentences are short."""
 
+import json
 import re
 import shlex
 import sys
@@ -19,6 +20,10 @@ PAGES = {
         *sorted((ROOT / "docs").glob("*.md")),
     )
 }
+NOTEBOOK = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())["cells"]
+PAGES["docs/tutorial.ipynb"] = "".join(
+    line for cell in NOTEBOOK if cell["cell_type"] == "markdown" for line in cell["source"]
+)
 FIRST_PAGES = ("README.md", "docs/start.md", "docs/code.md")  # which a newcomer reads
 WITH_COMMANDS = (
     *FIRST_PAGES,

@@ -8,11 +8,14 @@ load from another host is a warning, which `mkdocs build --strict` turns into an
 import contextlib
 import html
 import io
+import json
 import logging
 import os
 import posixpath
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
@@ -28,8 +31,13 @@ ICON = ROOT / "capsnet_jax" / "explore" / "page" / "icon.svg"
 LIVE = "live"  # folder of the site with the explorer
 HELP_WIDTH = 80  # characters, which fit beside the table of contents
 
-# Files outside of docs/ that are pages of the site.
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+# Files that are pages of the site under another name.
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "docs/tutorial.ipynb": "tutorial.md",
+}
 
 # The modules and functions whose docstrings a page of the reference shows.
 REFERENCE = {
@@ -47,12 +55,11 @@ REFERENCE = {
 }
 
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)")  # the path in [text](path#anchor)
-EXTERNAL_IMAGE = re.compile(r"!\[([^\]]*)\]\(https?:[^)]*\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
 LOADS_FROM_OUTSIDE = re.compile(r'<(?:script|link|img|source|iframe)\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"')
 
 log = logging.getLogger("mkdocs.hooks.pages")
-origins: dict[str, str] = {}  # pages of the site, and the Markdown files of the repository that they show
+origins: dict[str, str] = {}  # pages of the site, and the files of the repository that they show, with links
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -63,17 +70,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, f"reference/{page}.md", content=reference(names)))
     files.append(File.generated(config, "reference/commands.md", content=help_of_commands()))
     for path in paths:  # which grows by the files that a page links to
-        uri, file = page_of(path), ROOT / path
-        if file.suffix == ".md":
+        uri = page_of(path)
+        if path.endswith((".md", ".ipynb")):
             origins[uri] = path
-            targets = {linked_file(path, link) for link in LINK.findall(file.read_text())}
+            targets = {linked_file(path, link) for link in LINK.findall(text_of(path))}
             paths += sorted(target for target in targets.difference(paths) if (ROOT / target).is_file())
         if uri in files.src_uris:
             continue
-        if uri.endswith(".md"):
-            files.append(File.generated(config, uri, content=file.read_text() if file.suffix == ".md" else code(path)))
-        else:
-            files.append(File.generated(config, uri, abs_src_path=str(file)))
+        content = {"content": text_of(path)} if uri.endswith(".md") else {"abs_src_path": str(ROOT / path)}
+        files.append(File.generated(config, uri, **content))
     return files
 
 
@@ -91,10 +96,11 @@ def on_post_build(*, config: MkDocsConfig) -> None:
 
 def page_of(path: str) -> str:
     """Return where the site has a file of the repository: text as a page, pictures and data as they are."""
-    suffix = posixpath.splitext(path)[1]
-    if suffix not in (".md", ".png", ".gif", ".json", ".csv"):
+    if path in PAGES:
+        return PAGES[path]
+    if posixpath.splitext(path)[1] not in (".md", ".png", ".gif", ".json", ".csv"):
         return f"source/{path}.md"
-    return PAGES.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else f"source/{path}")
+    return path.removeprefix("docs/") if path.startswith("docs/") else f"source/{path}"
 
 
 def linked_file(path: str, link: str) -> str:
@@ -102,10 +108,32 @@ def linked_file(path: str, link: str) -> str:
     return posixpath.normpath(posixpath.join(posixpath.dirname(path), link))
 
 
-def code(path: str) -> str:
-    """Write a page that shows a file of code."""
-    language = posixpath.splitext(path)[1].removeprefix(".") or "text"
-    return f"# `{path}`\n\n```` {language}\n{(ROOT / path).read_text()}````\n"
+def text_of(path: str) -> str:
+    """Write a page that shows a file of the repository."""
+    text, suffix = (ROOT / path).read_text(), posixpath.splitext(path)[1]
+    if suffix == ".ipynb":
+        return "\n\n".join(part for cell in json.loads(text)["cells"] for part in parts_of(cell))
+    return text if suffix == ".md" else f"# `{path}`\n\n{block(suffix.removeprefix('.'), text)}"
+
+
+def parts_of(cell: dict[str, Any]) -> Iterator[str]:
+    """Write a cell of a notebook, and below code what it printed and drew."""
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        yield source
+        return
+    yield block("python", source)
+    for output in cell["outputs"]:
+        data = output.get("data", {"text/plain": output.get("text", [])})
+        if picture := data.get("image/png"):
+            yield f'<p><img alt="what the code above draws" src="data:image/png;base64,{"".join(picture.split())}"></p>'
+        else:
+            yield block("text", "".join(data["text/plain"]))
+
+
+def block(language: str, text: str) -> str:
+    """Write a block of code or output."""
+    return f"```` {language}\n{text.rstrip()}\n````\n"
 
 
 def reference(names: list[str]) -> str:
@@ -117,16 +145,16 @@ def reference(names: list[str]) -> str:
 def help_of_commands() -> str:
     """Write a page with the help of each command, as it is printed."""
     os.environ["COLUMNS"] = str(HELP_WIDTH)
-    page = [f"# Commands\n\n```` text\n{describe_commands()}\n````\n"]
+    parts = ["# Commands", block("text", describe_commands())]
     for name in COMMANDS:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             parse([name, "--help"])
-        page.append(f"## capsnet {name}\n\n```` text\n{printed.getvalue()}\n````\n")
-    return "\n".join(page)
+        parts += [f"## capsnet {name}", block("text", printed.getvalue())]
+    return "\n\n".join(parts)
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links lead to the pages of the site, and show the text of an image on another host in its place."""
+    """Let links lead to the pages of the site."""
     uri = page.file.src_uri
     if uri not in origins:
         return markdown
@@ -136,7 +164,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         is_file = (ROOT / target).is_file()  # otherwise mkdocs warns
         return posixpath.relpath(page_of(target), posixpath.dirname(uri) or ".") if is_file else link[1]
 
-    return LINK.sub(link_on_site, EXTERNAL_IMAGE.sub(r"\1", markdown))
+    return LINK.sub(link_on_site, markdown)
 
 
 def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
