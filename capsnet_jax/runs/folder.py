@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,19 +73,27 @@ class Run(NamedTuple):
             UsageError: the images are too small for the model, its routing is unknown, or its weights do not fit into
                 memory.
         """
+        self.abstract_model()
+        return self._create(self.config.training.seed if seed is None else seed)
 
-        def create() -> CapsNet:
-            rngs = nnx.Rngs(self.config.training.seed if seed is None else seed)
-            return CapsNet.from_config(self.config.model, rngs=rngs)
+    def abstract_model(self) -> CapsNet:
+        """Create the model with shapes instead of weights, for `load_weights`: initial weights take seconds to compile.
 
-        weights = jax.tree.leaves(nnx.state(nnx.eval_shape(create), nnx.Param))
+        Raises:
+            UsageError: as in `new_model`.
+        """
+        model = nnx.eval_shape(partial(self._create, 0))
+        weights = jax.tree.leaves(nnx.state(model, nnx.Param))
         needed, available = sum(4 * math.prod(weight.shape) for weight in weights), available_memory()
         if needed > available:  # of a damaged file, for example; to allocate them could kill the process
             raise UsageError(
                 f"The weights of this model take {needed / 1e9:,.0f} GB, and the device has {available / 1e9:,.0f} GB; "
                 "expected smaller sizes."
             )
-        return create()
+        return model
+
+    def _create(self, seed: int) -> CapsNet:
+        return CapsNet.from_config(self.config.model, rngs=nnx.Rngs(seed))
 
     def fields(self) -> dict[str, Any]:
         """Return the content of `config.json`."""
@@ -322,7 +331,7 @@ def load_run(folder: Path, *, best: bool = False, trust_code: bool = False) -> t
         UsageError: the folder is not a run folder, its routing is not to be trusted, or it has no such weights.
     """
     run = read_run(folder, trust_code=trust_code)
-    model = run.new_model()
+    model = run.abstract_model()
     path = run.folder / (BEST if best else WEIGHTS)
     if not path.exists():
         no_validation = best and run.config.data.validation == 0

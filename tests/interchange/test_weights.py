@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from capsnet_jax import CapsNet, UsageError
-from capsnet_jax.interchange.weights import from_torch, load_weights, save_weights, take_weights, to_torch
+from capsnet_jax import PRESETS, CapsNet, UsageError
+from capsnet_jax.interchange.weights import from_torch, load_weights, save_weights, take_weights, to_torch, weight_table
 from tests.conftest import IMAGE_SHAPE, SMALL
 
 NAME = "decoder.2.weight"
@@ -139,3 +139,10 @@ def test_taken_weights_are_finite_and_some_fit_or_nothing_changes(small_model):
                 function(small_model, wrong)
     for name, array in to_torch(small_model).items():
         np.testing.assert_array_equal(array, before[name])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_state_sets_all_that_a_model_learned(name):
+    """So a model that is loaded needs no initial weights."""
+    model = nnx.eval_shape(lambda: CapsNet.from_preset(name, rngs=nnx.Rngs(0)))
+    assert {row.path for row in weight_table(model)} == set(dict(nnx.to_flat_state(nnx.state(model))))
