@@ -68,6 +68,7 @@ const route = coalesced(async () => {
     announce();
     return;
   }
+  networks.forEach((network) => network.wait());
   const start = performance.now();
   for (const network of networks) {
     network.show(await ask("api/route", { model: network.description.name, image: state.image }), bytes);

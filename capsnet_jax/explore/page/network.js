@@ -72,6 +72,11 @@ export class Network {
     this.#part(".nodes").replaceChildren();
   }
 
+  // Says that an answer is awaited, which takes seconds while the network is being compiled.
+  wait() {
+    if (this.isEmpty) this.#part(".verdict").textContent = "Routing …";
+  }
+
   show(result, bytes) {
     this.#result = result;
     this.#bytes = bytes;
