@@ -15,7 +15,7 @@ export async function ask(path, body) {
     throw new Unreachable("The server does not answer. Is capsnet explore still running? Trying again …");
   }
   const answer = await response.json().catch(() => ({ error: `The server answered with status ${response.status}.` }));
-  if (!response.ok) throw new Refused(answer.error);
+  if ("error" in answer) throw new Refused(answer.error);
   return answer;
 }
 
