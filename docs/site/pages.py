@@ -56,7 +56,8 @@ REFERENCE = {
 
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)")  # the path in [text](path#anchor)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
-LOADS_FROM_OUTSIDE = re.compile(r'<(?:script|link|img|source|iframe)\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"')
+LOADED = r'script|img|source|iframe|link(?! rel="(?:canonical|prev|next)")'
+LOADS_FROM_OUTSIDE = re.compile(rf'<(?:{LOADED})\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"')
 
 log = logging.getLogger("mkdocs.hooks.pages")
 origins: dict[str, str] = {}  # pages of the site, and the files of the repository that they show, with links
