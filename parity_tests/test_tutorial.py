@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from capsnet_jax import load_dataset
+
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "tutorial.ipynb"
 CODE = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
 SIZE, SMALLER = "EPOCHS, SEEDS = 5, 3", "EPOCHS, SEEDS = 1, 2"
@@ -38,6 +40,9 @@ def test_the_outputs_are_of_one_run_without_errors():
 
 def test_the_code_prints_and_draws_what_was_committed(tmp_path, monkeypatch, capsys):
     """In this process, after the cell that installs the package, and with a smaller comparison."""
+    digits = load_dataset("digits")
+    few = digits._replace(train_images=digits.train_images[:96], train_labels=digits.train_labels[:96])
+    monkeypatch.setattr("capsnet_jax.load_dataset", lambda name: few)
     monkeypatch.chdir(tmp_path)
     values: dict[str, Any] = {}
     sources = ["".join(cell["source"]).removeprefix("%matplotlib inline\n") for cell in CODE]
