@@ -22,7 +22,7 @@ Examples:
     >>> sorted(capsnet_jax.ROUTINGS)[:4]
     ['dynamic', 'em', 'inverted_attention', 'kmeans']
     >>> sorted(capsnet_jax.PRETRAINED)
-    ['mnist-dynamic']
+    ['mnist-dynamic', 'mnist-efficient']
 
 Build a model:
 

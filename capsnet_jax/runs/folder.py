@@ -372,7 +372,8 @@ def load(path: str | Path, *, best: bool = False, trust_code: bool = False) -> C
         Traceback (most recent call last):
             ...
         capsnet_jax.errors.UsageError: no/such/folder does not exist; expected the folder of a run or of a converted \
-model, with config.json and model.safetensors in it, or the name of a pretrained model (mnist-dynamic).
+model, with config.json and model.safetensors in it, or the name of a pretrained model (mnist-dynamic, \
+mnist-efficient).
     """
     folder = find_pretrained(Path(path))
     if not folder.is_dir():
