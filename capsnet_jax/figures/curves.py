@@ -95,7 +95,8 @@ def comparison_figure(
     figure = Figure(figsize=(width, 0.35 * len(names) + 0.2 * len(failed) + 2.5))
     last, over_epochs = figure.subplots(1, 2)
     for row, name in enumerate(names):
-        # Colour and marker on the left identify the lines on the right; combined, 70 are different.
+        # Colour and marker on the left identify the lines on the right; combined, 70 are different. Names stay black:
+        # light colours are hard to read, above all in grey.
         color, marker = COLORS[row % len(COLORS)], MARKERS[row % len(MARKERS)]
         seeds, epochs = errors[name].shape
         means = errors[name].mean(axis=0)
@@ -104,8 +105,6 @@ def comparison_figure(
         last.plot(errors[name][:, -1], np.full(seeds, row), "|", markersize=10, color="black", alpha=0.5)
         over_epochs.plot(np.arange(1, epochs + 1), means, marker=marker, markersize=5, color=color, label=name)
     last.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, max(len(names), 1) - 0.4))
-    for row, label in enumerate(last.get_yticklabels()):
-        label.set_color(COLORS[row % len(COLORS)])
     num_epochs = max((error.shape[1] for error in errors.values()), default=1)
     over_epochs.set(xlim=(0.6, num_epochs + 0.4))
     over_epochs.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
