@@ -86,7 +86,7 @@ class Explore:
         run, model = load_run(self.run_dir, best=self.best, trust_code=self.trust_code)
         check_static(folder, run.config.model)
         explorer = Explorer(
-            {self.run_dir.absolute().name: model},  # not its path, which is nobody's business
+            {self.run_dir.absolute().name: model},  # not its path, which may name its owner
             run.class_names,
             labels_per_image=run.labels_per_image,
             examples=lambda: read_examples(run),

@@ -27,7 +27,7 @@ COST_OF_SPECTRA = 1.5
 COST_OF_TRANSFORMS = 1.0
 
 MOST_TAPS = 25  # of kernels for which XLA's own convolution is fastest on CPU
-FEW_CHANNELS = 8  # below this, a patch of pixels is copied number by number
+FEW_CHANNELS = 8  # of images; with fewer, copying patches on CPU takes longer than XLA's own convolution
 
 ROUTING_IMPLEMENTATIONS = ("auto", "votes", "fused")
 FEWEST_EXAMPLES = 16  # smallest batch for which "fused" is faster than "votes" on CPU; see docs/performance.md
