@@ -100,13 +100,15 @@ def trace(model: CapsNet, images: Float[Array, "b height width channels"], itera
     *below, last = model.capsule_layers
     inputs = below[-1].capsules_of(routed_layers[-2]) if below else primary
     full, steps = last.routing, []
-    for number in iterations:
-        if full.takes("num_iterations"):
-            last.routing = replace(full, options=tuple((dict(full.options) | {"num_iterations": number}).items()))
-        routed = last.route(inputs)
-        couplings = routed.couplings.reshape(len(images), -1, model.config.num_classes)  # without the only position
-        steps.append(Routed(*last.capsules_of(routed), couplings))
-    last.routing = full
+    try:
+        for number in iterations:
+            if full.takes("num_iterations"):
+                last.routing = replace(full, options=tuple((dict(full.options) | {"num_iterations": number}).items()))
+            routed = last.route(inputs)
+            couplings = routed.couplings.reshape(len(images), -1, model.config.num_classes)  # without the only position
+            steps.append(Routed(*last.capsules_of(routed), couplings))
+    finally:
+        last.routing = full
     stacked = Routed(*(jnp.stack(each, axis=1) for each in zip(*steps, strict=True)))
     return Trace(primary.activations, inputs.activations, stacked)
 

@@ -18,6 +18,7 @@ from capsnet_jax.train.inspection import (
     perturb,
     reconstruct_each,
     route_by_iteration,
+    trace,
 )
 from tests.conftest import IMAGE_SHAPE, SMALL
 
@@ -37,6 +38,14 @@ def hot_model(small_model) -> CapsNet:
     weight = small_model.capsule_layers[-1].weight
     weight[...] = 30 * weight[...]
     return small_model
+
+
+def test_a_model_keeps_its_routing_when_one_with_fewer_iterations_fails(small_model):
+    last = small_model.capsule_layers[-1]
+    before = last.routing
+    with pytest.raises(ValueError, match="num_iterations"):
+        trace(small_model, jnp.zeros((2, *IMAGE_SHAPE)), [1, 0])
+    assert last.routing is before
 
 
 def test_each_iteration_is_the_routing_with_that_many_iterations(hot_model, small_dataset):
